@@ -1,0 +1,507 @@
+"""Pictures and captions on disk -> batches, in an order that is a function of (seed, epoch) alone.
+
+    python data.py coco-cn --data-root data          # what a data set holds: pictures, captions and pairs per split
+    python data.py demo --draw demo.png              # look at the painted data set
+
+Three layouts, one interface (`Split`): how many captions and pictures, who describes whom, and picture i when it is needed.
+
+1. Chinese-CLIP: {train,valid,test}_imgs.tsv with lines `id<TAB>base64 picture`, and {split}_texts.jsonl with {"text_id": 1, "text": "…", "image_ids": [7]}.
+2. A folder of pictures with captions.csv (first line: image,caption) or captions.jsonl ({"image": "a.jpg", "caption": "…"}), paths relative to the folder. A picture may
+   stand in several rows. A further column `split` (train, valid, test, …) divides the pictures; without it 80 % train, 10 % valid, 10 % test, by a hash of the path.
+3. `demo`: painted scenes whose captions say what is in them, made here, endless, no download.
+
+A training sample is a (caption, picture) pair. The captions of a data set fit in memory; pictures are read when a worker needs them.
+"""
+import argparse
+import base64
+import binascii
+import colorsys
+import csv
+import hashlib
+import io
+import json
+import math
+import mmap
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from tokenizer import Tokenizer
+
+# Folder names of the published archives (Hugging Face data set OFA-Sys/chinese-clip-eval) and of the paper's own set, under --data-root.
+NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "ap-id": "AP-ID"}
+
+
+class BadInput(Exception):
+    """Something a person can mend. The message is one line: what is wrong, where, and what to do. The scripts print it and exit with 1.
+
+    A DataLoader wraps a worker's exception in a traceback and hands it on as the new message: only its last line is kept.
+    """
+
+    def __init__(self, message):
+        super().__init__(str(message).strip().splitlines()[-1].removeprefix("data.BadInput: "))
+
+
+# ---------------------------------------------------------------------------------------------------------------- splits: what lies on disk
+
+
+class Split:
+    """One split of a data set: T captions, I pictures, and which pictures each caption describes.
+
+    name           for messages, e.g. "COCO-CN/test"
+    texts          T captions
+    positives      T lists of picture indices: positives[t] = the pictures that caption t describes; may be empty (such a caption is no query)
+    image_ids      I names of the pictures, as the data set has them
+    ids            (T, L) uint16 tokens of the captions
+    pairs          (caption, picture) index pairs, in the data set's order: the training samples
+    """
+
+    def __init__(self, name, texts, image_ids, positives, context_length=52):
+        if not texts or not image_ids:
+            raise BadInput(f"{name}: the split is empty ({len(image_ids)} pictures, {len(texts)} captions)")
+        self.name, self.texts, self.image_ids, self.positives = name, texts, image_ids, positives
+        self.ids = Tokenizer()(texts, context_length).numpy().astype(np.uint16)
+        self.pairs = [(t, i) for t, images in enumerate(positives) for i in images]
+        first = {}                                                              # the same sentence twice has one key: in a batch, it is no negative of itself
+        self.text_keys = [first.setdefault(text, t) for t, text in enumerate(texts)]
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def picture(self, i) -> Image.Image:
+        """Picture i, decoded, RGB. Raises BadInput with its id when it cannot be read."""
+        try:
+            return Image.open(io.BytesIO(self.picture_bytes(i))).convert("RGB")
+        except (OSError, ValueError, SyntaxError, EOFError, binascii.Error, Image.DecompressionBombError) as error:
+            raise BadInput(f"{self.name}: picture {self.image_ids[i]} cannot be read ({type(error).__name__}: {error}); replace or remove it") from None
+
+    def sample(self, epoch, k):
+        """Training pair k -> (picture, tokens (L,), picture key, caption key). Equal keys mean the same picture or the same sentence."""
+        t, i = self.pairs[k]
+        return self.picture(i), self.ids[t], i, self.text_keys[t]
+
+
+class TsvSplit(Split):
+    """The Chinese-CLIP layout. Of the picture file only the ids and byte offsets are kept."""
+
+    def __init__(self, folder, split, context_length):
+        self.path = folder / f"{split}_imgs.tsv"
+        self.offsets, index_of = [], {}                                         # (start, length) of each base64 text; picture id -> index
+        for number, start, end, line in self._lines():
+            id_, tab, _ = line.partition(b"\t")
+            if not tab or not id_.strip().isdigit():
+                raise BadInput(f"{self.path}, line {number}: expected `number<TAB>base64 picture`, found {line[:40]!r}")
+            if index_of.setdefault(int(id_), len(index_of)) != number - 1:
+                raise BadInput(f"{self.path}, line {number}: picture id {int(id_)} stands in line {index_of[int(id_)] + 1} already; ids must be unique")
+            self.offsets.append((start + len(id_) + 1, end - start - len(id_) - 1))
+        texts, positives, line_of = [], [], {}
+        path = folder / f"{split}_texts.jsonl"
+        for number, record in read_jsonl(path):
+            text, text_id, image_ids = record.get("text"), record.get("text_id"), record.get("image_ids")
+            if not isinstance(text, str) or not isinstance(text_id, int) or not isinstance(image_ids, list):
+                raise BadInput(f'{path}, line {number}: expected {{"text_id": number, "text": "…", "image_ids": [numbers]}}, found {json.dumps(record, ensure_ascii=False)[:80]}')
+            if line_of.setdefault(text_id, number) != number:
+                raise BadInput(f"{path}, line {number}: text_id {text_id} stands in line {line_of[text_id]} already; ids must be unique")
+            for image_id in image_ids:
+                if image_id not in index_of:
+                    raise BadInput(f"{path}, line {number}: image_id {image_id!r} is not in {self.path.name}")
+            texts.append(text)
+            positives.append([index_of[image_id] for image_id in dict.fromkeys(image_ids)])
+        super().__init__(f"{folder.name}/{split}", texts, list(index_of), positives, context_length)
+
+    def _lines(self):
+        """(number, start, end, the line's first 64 bytes) of every line, without reading the file into memory."""
+        with open(self.path, "rb") as f:
+            if not self.path.stat().st_size:
+                return
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
+                start, number = 0, 0
+                while start < len(m):
+                    end = m.find(b"\n", start)
+                    end = len(m) if end < 0 else end
+                    number += 1
+                    yield number, start, end, m[start : min(end, start + 64)]
+                    start = end + 1
+
+    def picture_bytes(self, i):
+        with open(self.path, "rb") as f:
+            f.seek(self.offsets[i][0])
+            text = f.read(self.offsets[i][1])
+        return base64.b64decode(text.strip().translate(bytes.maketrans(b"-_", b"+/")), validate=True)   # both base64 alphabets are about
+
+
+class FolderSplit(Split):
+    """A folder of pictures with captions.csv or captions.jsonl."""
+
+    def __init__(self, folder, split, context_length):
+        self.folder = folder
+        path = next(folder / name for name in ("captions.csv", "captions.jsonl") if (folder / name).is_file())
+        texts, positives, index_of, seen, splits = [], [], {}, set(), set()
+        for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
+            image, caption = row.get("image"), row.get("caption")
+            if not isinstance(image, str) or not isinstance(caption, str) or not image or not caption.strip():
+                raise BadInput(f"{path}, line {number}: expected an `image` and a `caption`, found {json.dumps(row, ensure_ascii=False)[:80]}")
+            belongs = row.get("split") or hashed_split(image)
+            splits.add(belongs)
+            if belongs != split or (image, caption) in seen:                    # the same row twice says nothing new
+                continue
+            seen.add((image, caption))
+            if image not in index_of and not (folder / image).is_file():
+                raise BadInput(f"{path}, line {number}: there is no picture {folder / image}")
+            texts.append(caption)
+            positives.append([index_of.setdefault(image, len(index_of))])
+        if not texts:
+            raise BadInput(f"{path}: no rows for the split {split!r}; it has {', '.join(sorted(splits)) or 'no rows at all'}")
+        super().__init__(f"{folder.name}/{split}", texts, list(index_of), positives, context_length)
+
+    def picture_bytes(self, i):
+        return (self.folder / self.image_ids[i]).read_bytes()
+
+
+def hashed_split(image):
+    """80 % train, 10 % valid, 10 % test: a property of the path alone, so adding pictures moves none of the others."""
+    digit = hashlib.md5(image.encode()).digest()[0] % 10
+    return {0: "valid", 1: "test"}.get(digit, "train")
+
+
+def read_jsonl(path):
+    """(line number, object) of every line that is not blank."""
+    for number, line in utf8_lines(path):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:60]}") from None
+            if not isinstance(record, dict):
+                raise BadInput(f"{path}, line {number}: expected an object {{…}}, found {line.strip()[:60]}")
+            yield number, record
+
+
+def read_csv(path):
+    """(line number, {column: value}) of every row; the first line names the columns, `image` and `caption` among them."""
+    reader = csv.DictReader(line for _, line in utf8_lines(path))
+    if not {"image", "caption"} <= set(reader.fieldnames or []):
+        raise BadInput(f"{path}, line 1: expected the column names image,caption; found {','.join(reader.fieldnames or []) or 'nothing'}")
+    for row in reader:
+        if None in row:
+            raise BadInput(f'{path}, line {reader.line_num}: more columns than the first line names; put a caption that has commas in "quotes"')
+        yield reader.line_num, row
+
+
+def utf8_lines(path):
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:                 # -sig: spreadsheets put a byte-order mark first
+            yield from enumerate(f, 1)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+
+
+def open_split(data, split, data_root="data", context_length=52) -> Split:
+    """The split of a data set by name (coco-cn, flickr30k-cn, muge, ap-id, demo) or folder. Raises BadInput when there is none."""
+    if data == "demo":
+        return PaintedSplit(split, context_length)
+    folder = Path(data)
+    if data in NAMES:
+        folder = Path(data_root) / NAMES[data]
+        if not folder.is_dir():
+            raise BadInput(f"{data}: there is no folder {folder}; unpack the data set there or name another place with --data-root")
+    elif not folder.is_dir():
+        raise BadInput(f"{data}: neither a folder nor a known data set ({', '.join([*NAMES, 'demo'])})")
+    if any((folder / f"captions.{kind}").is_file() for kind in ("csv", "jsonl")):
+        return FolderSplit(folder, split, context_length)
+    present = sorted(p.name.removesuffix("_imgs.tsv") for p in folder.glob("*_imgs.tsv"))
+    if not present:
+        raise BadInput(f"{folder}: neither *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout) nor captions.csv or captions.jsonl beside pictures")
+    for name in (f"{split}_imgs.tsv", f"{split}_texts.jsonl"):
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder}: no split {split!r}: {name} is missing; the folder has {', '.join(present)}")
+    return TsvSplit(folder, split, context_length)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pictures -> tensors
+
+# CLIP's statistics of its training pictures, per RGB channel, of values in 0..1
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def to_uint8(picture, size):
+    """A PIL picture -> (3, size, size) uint8: bicubic with antialias, the whole picture, no crop. RGB first: resizing palette indices would mix unrelated colours."""
+    picture = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def normalize(pixels):
+    """(…, 3, R, R) in 0..1 -> what the vision tower expects."""
+    return (pixels - MEAN.to(pixels.device)) / STD.to(pixels.device)
+
+
+class Transform:
+    """The evaluation transform: a PIL picture -> (3, R, R) float32."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def __call__(self, picture):
+        return normalize(to_uint8(picture, self.size).float() / 255)
+
+
+# How far each kind of augmentation may go, both ways. `photo` follows the peers' crops (0.9 to 1 of the picture) and mild colour changes. `drawing` is for icons
+# and drawings. Nothing is ever mirrored: captions say left and right, and signs and letters do not survive it.
+AUGMENT = {
+    #          rotate°  zoom  stretch  shift  warp  brightness contrast saturation
+    "none":    None,
+    "photo":   (0,      0.05, 0.03,    0.05,  0.0,  0.1,       0.1,     0.1),
+    "drawing": (15,     0.20, 0.12,    0.10,  0.05, 0.2,       0.2,     0.3),
+}
+DRAWS = 7 + 2 * 4 * 4                                                           # random numbers that one picture uses
+
+
+def augment(pixels, draws, strength):
+    """Bend, move and tint a batch: pixels (B, 3, R, R) in 0..1, draws (B, DRAWS) uniform in -1..1, strength a row of AUGMENT -> (B, 3, R, R).
+
+    The random numbers come from outside, so that they can be a function of (seed, step, position in the global batch).
+    """
+    rotate, zoom, stretch, shift, warp, brightness, contrast, saturation = strength
+    B, _, R, _ = pixels.shape
+    u = draws.to(pixels.device)
+    angle, size, shape = u[:, 0] * math.radians(rotate), (u[:, 1] * zoom).exp(), (u[:, 2] * stretch).exp()
+    cos, sin = angle.cos(), angle.sin()
+    rows = [torch.stack([cos * size * shape, -sin * size * shape, u[:, 3] * shift], 1), torch.stack([sin * size / shape, cos * size / shape, u[:, 4] * shift], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), pixels.shape, align_corners=False)                   # (B, R, R, 2): where each output pixel looks
+    if warp:                                                                    # a smooth random field: another hand draws other proportions
+        field = F.interpolate(u[:, 7:].view(B, 2, 4, 4), (R, R), mode="bicubic", align_corners=True)
+        grid = grid + warp * field.permute(0, 2, 3, 1)
+    pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    factor = lambda k, most: (1 + most * u[:, k]).view(B, 1, 1, 1)
+    pixels = pixels * factor(5, brightness)
+    grey = pixels.mean(dim=1, keepdim=True)
+    pixels = grey + (pixels - grey) * factor(6, saturation)
+    middle = grey.mean(dim=(2, 3), keepdim=True)
+    return (middle + (pixels - middle) * factor(2, contrast)).clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- batches for training
+
+
+def epoch_order(n, seed, epoch):
+    """The permutation of n training pairs in an epoch, (n,) int64: a function of (seed, epoch) and of nothing else."""
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class Batches(Sampler):
+    """Which pairs each step takes. The epochs' permutations follow each other as one endless stream; step k takes places k·N to (k+1)·N - 1 of it, and process r of W
+    the r-th of W equal slices. So every pair comes once per epoch, no batch is short, the order is the same for any W, and a run resumes at any step.
+    """
+
+    def __init__(self, n, batch_size, seed, first_step, last_step, rank=0, world=1):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.steps, self.rank, self.share = range(first_step, last_step), rank, batch_size // world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        known, order = None, None                                               # the epoch whose permutation is at hand
+        for step in self.steps:
+            batch = []
+            first = step * self.batch_size + self.rank * self.share
+            for place in range(first, first + self.share):
+                epoch, k = divmod(place, self.n)
+                if epoch != known:
+                    known, order = epoch, epoch_order(self.n, self.seed, epoch)
+                batch.append((epoch, int(order[k])))
+            yield batch
+
+
+class TrainingPairs(Dataset):
+    """(epoch, pair number) -> tensors of one pair."""
+
+    def __init__(self, split, image_size):
+        self.split, self.image_size = split, image_size
+
+    def __getitem__(self, place):
+        picture, ids, image_key, text_key = self.split.sample(*place)
+        return to_uint8(picture, self.image_size), ids, image_key, text_key
+
+
+def collate(samples):
+    """-> pixels (B, 3, R, R) uint8, ids (B, L) int64 with L the longest caption of the batch, image_keys (B,), text_keys (B,)."""
+    pixels, ids, image_keys, text_keys = zip(*samples)
+    ids = torch.from_numpy(np.stack(ids).astype(np.int64))
+    return torch.stack(pixels), trim(ids), torch.tensor(image_keys), torch.tensor(text_keys)
+
+
+def trim(ids):
+    """Cut the columns in which every caption has [PAD]: (B, L) -> (B, longest)."""
+    return ids[:, : int((ids != 0).sum(dim=1).max())]
+
+
+def training_loader(split, image_size, batches, workers, pin_memory=False):
+    return DataLoader(TrainingPairs(split, image_size), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+                      prefetch_factor=4 if workers else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the painted data set
+
+
+def _circle(r=1.0, x=0.0, y=0.0, start=0.0, end=2 * math.pi, n=24):
+    return [(x + r * math.cos(start + (end - start) * k / n), y + r * math.sin(start + (end - start) * k / n)) for k in range(n + 1)]
+
+
+def _crescent():
+    inner = [(0.45 + 0.85 * math.cos(a), 0.85 * math.sin(a)) for a in (math.pi * (0.42 + 1.16 * k / 16) for k in range(17))]
+    return _circle(1.0, 0, 0, math.pi * 0.35, math.pi * 1.65) + inner[::-1]
+
+
+def _heart():
+    t = [2 * math.pi * k / 32 for k in range(32)]
+    return [(math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16) for a in t]
+
+
+_STAR = [(r * math.sin(math.pi * k / 5), -r * math.cos(math.pi * k / 5)) for k, r in enumerate([1, 0.42] * 5)]
+_BROWN, _YELLOW, _PALE = (110, 75, 45), (250, 215, 70), (250, 250, 250)
+
+# noun -> (measure word, polygons in the square -1..1 with y downwards; fill None is the object's own colour)
+THINGS = {
+    "圆形": ("个", [(None, _circle())]),
+    "方块": ("个", [(None, [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)])]),
+    "三角形": ("个", [(None, [(0, -1), (1, 0.85), (-1, 0.85)])]),
+    "十字": ("个", [(None, [(-0.3, -1), (0.3, -1), (0.3, 1), (-0.3, 1)]), (None, [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)])]),
+    "星星": ("颗", [(None, _STAR)]),
+    "爱心": ("颗", [(None, _heart())]),
+    "月亮": ("弯", [(None, _crescent())]),
+    "花": ("朵", [(None, _circle(0.45, 0.55 * math.cos(a), 0.55 * math.sin(a))) for a in (2 * math.pi * k / 5 for k in range(5))] + [(_YELLOW, _circle(0.32))]),
+    "树": ("棵", [(_BROWN, [(-0.15, 0.2), (0.15, 0.2), (0.15, 1), (-0.15, 1)]), (None, _circle(0.65, 0, -0.3))]),
+    "房子": ("座", [(None, [(-0.75, -0.1), (0.75, -0.1), (0.75, 1), (-0.75, 1)]), (_BROWN, [(0, -1), (1, -0.1), (-1, -0.1)]), (_PALE, [(-0.2, 0.4), (0.2, 0.4), (0.2, 1), (-0.2, 1)])]),
+    "小船": ("只", [(None, [(-1, 0.35), (1, 0.35), (0.6, 0.95), (-0.6, 0.95)]), (_BROWN, [(-0.06, -1), (0.06, -1), (0.06, 0.35), (-0.06, 0.35)]), (_PALE, [(0.1, -0.95), (0.8, 0.2), (0.1, 0.2)])]),
+    "鱼": ("条", [(None, [(0.75 * x - 0.2, 0.5 * y) for x, y in _circle()]), (None, [(0.35, 0), (1, -0.55), (1, 0.55)]), (_PALE, _circle(0.12, -0.6, -0.12))]),
+    "雨伞": ("把", [(None, _circle(1, 0, 0.1, math.pi, 2 * math.pi)), (_BROWN, [(-0.07, 0.1), (0.07, 0.1), (0.07, 1), (-0.07, 1)])]),
+    "旗子": ("面", [(_BROWN, [(-0.9, -1), (-0.72, -1), (-0.72, 1), (-0.9, 1)]), (None, [(-0.72, -1), (1, -1), (1, 0.15), (-0.72, 0.15)])]),
+}
+COLOURS = {"红色": (0.0, 0.85, 0.9), "橙色": (0.08, 0.9, 1.0), "黄色": (0.15, 0.85, 0.95), "绿色": (0.35, 0.8, 0.65), "蓝色": (0.6, 0.85, 0.9), "紫色": (0.77, 0.7, 0.7),
+           "粉色": (0.93, 0.35, 1.0), "黑色": (0.0, 0.0, 0.15)}                                     # hue, saturation, value
+PLACES = {"左上角": (-1, -1), "右上角": (1, -1), "左下角": (-1, 1), "右下角": (1, 1)}
+COUNTS = {1: "一", 2: "两", 3: "三"}
+LAYOUTS = {1: [(0, 0)], 2: [(-0.5, 0), (0.5, 0)], 3: [(-0.5, 0.45), (0.5, 0.45), (0, -0.45)]}       # where 1, 2, 3 things stand in their quarter
+
+
+def random_scene(rng):
+    """A scene is a set of statements (place, count, colour, thing), one to three of them, in different quarters of the picture."""
+    places = rng.sample(list(PLACES), rng.choice([1, 2, 2, 3]))
+    return frozenset((p, rng.choice(list(COUNTS)), rng.choice(list(COLOURS)), rng.choice(list(THINGS))) for p in places)
+
+
+def describe(scene, rng=None):
+    """A caption that makes every statement of the scene. With `rng`, in random order and one of several wordings each."""
+    parts = []
+    for place, count, colour, thing in sorted(scene):
+        objects = f"{COUNTS[count]}{THINGS[thing][0]}{colour}的{thing}"
+        wordings = [f"{place}有{objects}", f"{objects}在{place}", f"{place}画着{objects}", f"{place}是{objects}"]
+        parts.append(rng.choice(wordings) if rng else wordings[0])
+    if rng:
+        rng.shuffle(parts)
+    return "，".join(parts)
+
+
+def paint(scene, rng, size=128):
+    """Draw a scene; what its caption does not say (exact place, size, tilt, shade, background) is random."""
+    background = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), rng.uniform(0.85, 1)))
+    picture = Image.new("RGB", (size, size), background)
+    draw = ImageDraw.Draw(picture)
+    for place, count, colour, thing in sorted(scene):
+        hue, saturation, value = COLOURS[colour]
+        jitter = lambda x, most: min(1.0, max(0.0, x + rng.uniform(-most, most)))
+        own = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((hue + rng.uniform(-0.02, 0.02)) % 1, jitter(saturation, 0.08) if saturation else 0, jitter(value, 0.08)))
+        quarter_x, quarter_y = (size / 2 + sign * size / 4 + rng.uniform(-0.03, 0.03) * size for sign in PLACES[place])
+        radius = size * (0.19 if count == 1 else 0.1) * rng.uniform(0.8, 1.1)
+        for dx, dy in LAYOUTS[count]:
+            x, y, angle = quarter_x + dx * size * 0.22, quarter_y + dy * size * 0.22, math.radians(rng.uniform(-12, 12))
+            for fill, points in THINGS[thing][1]:
+                turned = [(x + radius * (u * math.cos(angle) - v * math.sin(angle)), y + radius * (u * math.sin(angle) + v * math.cos(angle))) for u, v in points]
+                draw.polygon(turned, fill=fill or own)
+    return picture
+
+
+def split_of_scene(scene):
+    """Every scene belongs to one split for ever, so a test scene is never trained on."""
+    return {0: "valid", 1: "test"}.get(hashlib.md5(describe(scene).encode()).digest()[0] % 10, "train")
+
+
+class PaintedSplit(Split):
+    """The painted data set. `train` is endless: each epoch paints SIZES["train"] new pictures. `valid` and `test` are fixed, and each of their captions is true of
+    exactly one picture: no scene's statements are contained in another's.
+    """
+
+    SIZES = {"train": 8192, "valid": 300, "test": 500}
+
+    def __init__(self, split, context_length=52):
+        if split not in self.SIZES:
+            raise BadInput(f"demo: no split {split!r}; it has {', '.join(self.SIZES)}")
+        self.split, self.tokenizer, self.context_length = split, Tokenizer(), context_length
+        size = self.SIZES[split]
+        if split == "train":
+            self.name, self.texts, self.image_ids, self.positives, self.pairs = "demo/train", [], [], [], range(size)
+            return
+        rng, self.scenes = random.Random(f"demo {split}"), []
+        while len(self.scenes) < size:
+            scene = random_scene(rng)
+            if split_of_scene(scene) == split and not any(scene <= other or other <= scene for other in self.scenes):
+                self.scenes.append(scene)
+        super().__init__(f"demo/{split}", [describe(s) for s in self.scenes], list(range(size)), [[i] for i in range(size)], context_length)
+
+    def picture(self, i):
+        return paint(self.scenes[i], random.Random(f"demo {self.split} {i}"))
+
+    def sample(self, epoch, k):
+        if self.split != "train":
+            return super().sample(epoch, k)
+        number = epoch * len(self) + k
+        rng = random.Random(f"demo train {number}")
+        scene = random_scene(rng)
+        while split_of_scene(scene) != "train":
+            scene = random_scene(rng)
+        ids = self.tokenizer([describe(scene, rng)], self.context_length)[0].numpy()
+        return paint(scene, rng), ids, number, number
+
+
+# ---------------------------------------------------------------------------------------------------------------- command line
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What a data set holds.")
+    parser.add_argument("data", help=f"{', '.join([*NAMES, 'demo'])}, or a folder")
+    parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
+    parser.add_argument("--split", default="test", help="the split to --draw (default: test)")
+    parser.add_argument("--draw", metavar="FILE.png", help="write a sheet of 24 pictures and print their captions")
+    args = parser.parse_args()
+    if not args.draw:
+        for name in ("train", "valid", "test"):
+            split = open_split(args.data, name, args.data_root)
+            print(f"{name:6} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs")
+        return
+    split = open_split(args.data, args.split, args.data_root)
+    sheet = Image.new("RGB", (6 * 134, 4 * 134), "white")
+    for place in range(min(24, len(split.texts))):
+        t = place * len(split.texts) // 24
+        sheet.paste(split.picture(split.positives[t][0]).resize((128, 128)), (place % 6 * 134, place // 6 * 134))
+        print(f"{place // 6 + 1}.{place % 6 + 1}  {split.texts[t]}")
+    sheet.save(args.draw)
+
+
+def run(main):
+    """Run a script's main: a BadInput becomes one line on stderr and exit status 1."""
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,350 @@
+"""The network: two towers that map a picture and a Chinese sentence to unit vectors in one space (paper, section 3 and figure 1).
+
+    from model import CLIP, CONFIGS
+    model = CLIP(CONFIGS["vit-b-16"])
+    image_embed, text_embed, scale = model(pixels, ids)        # (B, D), (B, D), scalar: cosines are image_embed @ text_embed.T
+
+    picture (B, 3, R, R) -> ModifiedResNet or VisionTransformer -> image_embed (B, D)
+    tokens  (B, L)       -> BertEncoder, token [CLS], projection -> text_embed  (B, D)
+
+Letters used in every file: B pictures or captions in this process's batch, N pairs in the global batch of all processes, L tokens, P patches (or positions
+of a feature map), C channels (width), H heads, D width of the shared space, R picture side in pixels.
+
+Sources: CLIP (Radford et al. 2021, arXiv 2103.00020), BERT (Devlin et al. 2018, arXiv 1810.04805), ViT (Dosovitskiy et al. 2020, arXiv 2010.11929),
+ResNet-D and anti-aliasing (arXiv 1812.01187, 1904.11486), Chinese CLIP (arXiv 2211.01335).
+"""
+import math
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass(frozen=True)
+class Config:
+    """All sizes of one model. `vision_layers` is a ViT's depth, or a ResNet's blocks in its four groups: which of the two it is decides the tower."""
+
+    embed_dim: int                              # D, width of the shared space
+    image_size: int                             # R, pixels
+    vision_layers: int | tuple[int, int, int, int]
+    vision_width: int                           # C: ViT token width, or channels that the ResNet's stem gives
+    vision_heads: int                           # ViT: heads per layer. ResNet: heads of the attention pool
+    patch_size: int | None                      # ViT only
+    text_layers: int
+    text_width: int
+    text_heads: int
+    text_dropout: float = 0.1                   # BERT: on hidden states and on attention weights
+    vocab_size: int = 21128                     # bert-base-chinese
+    text_positions: int = 512                   # rows of BERT's position table; `context_length` of them are used
+    context_length: int = 52                    # paper, table 2
+
+
+# One row per model. The released sizes are those of Chinese CLIP (arXiv 2211.01335, table 1): "RBT3" and "RoBERTa-wwm-ext" are BERTs of 3 x 768, 12 x 768 and
+# 24 x 1024. The paper's CE-CLIP rows are vit-b-16 and vit-l-14. `tiny` is ours: it trains in minutes on a laptop's CPU.
+#                              D    R         vision: layers  width  heads  patch       text: layers  width  heads
+CONFIGS = {
+    "rn50":         Config(1024, 224, (3, 4, 6, 3),   64, 32, None,   3,  768, 12),
+    "vit-b-32":     Config( 512, 224,           12,  768, 12,   32,  12,  768, 12),
+    "vit-b-16":     Config( 512, 224,           12,  768, 12,   16,  12,  768, 12),
+    "vit-l-14":     Config( 768, 224,           24, 1024, 16,   14,  12,  768, 12),
+    "vit-l-14-336": Config( 768, 336,           24, 1024, 16,   14,  12,  768, 12),
+    "vit-h-14":     Config(1024, 224,           32, 1280, 16,   14,  24, 1024, 16),
+    "tiny":         Config( 128,  64, (1, 1, 1, 1),   32,  8, None,   3,  128,  2),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- attention, shared by ViT and BERT
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(Q Kᵀ / sqrt(C / H)) V per head (Vaswani et al. 2017, eq. 1), with one matrix for Q, K and V."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, keep=None):
+        """x (B, L, C); keep (B, 1, 1, L) bool, True where a token may be looked at, or None for all -> (B, L, C)."""
+        B, L, C = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)     # each (B, H, L, C/H)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)              # (B, H, L, C/H)
+        return self.out(y.transpose(1, 2).reshape(B, L, C))
+
+
+def run_blocks(blocks, x, *args, checkpointed: bool):
+    """x through a list of blocks, one after the other. With `checkpointed` only the blocks' inputs are kept; each block is run again during the backward pass.
+
+    The second run must not touch BatchNorm's running statistics again (`_statistics_kept`), or they would count every batch twice.
+    """
+    for block in blocks:
+        if checkpointed and torch.is_grad_enabled():
+            x = checkpoint(block, x, *args, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))
+        else:
+            x = block(x, *args)
+    return x
+
+
+@contextmanager
+def _statistics_kept(module):
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for m in norms:
+        m.track_running_stats = False           # in training mode: normalise by the batch, update nothing
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+
+
+# ---------------------------------------------------------------------------------------------------------------- vision tower 1: VisionTransformer
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)        # eps 1e-5
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):                       # (B, 1+P, C) -> (B, 1+P, C)
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class VisionTransformer(nn.Module):
+    """ViT as in CLIP: patches by one strided convolution, a class token, a LayerNorm before the first layer; the class token's last state is the feature."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        width, patches = cfg.vision_width, (cfg.image_size // cfg.patch_size) ** 2
+        self.grad_checkpointing = False
+        self.patch_embed = nn.Conv2d(3, width, cfg.patch_size, stride=cfg.patch_size, bias=False)
+        self.class_token = nn.Parameter(torch.empty(width))
+        self.position_embed = nn.Parameter(torch.empty(1 + patches, width))
+        self.norm_pre = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(VisionBlock(width, cfg.vision_heads) for _ in range(cfg.vision_layers))
+        self.norm_post = nn.LayerNorm(width)
+        self.projection = nn.Parameter(torch.empty(width, cfg.embed_dim))
+        self.init_weights()
+
+    def forward(self, pixels):
+        """pixels (B, 3, R, R), normalised -> (B, D), not yet of unit length."""
+        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)                                     # (B, P, C)
+        x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)               # (B, 1+P, C)
+        x = self.norm_pre(x + self.position_embed)
+        x = run_blocks(self.blocks, x, checkpointed=self.grad_checkpointing)
+        return self.norm_post(x[:, 0]) @ self.projection                                            # (B, D)
+
+    def init_weights(self):
+        """CLIP's scheme (openai/CLIP, model.py, initialize_parameters): deviations C^-1/2, and (2 x layers)^-1/2 of it where a branch rejoins the residual stream."""
+        width, layers = self.position_embed.shape[1], len(self.blocks)
+        for p in (self.class_token, self.position_embed, self.projection):
+            nn.init.normal_(p, std=width**-0.5)
+        for block in self.blocks:
+            nn.init.normal_(block.attention.qkv.weight, std=width**-0.5)
+            nn.init.normal_(block.mlp[0].weight, std=(2 * width) ** -0.5)
+            for rejoining in (block.attention.out, block.mlp[2]):
+                nn.init.normal_(rejoining.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            for linear in (block.attention.qkv, block.attention.out, block.mlp[0], block.mlp[2]):
+                nn.init.zeros_(linear.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------- vision tower 2: ModifiedResNet
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions beside a shortcut. All convolutions have stride 1: an average pool shrinks the map, which keeps fine patterns from aliasing."""
+
+    def __init__(self, channels_in: int, channels: int, stride: int):
+        super().__init__()
+        channels_out = 4 * channels
+        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3 = nn.Conv2d(channels, channels_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.shortcut = nn.Identity()
+        if stride > 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.AvgPool2d(stride) if stride > 1 else nn.Identity(),
+                nn.Conv2d(channels_in, channels_out, 1, bias=False),
+                nn.BatchNorm2d(channels_out),
+            )
+
+    def forward(self, x):                       # (B, C, h, w) -> (B, C', h/stride, w/stride)
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.pool(F.relu(self.bn2(self.conv2(y))))
+        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
+class AttentionPool(nn.Module):
+    """Pools a feature map by attention: the mean position asks, all positions (the mean among them) answer (CLIP, section 2.4)."""
+
+    def __init__(self, side: int, width: int, heads: int, embed_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.position_embed = nn.Parameter(torch.empty(1 + side * side, width))
+        self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
+        self.out = nn.Linear(width, embed_dim)
+
+    def forward(self, x):                       # (B, C, h, w) -> (B, D)
+        x = x.flatten(2).transpose(1, 2)                                                            # (B, P, C)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.position_embed.to(x.dtype)    # (B, 1+P, C)
+        split = lambda t: t.unflatten(2, (self.heads, -1)).transpose(1, 2)                          # (B, ?, C) -> (B, H, ?, C/H)
+        y = F.scaled_dot_product_attention(split(self.query(x[:, :1])), split(self.key(x)), split(self.value(x)))  # (B, H, 1, C/H)
+        return self.out(y.transpose(1, 2).flatten(1))                                               # (B, D)
+
+
+class ModifiedResNet(nn.Module):
+    """CLIP's ResNet: a stem of three convolutions, average pools in the place of strides, attention pooling at the end."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        width = cfg.vision_width
+        self.grad_checkpointing = False
+        conv = lambda c_in, c_out, stride=1: nn.Sequential(
+            nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+        self.stem = nn.Sequential(conv(3, width // 2, stride=2), conv(width // 2, width // 2), conv(width // 2, width), nn.AvgPool2d(2))
+        blocks, channels_in = [], width
+        for group, depth in enumerate(cfg.vision_layers):
+            for i in range(depth):
+                stride = 2 if group > 0 and i == 0 else 1
+                blocks.append(Bottleneck(channels_in, width * 2**group, stride))
+                channels_in = 4 * width * 2**group
+        self.blocks = nn.ModuleList(blocks)
+        self.attention_pool = AttentionPool(cfg.image_size // 32, channels_in, cfg.vision_heads, cfg.embed_dim)
+        self.init_weights()
+
+    def forward(self, pixels):
+        """pixels (B, 3, R, R), normalised -> (B, D), not yet of unit length."""
+        x = run_blocks([self.stem, *self.blocks], pixels, checkpointed=self.grad_checkpointing)     # (B, 32 C, R/32, R/32)
+        return self.attention_pool(x)
+
+    def init_weights(self):
+        """CLIP's scheme: the attention pool by C^-1/2; each block starts as its shortcut (gain 0 in its last BatchNorm)."""
+        pool = self.attention_pool
+        std = pool.position_embed.shape[1] ** -0.5
+        for p in (pool.position_embed, pool.query.weight, pool.key.weight, pool.value.weight, pool.out.weight):
+            nn.init.normal_(p, std=std)
+        for block in self.blocks:
+            nn.init.zeros_(block.bn3.weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text tower: BERT
+
+
+class BertBlock(nn.Module):
+    """Post-norm transformer layer: norm(x + attention(x)), then norm(x + mlp(x)); the exact (erf) GELU."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.norm1 = nn.LayerNorm(width, eps=1e-12)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm2 = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, keep):                 # (B, L, C), (B, 1, 1, L) -> (B, L, C)
+        x = self.norm1(x + self.dropout(self.attention(x, keep)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+
+class BertEncoder(nn.Module):
+    """BERT without its pooler and heads. [PAD] tokens (id 0) are seen by nobody, so padding a caption changes nothing."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.word_embed = nn.Embedding(cfg.vocab_size, cfg.text_width)
+        self.position_embed = nn.Embedding(cfg.text_positions, cfg.text_width)
+        self.type_embed = nn.Embedding(2, cfg.text_width)       # "sentence A or B" of BERT's pretraining; a caption is always A, row 0
+        self.norm = nn.LayerNorm(cfg.text_width, eps=1e-12)
+        self.dropout = nn.Dropout(cfg.text_dropout)
+        self.blocks = nn.ModuleList(BertBlock(cfg.text_width, cfg.text_heads, cfg.text_dropout) for _ in range(cfg.text_layers))
+        self.init_weights()
+
+    def forward(self, ids):
+        """ids (B, L) int64, 0 = [PAD] -> last hidden states (B, L, C)."""
+        keep = (ids != 0)[:, None, None, :]                                                         # (B, 1, 1, L)
+        x = self.word_embed(ids) + self.position_embed.weight[: ids.shape[1]] + self.type_embed.weight[0]
+        return run_blocks(self.blocks, self.dropout(self.norm(x)), keep, checkpointed=self.grad_checkpointing)
+
+    def init_weights(self):
+        """BERT's scheme: every matrix and table normal with deviation 0.02, biases 0 (google-research/bert, initializer_range)."""
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(m.weight, std=0.02)
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the two towers together
+
+
+class CLIP(nn.Module):
+    """Both towers, the text projection, and the learned temperature (as the logarithm of its inverse, `logit_scale`)."""
+
+    MAX_LOGIT_SCALE = math.log(100.0)           # CLIP, section 2.5: above a scale of 100 training becomes unstable
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.vision_frozen = False
+        self.vision = VisionTransformer(cfg) if isinstance(cfg.vision_layers, int) else ModifiedResNet(cfg)
+        self.text = BertEncoder(cfg)
+        self.text_projection = nn.Parameter(torch.empty(cfg.text_width, cfg.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.text_projection, std=cfg.text_width**-0.5)
+
+    def encode_image(self, pixels):
+        """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), float32 whatever the towers' precision."""
+        with torch.no_grad() if self.vision_frozen else nullcontext():
+            return F.normalize(self.vision(pixels).float(), dim=-1)
+
+    def encode_text(self, ids):
+        """ids (B, L) int64, 0 = [PAD] -> unit vectors (B, D), float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1)."""
+        cls = self.text(ids)[:, 0]                                                                  # (B, C)
+        return F.normalize((cls @ self.text_projection).float(), dim=-1)
+
+    def forward(self, pixels, ids):
+        """-> image_embed (B, D), text_embed (B, D), scale = exp(logit_scale)."""
+        return self.encode_image(pixels), self.encode_text(ids), self.logit_scale.exp()
+
+    def freeze_vision(self):
+        """Stage 1 (paper, section 3.2): the vision tower gets no gradients, and stays in evaluation mode so that BatchNorm keeps its statistics."""
+        self.vision_frozen = True
+        self.vision.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.vision_frozen:
+            self.vision.eval()
+        return self
+
+    def set_grad_checkpointing(self, on: bool = True):
+        """Trade computation for memory in both towers: keep each block's input alone and run the block again in the backward pass."""
+        self.vision.grad_checkpointing = self.text.grad_checkpointing = on
+
+    @torch.no_grad()
+    def clamp_logit_scale(self):
+        """After every optimizer step: exp(logit_scale) stays between 1 and 100."""
+        self.logit_scale.clamp_(0, self.MAX_LOGIT_SCALE)
