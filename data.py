@@ -260,7 +260,7 @@ AUGMENT = {
     "photo":   (0,      0.05, 0.03,    0.05,  0.0,  0.1,       0.1,     0.1),
     "drawing": (15,     0.20, 0.12,    0.10,  0.05, 0.2,       0.2,     0.3),
 }
-DRAWS = 7 + 2 * 4 * 4                                                           # random numbers that one picture uses
+DRAWS = 8 + 2 * 4 * 4                                                           # random numbers that one picture uses
 
 
 def augment(pixels, draws, strength):
@@ -276,7 +276,7 @@ def augment(pixels, draws, strength):
     rows = [torch.stack([cos * size * shape, -sin * size * shape, u[:, 3] * shift], 1), torch.stack([sin * size / shape, cos * size / shape, u[:, 4] * shift], 1)]
     grid = F.affine_grid(torch.stack(rows, 1), pixels.shape, align_corners=False)                   # (B, R, R, 2): where each output pixel looks
     if warp:                                                                    # a smooth random field: another hand draws other proportions
-        field = F.interpolate(u[:, 7:].view(B, 2, 4, 4), (R, R), mode="bicubic", align_corners=True)
+        field = F.interpolate(u[:, 8:].view(B, 2, 4, 4), (R, R), mode="bicubic", align_corners=True)
         grid = grid + warp * field.permute(0, 2, 3, 1)
     pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
     factor = lambda k, most: (1 + most * u[:, k]).view(B, 1, 1, 1)
@@ -284,7 +284,7 @@ def augment(pixels, draws, strength):
     grey = pixels.mean(dim=1, keepdim=True)
     pixels = grey + (pixels - grey) * factor(6, saturation)
     middle = grey.mean(dim=(2, 3), keepdim=True)
-    return (middle + (pixels - middle) * factor(2, contrast)).clamp(0, 1)
+    return (middle + (pixels - middle) * factor(7, contrast)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- batches for training

@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -168,6 +169,41 @@ class VisionTransformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------- vision tower 2: ModifiedResNet
 
 
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, which every process uses: so the gradient, too, is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm over the global batch: the statistics are those of all processes' pictures, so the number of processes does not change the model."""
+
+    def forward(self, x):                       # (B, C, h, w) -> (B, C, h, w)
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        world, dtype, x = dist.get_world_size(), x.dtype, x.float()
+        mean = _Sum.apply(x.mean(dim=(0, 2, 3))) / world                                            # (C,)
+        centred = x - mean[:, None, None]
+        var = _Sum.apply(centred.square().mean(dim=(0, 2, 3))) / world
+        if self.track_running_stats:
+            n = world * x.numel() // x.shape[1]                                                     # values per channel
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
+            self.num_batches_tracked += 1
+        y = centred * ((var + self.eps).rsqrt() * self.weight)[:, None, None] + self.bias[:, None, None]
+        return y.to(dtype)
+
+
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions beside a shortcut. All convolutions have stride 1: an average pool shrinks the map, which keeps fine patterns from aliasing."""
 
@@ -175,18 +211,18 @@ class Bottleneck(nn.Module):
         super().__init__()
         channels_out = 4 * channels
         self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = BatchNorm2d(channels)
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, channels_out, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels_out)
+        self.bn3 = BatchNorm2d(channels_out)
         self.shortcut = nn.Identity()
         if stride > 1 or channels_in != channels_out:
             self.shortcut = nn.Sequential(
                 nn.AvgPool2d(stride) if stride > 1 else nn.Identity(),
                 nn.Conv2d(channels_in, channels_out, 1, bias=False),
-                nn.BatchNorm2d(channels_out),
+                BatchNorm2d(channels_out),
             )
 
     def forward(self, x):                       # (B, C, h, w) -> (B, C', h/stride, w/stride)
@@ -221,7 +257,7 @@ class ModifiedResNet(nn.Module):
         width = cfg.vision_width
         self.grad_checkpointing = False
         conv = lambda c_in, c_out, stride=1: nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU())
+            nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False), BatchNorm2d(c_out), nn.ReLU())
         self.stem = nn.Sequential(conv(3, width // 2, stride=2), conv(width // 2, width // 2), conv(width // 2, width), nn.AvgPool2d(2))
         blocks, channels_in = [], width
         for group, depth in enumerate(cfg.vision_layers):
@@ -235,7 +271,8 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, pixels):
         """pixels (B, 3, R, R), normalised -> (B, D), not yet of unit length."""
-        x = run_blocks([self.stem, *self.blocks], pixels, checkpointed=self.grad_checkpointing)     # (B, 32 C, R/32, R/32)
+        x = pixels.contiguous(memory_format=torch.channels_last)                # the layout in which convolutions are fast
+        x = run_blocks([self.stem, *self.blocks], x, checkpointed=self.grad_checkpointing)     # (B, 32 C, R/32, R/32)
         return self.attention_pool(x)
 
     def init_weights(self):
