@@ -29,6 +29,7 @@ import data
 from evaluate import embed_split, plain_warnings, precision_of, retrieval_recall, start_processes
 from loss import contrastive_loss
 from model import CLIP, CONFIGS
+from tokenizer import MASK, SEP
 
 # What each stage sets when no flag does. The paper gives no figures for the two pretraining stages; these are the learning rates of Chinese CLIP.
 # Fine-tuning: the paper's table 2 (its 200 epochs are for 2,000 pairs). Other batch sizes want other learning rates.
@@ -122,7 +123,7 @@ def main():
         lr = set_lr(optimizer, learning_rate(step - 1, args.lr, args.warmup, total))
         torch.manual_seed(random_seed(args.seed, step, rank))                   # dropout: a function of (seed, step, process), so nothing needs to be stored
         pixels, ids, image_keys, text_keys = (x.to(device, non_blocking=True) for x in batch)
-        pixels = prepare(pixels, args, step, rank, world)
+        pixels, ids = prepare(pixels, ids, args, step, rank, world)
         losses.append(train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast))
         seen += args.batch_size
 
@@ -185,14 +186,20 @@ def sum_gradients(model, bucket=2**25):
             g.copy_(part.view_as(g))
 
 
-def prepare(pixels, args, step, rank, world):
-    """uint8 pictures -> augmented, normalised pixels on the same device. The random numbers of a picture depend on (seed, step, its place in the global batch)."""
+def prepare(pixels, ids, args, step, rank, world):
+    """uint8 pictures -> augmented and normalised, some tokens -> [MASK], on the same device.
+
+    The random numbers of a pair depend on (seed, step, its place in the global batch): each process draws those of the whole batch and takes its own.
+    """
+    generator = torch.Generator().manual_seed(random_seed(args.seed, step, -1))
     pixels = pixels.float() / 255
     if data.AUGMENT[args.augment]:
-        generator = torch.Generator().manual_seed(random_seed(args.seed, step, -1))
         draws = 2 * torch.rand(args.batch_size, data.DRAWS, generator=generator) - 1
         pixels = data.augment(pixels, draws.chunk(world)[rank], data.AUGMENT[args.augment])
-    return data.normalize(pixels)
+    if args.mask_tokens:
+        draws = torch.rand(args.batch_size, 512, generator=generator).chunk(world)[rank][:, : ids.shape[1]].to(ids.device)
+        ids = torch.where((draws < args.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [CLS], [SEP]
+    return data.normalize(pixels), ids
 
 
 def make_optimizer(model, weight_decay):
@@ -335,6 +342,7 @@ def parse_args(argv=None):
     parser.add_argument("--warmup", type=int, help="steps to reach it")
     parser.add_argument("--weight-decay", type=float, default=0.001)
     parser.add_argument("--augment", choices=list(data.AUGMENT), default="none")
+    parser.add_argument("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
     parser.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")

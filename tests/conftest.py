@@ -1,0 +1,86 @@
+import base64
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def png(colour=(200, 30, 30), size=(20, 12), seed=None):
+    """Bytes of a small PNG: of one colour, or noise."""
+    picture = Image.new("RGB", size, colour)
+    if seed is not None:
+        picture = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    out = io.BytesIO()
+    picture.save(out, "PNG")
+    return out.getvalue()
+
+
+def write_tsv_split(folder, split, pictures=12, captions_per_picture=1, start=1):
+    """A split in the Chinese-CLIP layout: picture ids start…, caption k of picture i says so."""
+    folder.mkdir(exist_ok=True, parents=True)
+    rows, texts = [], []
+    for i in range(start, start + pictures):
+        rows.append(f"{i}\t{base64.b64encode(png(seed=i)).decode()}\n")
+        texts += [{"text_id": 10 * i + k, "text": f"第{i}张图片，说法{k}", "image_ids": [i]} for k in range(captions_per_picture)]
+    (folder / f"{split}_imgs.tsv").write_text("".join(rows))
+    (folder / f"{split}_texts.jsonl").write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+
+
+@pytest.fixture
+def tsv_folder(tmp_path):
+    folder = tmp_path / "little"
+    for split, start in (("train", 1), ("valid", 101), ("test", 201)):
+        write_tsv_split(folder, split, start=start)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real pictures with real Chinese text, if there is one."""
+    folder = os.environ.get("CE_CLIP_REAL_DATA")
+    if not folder:
+        pytest.skip("CE_CLIP_REAL_DATA is not set: no real pictures to test on")
+    return Path(folder)
+
+
+def script(*args, processes=1, ok=True, env=None):
+    """Run one of the scripts as a person would; -> its output (stdout and stderr)."""
+    command = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run([*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output
+    return output
+
+
+def refused(*args):
+    """Run a script that must fail: non-zero exit, one line on stderr, no traceback; -> that line."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0, done.stdout
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    return lines[0]
+
+
+def _process(rank, function, world, folder, args):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def on_processes(function, world, folder, *args):
+    """function(rank, world, *args) in `world` processes of one gloo group -> the list of what they returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mp.spawn(_process, (function, world, str(folder), args), nprocs=world)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]

@@ -1,0 +1,215 @@
+"""The towers: sizes, agreement with the published implementation, and that the savings (kernel, checkpointing, freezing, several processes) change no number."""
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import on_processes
+
+from loss import contrastive_loss
+from model import CLIP, CONFIGS, AttentionPool, Attention, Config
+
+VIT = Config(embed_dim=32, image_size=32, vision_layers=2, vision_width=48, vision_heads=4, patch_size=8, text_layers=2, text_width=48, text_heads=4, vocab_size=200)
+RESNET = dataclasses.replace(VIT, image_size=64, vision_layers=(2, 1, 1, 1), vision_width=8, vision_heads=4, patch_size=None)
+BOTH = pytest.mark.parametrize("cfg", [VIT, RESNET], ids=["vit", "resnet"])
+GENTLE = dict(text_dropout=0.0)
+
+
+def batch(cfg, n=6, seed=0, length=9):
+    g = torch.Generator().manual_seed(seed)
+    pixels = torch.randn(n, 3, cfg.image_size, cfg.image_size, generator=g)
+    ids = torch.randint(1, cfg.vocab_size, (n, length), generator=g)
+    for row, keep in enumerate(torch.randint(3, length + 1, (n,), generator=g)):
+        ids[row, keep:] = 0
+    return pixels, ids
+
+
+def build(cfg, seed=0):
+    torch.manual_seed(seed)
+    model = CLIP(cfg)
+    for name, p in model.named_parameters():                                    # residual branches start at gain 0 and biases at 0: wake all of them up
+        if p.ndim == 1 and p.numel() > 1:
+            p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+# Chinese-CLIP's parameter counts without BERT's pooler.
+@pytest.mark.parametrize("name, parameters", [("rn50", 76_989_537), ("vit-b-32", 189_919_489), ("vit-b-16", 188_262_913), ("vit-l-14", 406_233_089),
+                                              ("vit-l-14-336", 406_560_769), ("vit-h-14", 957_598_209)])
+def test_released_sizes(name, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in CLIP(CONFIGS[name]).parameters()) == parameters
+
+
+def test_tiny_is_tiny():
+    assert 2e6 < sum(p.numel() for p in CLIP(CONFIGS["tiny"]).parameters()) < 5e6
+
+
+@BOTH
+def test_embeddings_are_unit_vectors_and_padding_changes_nothing(cfg):
+    model, (pixels, ids) = build(cfg).eval(), batch(cfg)
+    image_embed, text_embed, scale = model(pixels, ids)
+    assert image_embed.shape == text_embed.shape == (6, cfg.embed_dim)
+    torch.testing.assert_close(image_embed.norm(dim=1), torch.ones(6))
+    torch.testing.assert_close(scale.item(), 1 / 0.07)
+    torch.testing.assert_close(model.encode_text(F.pad(ids, (0, 7))), text_embed, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_kernel_equals_the_written_out_softmax():
+    torch.manual_seed(0)
+    attention, x = Attention(48, 4), torch.randn(3, 7, 48)
+    keep = torch.ones(3, 1, 1, 7, dtype=torch.bool)
+    keep[1, ..., 4:] = False
+    q, k, v = (attention.qkv(x)[..., i * 48 : (i + 1) * 48].reshape(3, 7, 4, 12).transpose(1, 2) for i in range(3))
+    weights = (q @ k.transpose(2, 3) / math.sqrt(12)).masked_fill(~keep, -math.inf).softmax(dim=-1)
+    torch.testing.assert_close(attention(x, keep), attention.out((weights @ v).transpose(1, 2).reshape(3, 7, 48)), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_pool_equals_the_written_out_softmax():
+    torch.manual_seed(0)
+    pool, x = AttentionPool(2, 16, 4, 8), torch.randn(3, 16, 2, 2)
+    torch.nn.init.normal_(pool.position_embed)
+    tokens = x.flatten(2).transpose(1, 2)
+    tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.position_embed
+    q, k, v = (m(t).reshape(3, -1, 4, 4).transpose(1, 2) for m, t in ((pool.query, tokens[:, :1]), (pool.key, tokens), (pool.value, tokens)))
+    y = ((q @ k.transpose(2, 3) / 2).softmax(-1) @ v).transpose(1, 2).reshape(3, 16)
+    torch.testing.assert_close(pool(x), pool.out(y), rtol=1e-5, atol=1e-6)
+
+
+@BOTH
+def test_checkpointed_gradients_and_statistics_equal_plain_ones(cfg):
+    results = []
+    for checkpointed in (False, True):
+        model, (pixels, ids) = build(cfg).train(), batch(cfg)
+        model.set_grad_checkpointing(checkpointed)
+        torch.manual_seed(1)                                                    # dropout stays on: the second run of a block must draw the same
+        contrastive_loss(*model(pixels, ids)).backward()
+        results.append({n: p.grad for n, p in model.named_parameters()} | dict(model.named_buffers()))
+    for name, plain in results[0].items():
+        if plain is not None:
+            torch.testing.assert_close(results[1][name], plain, rtol=1e-5, atol=1e-7, msg=name)
+
+
+@BOTH
+def test_checkpointing_runs_blocks_again(cfg):
+    model, (pixels, ids) = build(cfg).train(), batch(cfg)
+    calls = []
+    for block in [*model.vision.blocks, *model.text.blocks]:
+        block.register_forward_hook(lambda *_: calls.append(1))
+    model.set_grad_checkpointing()
+    contrastive_loss(*model(pixels, ids)).backward()
+    assert len(calls) == 2 * (len(model.vision.blocks) + len(model.text.blocks))
+
+
+@BOTH
+def test_frozen_vision_tower_has_no_graph_and_stays_in_evaluation_mode(cfg):
+    model, (pixels, ids) = build(cfg).freeze_vision().train(), batch(cfg)
+    assert not model.encode_image(pixels).requires_grad and model.encode_text(ids).requires_grad
+    assert not any(m.training for m in model.vision.modules()) and model.text.training
+
+
+def test_logit_scale_is_clamped_to_one_and_a_hundred():
+    model = build(VIT)
+    for value, clamped in ((9.0, math.log(100)), (-3.0, 0.0), (2.0, 2.0)):
+        model.logit_scale.data.fill_(value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.item() == pytest.approx(clamped)
+
+
+def test_initial_deviations_are_those_of_clip_and_bert():
+    torch.manual_seed(0)
+    vit = CLIP(dataclasses.replace(VIT, vision_width=256, text_width=256))
+    block = vit.vision.blocks[0]
+    for tensor, std in ((vit.vision.position_embed, 256**-0.5), (block.attention.qkv.weight, 256**-0.5), (block.attention.out.weight, 256**-0.5 * 4**-0.5),
+                        (block.mlp[0].weight, 512**-0.5), (block.mlp[2].weight, 256**-0.5 * 4**-0.5), (vit.text.blocks[0].mlp[0].weight, 0.02),
+                        (vit.text.word_embed.weight, 0.02), (vit.text_projection, 256**-0.5)):
+        assert tensor.std().item() == pytest.approx(std, rel=0.1)
+    assert all((b.bn3.weight == 0).all() for b in CLIP(RESNET).vision.blocks)
+
+
+# ---------------------------------------------------------------------------------------------------------------- several processes
+
+
+def _gradients(rank, world, cfg):
+    model = build(dataclasses.replace(cfg, **GENTLE)).train()
+    pixels, ids = (x.chunk(world)[rank] for x in batch(cfg))
+    loss = contrastive_loss(*model(pixels, ids))
+    loss.backward()
+    return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers())
+
+
+@BOTH
+def test_gradients_of_two_processes_sum_to_those_of_one(cfg, tmp_path):
+    """Towers and logit_scale, magnitude included, to 1e-6 relative to the largest gradient; BatchNorm statistics too."""
+    whole, statistics = on_processes(_gradients, 1, tmp_path / "one", cfg)[0]
+    halves = on_processes(_gradients, 2, tmp_path / "two", cfg)
+    largest = max(g.abs().max() for g in whole.values())
+    for name, gradient in whole.items():
+        difference = (halves[0][0][name] + halves[1][0][name] - gradient).abs().max()
+        assert difference <= 1e-6 * largest, (name, difference.item(), largest.item())
+    assert (halves[0][0]["logit_scale"] + halves[1][0]["logit_scale"]).item() == pytest.approx(whole["logit_scale"].item(), rel=1e-5)
+    for name, value in statistics.items():
+        for _, other in halves:
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the published implementation
+
+
+@pytest.mark.parametrize("cfg", [VIT, RESNET], ids=["vit", "resnet"])
+def test_embeddings_equal_the_published_implementation(cfg):
+    peer_module = pytest.importorskip("cn_clip.clip.model")
+    cfg = dataclasses.replace(cfg, vision_width=64 if cfg is VIT else 8, vision_heads=1 if cfg is VIT else 4)     # the peer fixes ViT heads of width 64
+    if cfg.patch_size is None:
+        cfg = dataclasses.replace(cfg, vision_heads=32 * 8 // 64)
+    ours = build(cfg).eval()
+    peer = peer_module.CLIP(embed_dim=32, image_resolution=cfg.image_size, vision_layers=cfg.vision_layers, vision_width=cfg.vision_width, vision_patch_size=cfg.patch_size,
+                            vocab_size=200, text_attention_probs_dropout_prob=0.1, text_hidden_act="gelu", text_hidden_dropout_prob=0.1, text_hidden_size=48,
+                            text_initializer_range=0.02, text_intermediate_size=192, text_max_position_embeddings=512, text_num_attention_heads=4,
+                            text_num_hidden_layers=2, text_type_vocab_size=2).eval()
+    mine = ours.state_dict()
+    theirs = {}
+    for key in peer.state_dict():
+        theirs[key] = peer_tensor(key, mine, cfg)
+    peer.load_state_dict({k: v if v is not None else peer.state_dict()[k] for k, v in theirs.items()})
+    assert [k for k, v in theirs.items() if v is None and "pooler" not in k and "position_ids" not in k] == []
+    pixels, ids = batch(cfg)
+    with torch.no_grad():
+        image, text, scale = peer(pixels, ids)
+        torch.testing.assert_close(ours.encode_image(pixels), image, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours.encode_text(ids), text, rtol=1e-5, atol=1e-5)
+
+
+def peer_tensor(key, mine, cfg):
+    """The tensor of ours that Chinese-CLIP calls `key`, or None."""
+    words = key.split(".")
+    if key in ("logit_scale", "text_projection"):
+        return mine[key]
+    if key.startswith("bert.encoder.layer."):
+        block, rest = f"text.blocks.{words[3]}.", ".".join(words[4:-1])
+        if rest.startswith("attention.self."):
+            part = ("query", "key", "value").index(words[6])
+            return mine[f"{block}attention.qkv.{words[-1]}"].chunk(3)[part]
+        names = {"attention.output.dense": "attention.out", "attention.output.LayerNorm": "norm1", "intermediate.dense": "mlp.0", "output.dense": "mlp.2", "output.LayerNorm": "norm2"}
+        return mine[block + names[rest] + "." + words[-1]]
+    if key.startswith("bert.embeddings."):
+        names = {"word_embeddings": "word_embed", "position_embeddings": "position_embed", "token_type_embeddings": "type_embed", "LayerNorm": "norm"}
+        return mine[f"text.{names[words[2]]}.{words[-1]}"] if words[2] in names else None
+    if key.startswith("visual.transformer.resblocks."):
+        rest = ".".join(words[4:])
+        names = {"attn.in_proj_": "attention.qkv.", "attn.out_proj.": "attention.out.", "ln_1.": "norm1.", "ln_2.": "norm2.", "mlp.c_fc.": "mlp.0.", "mlp.c_proj.": "mlp.2."}
+        return next(mine[f"vision.blocks.{words[3]}.{ours}{rest.removeprefix(theirs)}"] for theirs, ours in names.items() if rest.startswith(theirs))
+    if key.startswith("visual.layer"):
+        group, index = int(words[1][5:]) - 1, int(words[2])
+        rest = ".".join(words[3:]).replace("downsample.0", "shortcut.1").replace("downsample.1", "shortcut.2")
+        return mine[f"vision.blocks.{sum(cfg.vision_layers[:group]) + index}.{rest}"]
+    if key.startswith("visual.attnpool."):
+        names = {"positional_embedding": "position_embed", "q_proj": "query", "k_proj": "key", "v_proj": "value", "c_proj": "out"}
+        return mine["vision.attention_pool." + ".".join([names[words[2]], *words[3:]])]
+    if key.startswith(("visual.conv", "visual.bn")) and words[1] != "conv1" or key.startswith("visual.conv1") and cfg.patch_size is None:
+        return mine[f"vision.stem.{int(words[1][-1]) - 1}.{0 if 'conv' in words[1] else 1}.{words[-1]}"]
+    names = {"visual.conv1.weight": "vision.patch_embed.weight", "visual.class_embedding": "vision.class_token", "visual.positional_embedding": "vision.position_embed",
+             "visual.proj": "vision.projection", "visual.ln_pre.weight": "vision.norm_pre.weight", "visual.ln_pre.bias": "vision.norm_pre.bias",
+             "visual.ln_post.weight": "vision.norm_post.weight", "visual.ln_post.bias": "vision.norm_post.bias"}
+    return mine[names[key]] if key in names else None
