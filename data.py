@@ -258,7 +258,7 @@ AUGMENT = {
     #          rotate°  zoom  stretch  shift  warp  brightness contrast saturation
     "none":    None,
     "photo":   (0,      0.05, 0.03,    0.05,  0.0,  0.1,       0.1,     0.1),
-    "drawing": (15,     0.20, 0.12,    0.10,  0.05, 0.2,       0.2,     0.3),
+    "drawing": (20,     0.25, 0.20,    0.12,  0.08, 0.3,       0.3,     0.4),
 }
 DRAWS = 8 + 2 * 4 * 4                                                           # random numbers that one picture uses
 

@@ -52,9 +52,9 @@ def contrastive_loss(image_embed, text_embed, scale, image_ids=None, text_ids=No
     logits_image = scale * image_embed @ all_text.T                             # (B, N): rows of S
     logits_text = scale * text_embed @ all_image.T                              # (B, N): columns of S
     first = dist.get_rank() * B if N > B else 0
-    truth = torch.eye(N, device=image_embed.device)[first : first + B]          # (B, N)
+    truth = torch.eye(N, dtype=image_embed.dtype, device=image_embed.device)[first : first + B]          # (B, N)
     if image_ids is not None:
         same = (image_ids[:, None] == gather(image_ids)) | (text_ids[:, None] == gather(text_ids))
-        truth = torch.maximum(truth, same.float())                              # symmetric, so it serves rows and columns
+        truth = torch.maximum(truth, same.to(truth.dtype))                              # symmetric, so it serves rows and columns
     truth = truth / truth.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits_image, truth, reduction="sum") + F.cross_entropy(logits_text, truth, reduction="sum")) / (2 * N)

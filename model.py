@@ -53,7 +53,7 @@ CONFIGS = {
     "vit-l-14":     Config( 768, 224,           24, 1024, 16,   14,  12,  768, 12),
     "vit-l-14-336": Config( 768, 336,           24, 1024, 16,   14,  12,  768, 12),
     "vit-h-14":     Config(1024, 224,           32, 1280, 16,   14,  24, 1024, 16),
-    "tiny":         Config( 128,  64, (2, 2, 2, 2),   16,  8, None,   2,  128,  2),
+    "tiny":         Config( 128,  64, (2, 2, 2, 2),   16,  8, None,   2,  128,  2, text_dropout=0.0),
 }
 
 
@@ -93,14 +93,20 @@ def run_blocks(blocks, x, *args, checkpointed: bool):
 
 @contextmanager
 def _statistics_kept(module):
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for m in norms:
-        m.track_running_stats = False           # in training mode: normalise by the batch, update nothing
+    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, BatchNorm2d)]
+    for m, _, _ in norms:
+        m.momentum = 0.0                        # new statistics = 1 x the old ones + 0 x this batch's
     try:
         yield
     finally:
-        for m in norms:
-            m.track_running_stats = True
+        for m, momentum, batches in norms:
+            m.momentum = momentum
+            m.num_batches_tracked.copy_(batches)
+
+
+def at_least_float32(x):
+    """bfloat16 and float16 -> float32; float32 and float64 stay."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # ---------------------------------------------------------------------------------------------------------------- vision tower 1: VisionTransformer
@@ -191,7 +197,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, x):                       # (B, C, h, w) -> (B, C, h, w)
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        world, dtype, x = dist.get_world_size(), x.dtype, x.float()
+        world, dtype, x = dist.get_world_size(), x.dtype, at_least_float32(x)
         mean = _Sum.apply(x.mean(dim=(0, 2, 3))) / world                                            # (C,)
         centred = x - mean[:, None, None]
         var = _Sum.apply(centred.square().mean(dim=(0, 2, 3))) / world
@@ -354,12 +360,12 @@ class CLIP(nn.Module):
     def encode_image(self, pixels):
         """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), float32 whatever the towers' precision."""
         with torch.no_grad() if self.vision_frozen else nullcontext():
-            return F.normalize(self.vision(pixels).float(), dim=-1)
+            return F.normalize(at_least_float32(self.vision(pixels)), dim=-1)
 
     def encode_text(self, ids):
         """ids (B, L) int64, 0 = [PAD] -> unit vectors (B, D), float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1)."""
         cls = self.text(ids)[:, 0]                                                                  # (B, C)
-        return F.normalize((cls @ self.text_projection).float(), dim=-1)
+        return F.normalize(at_least_float32(cls @ self.text_projection), dim=-1)
 
     def forward(self, pixels, ids):
         """-> image_embed (B, D), text_embed (B, D), scale = exp(logit_scale)."""

@@ -96,7 +96,7 @@ def test_checkpointing_runs_blocks_again(cfg):
     model, (pixels, ids) = build(cfg).train(), batch(cfg)
     calls = []
     for block in [*model.vision.blocks, *model.text.blocks]:
-        block.register_forward_hook(lambda *_: calls.append(1))
+        block.register_forward_pre_hook(lambda *_: calls.append(1))
     model.set_grad_checkpointing()
     contrastive_loss(*model(pixels, ids)).backward()
     assert len(calls) == 2 * (len(model.vision.blocks) + len(model.text.blocks))
@@ -131,27 +131,27 @@ def test_initial_deviations_are_those_of_clip_and_bert():
 # ---------------------------------------------------------------------------------------------------------------- several processes
 
 
-def _gradients(rank, world, cfg):
-    model = build(dataclasses.replace(cfg, **GENTLE)).train()
+def _gradients(rank, world, cfg, dtype):
+    model = build(dataclasses.replace(cfg, **GENTLE)).to(dtype).train()
     pixels, ids = (x.chunk(world)[rank] for x in batch(cfg))
-    loss = contrastive_loss(*model(pixels, ids))
+    loss = contrastive_loss(*model(pixels.to(dtype), ids))
     loss.backward()
     return {"loss": loss.detach()} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, dict(model.named_buffers())
 
 
-@BOTH
-def test_gradients_of_two_processes_sum_to_those_of_one(cfg, tmp_path):
-    """Towers and logit_scale, magnitude included, to 1e-6 relative to the largest gradient; BatchNorm statistics too."""
-    whole, statistics = on_processes(_gradients, 1, tmp_path / "one", cfg)[0]
-    halves = on_processes(_gradients, 2, tmp_path / "two", cfg)
+@pytest.mark.parametrize("cfg, dtype, tolerance", [(VIT, torch.float32, 1e-6), (VIT, torch.float64, 1e-13), (RESNET, torch.float64, 1e-13)], ids=["vit-fp32", "vit-fp64", "resnet-fp64"])
+def test_gradients_of_two_processes_sum_to_those_of_one(cfg, dtype, tolerance, tmp_path):
+    """Towers and logit_scale, magnitude included, relative to the largest gradient; loss and BatchNorm statistics too. (BatchNorm loses digits in fp32: so fp64.)"""
+    whole, statistics = on_processes(_gradients, 1, tmp_path / "one", cfg, dtype)[0]
+    halves = on_processes(_gradients, 2, tmp_path / "two", cfg, dtype)
     largest = max(g.abs().max() for g in whole.values())
     for name, gradient in whole.items():
         difference = (halves[0][0][name] + halves[1][0][name] - gradient).abs().max()
-        assert difference <= 1e-6 * largest, (name, difference.item(), largest.item())
-    assert (halves[0][0]["logit_scale"] + halves[1][0]["logit_scale"]).item() == pytest.approx(whole["logit_scale"].item(), rel=1e-5)
+        assert difference <= tolerance * largest, (name, difference.item(), largest.item())
+    assert (halves[0][0]["logit_scale"] + halves[1][0]["logit_scale"]).item() == pytest.approx(whole["logit_scale"].item(), rel=10 * tolerance)
     for name, value in statistics.items():
         for _, other in halves:
-            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the published implementation
