@@ -23,6 +23,7 @@ import json
 import math
 import mmap
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -255,36 +256,34 @@ class Transform:
 # How far each kind of augmentation may go, both ways. `photo` follows the peers' crops (0.9 to 1 of the picture) and mild colour changes. `drawing` is for icons
 # and drawings. Nothing is ever mirrored: captions say left and right, and signs and letters do not survive it.
 AUGMENT = {
-    #          rotate°  zoom  stretch  shift  warp  brightness contrast saturation
     "none":    None,
-    "photo":   (0,      0.05, 0.03,    0.05,  0.0,  0.1,       0.1,     0.1),
-    "drawing": (20,     0.25, 0.20,    0.12,  0.08, 0.3,       0.3,     0.4),
+    "photo":   dict(rotate=0, zoom=0.05, stretch=0.03, shift=0.05, warp=0.0, ink=0.1, tint=0.0, saturation=0.1),
+    "drawing": dict(rotate=20, zoom=0.25, stretch=0.20, shift=0.12, warp=0.10, ink=0.3, tint=0.2, saturation=0.4),
 }
-DRAWS = 8 + 2 * 4 * 4                                                           # random numbers that one picture uses
+DRAWS = 10 + 2 * 4 * 4                                                          # random numbers that one picture uses
 
 
-def augment(pixels, draws, strength):
-    """Bend, move and tint a batch: pixels (B, 3, R, R) in 0..1, draws (B, DRAWS) uniform in -1..1, strength a row of AUGMENT -> (B, 3, R, R).
+def augment(pixels, draws, rotate, zoom, stretch, shift, warp, ink, tint, saturation):
+    """Bend, move and colour a batch: pixels (B, 3, R, R) in 0..1, draws (B, DRAWS) uniform in -1..1, then a row of AUGMENT -> (B, 3, R, R) in 0..1.
 
-    The random numbers come from outside, so that they can be a function of (seed, step, position in the global batch).
+    The random numbers come from outside, so that they can be a function of (seed, step, position in the global batch). Outside the picture its border goes on.
     """
-    rotate, zoom, stretch, shift, warp, brightness, contrast, saturation = strength
     B, _, R, _ = pixels.shape
-    u = draws.to(pixels.device)
-    angle, size, shape = u[:, 0] * math.radians(rotate), (u[:, 1] * zoom).exp(), (u[:, 2] * stretch).exp()
-    cos, sin = angle.cos(), angle.sin()
-    rows = [torch.stack([cos * size * shape, -sin * size * shape, u[:, 3] * shift], 1), torch.stack([sin * size / shape, cos * size / shape, u[:, 4] * shift], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), pixels.shape, align_corners=False)                   # (B, R, R, 2): where each output pixel looks
+    angle, size, aspect, dx, dy, dark, vivid, *_ = u = draws.to(pixels.device).T                    # each (B,)
+    angle, size, aspect = angle * math.radians(rotate), (size * zoom).exp(), (aspect * stretch).exp()
+    x_row = torch.stack([angle.cos() * size * aspect, -angle.sin() * size * aspect, dx * shift], dim=1)
+    y_row = torch.stack([angle.sin() * size / aspect, angle.cos() * size / aspect, dy * shift], dim=1)
+    grid = F.affine_grid(torch.stack([x_row, y_row], dim=1), pixels.shape, align_corners=False)     # (B, R, R, 2): where each output pixel looks
     if warp:                                                                    # a smooth random field: another hand draws other proportions
-        field = F.interpolate(u[:, 8:].view(B, 2, 4, 4), (R, R), mode="bicubic", align_corners=True)
+        field = F.interpolate(u[10:].T.reshape(B, 2, 4, 4), (R, R), mode="bicubic", align_corners=True)
         grid = grid + warp * field.permute(0, 2, 3, 1)
     pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    factor = lambda k, most: (1 + most * u[:, k]).view(B, 1, 1, 1)
-    pixels = pixels * factor(5, brightness)
+
+    # Colours change by the ink, 1 - pixels: white paper stays white, dark parts get lighter or darker, each channel a little differently.
+    per_picture = lambda draw, most: (1 + most * draw).view(B, 1, 1, 1)
+    pixels = 1 - (1 - pixels) * per_picture(dark, ink) * (1 + tint * u[7:10].T.view(B, 3, 1, 1))
     grey = pixels.mean(dim=1, keepdim=True)
-    pixels = grey + (pixels - grey) * factor(6, saturation)
-    middle = grey.mean(dim=(2, 3), keepdim=True)
-    return (middle + (pixels - middle) * factor(7, contrast)).clamp(0, 1)
+    return (grey + (pixels - grey) * per_picture(vivid, saturation)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- batches for training
@@ -345,7 +344,13 @@ def trim(ids):
 
 def training_loader(split, image_size, batches, workers, pin_memory=False):
     return DataLoader(TrainingPairs(split, image_size), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-                      prefetch_factor=4 if workers else None)
+                      prefetch_factor=4 if workers else None, worker_init_fn=start_worker)
+
+
+def start_worker(_):
+    """Readers leave Ctrl-C to the process they read for, and end when it tells them to."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the painted data set

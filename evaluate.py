@@ -11,6 +11,7 @@ import argparse
 import functools
 import json
 import os
+import sys
 import unicodedata
 import warnings
 from pathlib import Path
@@ -155,7 +156,7 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0):
     rank = dist.get_rank() if world > 1 else 0
 
     mine = range(rank, len(split.image_ids), world)
-    loader = DataLoader(_Pictures(split, model.cfg.image_size, mine), batch_size=batch_size, num_workers=workers)
+    loader = DataLoader(_Pictures(split, model.cfg.image_size, mine), batch_size=batch_size, num_workers=workers, worker_init_fn=data.start_worker)
     images, texts = [torch.empty(0, model.cfg.embed_dim)], [torch.empty(0, model.cfg.embed_dim)]
     for pixels in loader:
         with autocast():
@@ -212,9 +213,11 @@ def table(result, name, split, model_name, ckpt):
     return "\n".join(out)
 
 
-def plain_warnings():
-    """Warnings as one line, without Python's source line, in every script."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", flush=True)
+def plain_warnings(rank=0):
+    """Warnings as one line on stderr, without Python's source line, and from the first process alone."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
+    if rank:
+        warnings.simplefilter("ignore")
 
 
 def main():
@@ -229,8 +232,8 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
 
-    plain_warnings()
     device, rank, _ = start_processes()
+    plain_warnings(rank)
     model, _ = checkpoint.load(args.ckpt, device)
     split = data.open_split(args.data, args.split, args.data_root, model.cfg.context_length)
     autocast, _ = precision_of(args.precision, device)

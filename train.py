@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import resource
 import signal
 import sys
@@ -44,29 +43,27 @@ TINY = {
     "2":        {"lr": 2e-3, "batch_size": 256, "epochs": 18.0, "warmup": 50},
     "finetune": {"lr": 5e-4, "batch_size": 256, "epochs": 20.0, "warmup": 50},
 }
-FREE = ("workers", "log_every", "save_every")                                   # settings that cannot change the result: they may differ when a run continues
+FREE = {"out", "data_root", "workers", "log_every", "save_every"}                # settings that cannot change the result: they may differ when a run continues
 
 
 def main():
     args = parse_args()
-    plain_warnings()
     device, rank, world = start_processes()
-    say = print if rank == 0 else (lambda *_, **__: None)
+    plain_warnings(rank)
     if args.batch_size % world:
-        raise data.BadInput(f"--batch-size {args.batch_size} does not divide by {world} processes; the nearest that does is {args.batch_size // world * world or world}")
+        raise data.BadInput(f"--batch-size {args.batch_size} does not divide by {world} processes; {max(1, args.batch_size // world) * world} does")
 
     # data
     config = CONFIGS[args.model] if args.model else checkpoint.config_of(checkpoint.read(args.init))
-    with warnings_of_one(rank):
-        train_split = data.open_split(args.data, "train", args.data_root, config.context_length)
-        valid_split = data.open_split(args.data, "valid", args.data_root, config.context_length)
+    train_split = data.open_split(args.data, "train", args.data_root, config.context_length)
+    valid_split = data.open_split(args.data, "valid", args.data_root, config.context_length)
     if not len(train_split):
         raise data.BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
     total = args.max_steps or math.ceil(args.epochs * len(train_split) / args.batch_size)
-    every = args.valid_every or max(1, total // 10)
-    args.warmup = min(args.warmup, total // 2)
+    valid_every = args.valid_every or max(1, total // 10)
+    warmup = min(args.warmup, total // 2)
 
-    # model: every process starts from the same weights
+    # model: the same weights on every process
     torch.manual_seed(args.seed)
     model = CLIP(config)
     if args.init:
@@ -76,84 +73,47 @@ def main():
     model.set_grad_checkpointing(args.grad_checkpointing)
     model.to(device).train()
     autocast, precision = precision_of(args.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # off: every call passes through
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # not enabled, it passes everything through
     optimizer = make_optimizer(model, args.weight_decay)
 
-    # the run so far
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = vars(args) | {"precision": precision, "total_steps": total}
-    first_step, best = resume(out, settings, model, optimizer, scaler)
-    describe(say, args, model, train_split, valid_split, total, precision, device, world, first_step)
-    if first_step >= total:
-        return say(f"this run is finished: {out / 'best.pt'} has the highest recall on {valid_split.name}, {out / 'last.pt'} the last weights")
-    barrier()                                                                   # all have read last.pt before the first process may write it
-    if rank == 0:
-        write_text(out / "settings.json", json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
-        keep_metrics_until(out / "metrics.jsonl", first_step)
-
-    stop = []                                                                   # filled by a signal: finish the step, save, leave
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, _: stop.append(number))
-
-    def validate(step):
-        nonlocal best
-        recall = retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=args.workers), valid_split.positives)
-        score = sum(recall[way]["MR"] for way in recall) / 2                    # the mean recall over both directions chooses `best`
-        t, i = recall["text_to_image"], recall["image_to_text"]
-        say(f"step {step:6} valid  text-to-image R@1 {t['R@1']:.1f} R@5 {t['R@5']:.1f} R@10 {t['R@10']:.1f}   image-to-text R@1 {i['R@1']:.1f} R@5 {i['R@5']:.1f} R@10 {i['R@10']:.1f}"
-            f"   mean {score:.2f}{'  best so far' if score > best else ''}", flush=True)
-        if rank == 0:
-            log(out, {"step": step, "valid": recall, "score": score})
-            if score > best:
-                checkpoint.save(out / "best.pt", model, step=step, recall=recall, settings=settings)
-        best = max(best, score)
-
-    def snapshot(step):
-        if rank == 0:
-            checkpoint.save(out / "last.pt", model, step=step, best=best, settings=settings, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-
+    run = Run(Path(args.out), vars(args) | {"precision": precision, "total_steps": total}, rank, model, optimizer, scaler)
+    first_step = run.resume()
+    run.say(description(args, model, train_split, valid_split, total, precision, device, world, first_step))
+    if first_step == total:
+        return run.say(f"this run is finished: {run.out / 'best.pt'} has the highest recall on {valid_split.name}, {run.out / 'last.pt'} the last weights")
+    validate = lambda step: run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=args.workers), valid_split.positives))
+    run.start(first_step)
     if first_step == 0:
         validate(0)
-        snapshot(0)
+        run.snapshot(0)
+
     batches = data.Batches(len(train_split), args.batch_size, args.seed, first_step, total, rank, world)
     loader = data.training_loader(train_split, config.image_size, batches, args.workers, pin_memory=device.type == "cuda")
-    begin, tick, seen, losses = time.time(), time.time(), 0, []
-    for step, batch in enumerate(loader, first_step + 1):                       # step = number of optimizer steps when this one is done
-        lr = set_lr(optimizer, learning_rate(step - 1, args.lr, args.warmup, total))
-        torch.manual_seed(random_seed(args.seed, step, rank))                   # dropout: a function of (seed, step, process), so nothing needs to be stored
+    meter = Meter(first_step, total, args.batch_size, device)
+    signals = catch_signals()
+    for step, batch in enumerate(loader, first_step + 1):                       # `step` optimizer steps are done at the end of this round
+        lr = set_lr(optimizer, learning_rate(step - 1, args.lr, warmup, total))
+        torch.manual_seed(random_seed(args.seed, step, rank))                   # for dropout: a function of (seed, step, process), so never stored
         pixels, ids, image_keys, text_keys = (x.to(device, non_blocking=True) for x in batch)
         pixels, ids = prepare(pixels, ids, args, step, rank, world)
-        losses.append(train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast))
-        seen += args.batch_size
+        meter.losses.append(train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast))
 
-        if step % args.log_every == 0 or step == total:
-            loss = summed(torch.stack(losses).mean())
-            if not math.isfinite(loss):
-                raise data.BadInput(f"step {step}: the loss is {loss}; {out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
-            now = time.time()
-            record = {"step": step, "loss": loss, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(), "samples_per_s": seen / (now - tick),
-                      "seconds_left": (now - begin) / (step - first_step) * (total - step), "memory_mib": memory_mib(device)}
-            say(f"step {step:6}/{total} loss {loss:.4f} lr {lr:.2e} temperature {record['temperature']:.4f} {record['samples_per_s']:.0f} samples/s "
-                f"left {clock(record['seconds_left'])} memory {record['memory_mib']:.0f} MiB", flush=True)
-            if rank == 0:
-                log(out, record)
-            tick, seen, losses = now, 0, []
-        if step % every == 0 or step == total:
-            start = time.time()
-            validate(step)
-            snapshot(step)
-            tick += time.time() - start
-        elif args.save_every and step % args.save_every == 0:
-            snapshot(step)
-        if any_process(stop) if step % args.log_every == 0 or world == 1 else False:
-            snapshot(step)
-            say(f"stopped by a signal after step {step}; the same command continues from there")
+        due = step % args.log_every == 0 or step == total
+        stopping = bool(signals) if world == 1 else due and summed(torch.tensor(float(len(signals)), device=device)) > 0
+        if due:
+            run.log(meter.record(step, lr, model))
+        if step % valid_every == 0 or step == total:
+            with meter.paused():
+                validate(step)
+        if step % valid_every == 0 or step == total or stopping or (args.save_every and step % args.save_every == 0):
+            run.snapshot(step)
+        if stopping and step < total:
+            run.say(f"stopped by a signal after step {step}; the same command continues from there")
             break
     if dist.is_initialized():
         dist.destroy_process_group()
-    if stop:
-        sys.exit(128 + stop[0])
+    if signals:
+        sys.exit(128 + signals[0])
 
 
 def train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast):
@@ -195,7 +155,7 @@ def prepare(pixels, ids, args, step, rank, world):
     pixels = pixels.float() / 255
     if data.AUGMENT[args.augment]:
         draws = 2 * torch.rand(args.batch_size, data.DRAWS, generator=generator) - 1
-        pixels = data.augment(pixels, draws.chunk(world)[rank], data.AUGMENT[args.augment])
+        pixels = data.augment(pixels, draws.chunk(world)[rank], **data.AUGMENT[args.augment])
     if args.mask_tokens:
         draws = torch.rand(args.batch_size, 512, generator=generator).chunk(world)[rank][:, : ids.shape[1]].to(ids.device)
         ids = torch.where((draws < args.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [CLS], [SEP]
@@ -228,79 +188,124 @@ def random_seed(seed, step, rank):
     return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + rank + 1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- the run's state on disk
+# ---------------------------------------------------------------------------------------------------------------- the run's folder
 
 
-def resume(out, settings, model, optimizer, scaler):
-    """Continue from out/last.pt if it is there -> (steps done, best score so far). Refuses, with the difference named, when the settings are not the same."""
-    path = out / "last.pt"
-    if not path.exists():
-        return 0, -1.0
-    state = checkpoint.read(path)
-    before = state["settings"]
-    for name in sorted((settings.keys() | before.keys()) - set(FREE)):
-        if settings.get(name) != before.get(name):
-            raise data.BadInput(f"{out} holds a run with {name} = {before.get(name)}, now it is {settings.get(name)}; use the same settings to continue it, or another --out")
-    checkpoint.load_into(model, state, path)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    return state["step"], state["best"]
+class Run:
+    """What a run leaves on disk: settings.json, metrics.jsonl, last.pt, best.pt. Only the first process writes; every process reads last.pt to continue."""
 
+    def __init__(self, out, settings, rank, model, optimizer, scaler):
+        self.out, self.settings, self.first = out, settings, rank == 0
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.best = -1.0                                                        # highest score on the valid split so far
 
-def keep_metrics_until(path, step):
-    """Drop what a killed run had logged after its last snapshot: those steps come again."""
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if complete(line) and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in (lines if step else [])))
+    def say(self, line):
+        if self.first:
+            print(line, flush=True)
 
+    def resume(self):
+        """Load last.pt if it is there -> optimizer steps done. Refuses, with the difference named, when the settings are not the same."""
+        path = self.out / "last.pt"
+        if not path.exists():
+            return 0
+        state = checkpoint.read(path)
+        for name in sorted((self.settings.keys() | state["settings"].keys()) - FREE):
+            now, before = self.settings.get(name), state["settings"].get(name)
+            if now != before:
+                raise data.BadInput(f"{self.out} holds a run with {name} {before}, now it is {now}; continue it with the same settings, or choose another --out")
+        checkpoint.load_into(self.model, state, path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.best = state["best"]
+        return state["step"]
 
-def complete(line):
-    return line.startswith("{") and line.endswith("}")                          # a kill may cut the last line
+    def start(self, step):
+        """Prepare the folder. What a killed run had logged after its last snapshot goes: those steps come again."""
+        if dist.is_initialized():
+            dist.barrier()                                                      # everyone has read last.pt before it is written again
+        if not self.first:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
+        path, kept = self.out / "metrics.jsonl", []
+        if path.exists() and step:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]      # a kill may have cut the last one
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))
+
+    def log(self, record):
+        """One line for the reader, the same figures in metrics.jsonl."""
+        total = self.settings["total_steps"]
+        if not math.isfinite(record["loss"]):
+            raise data.BadInput(f"step {record['step']}: the loss is {record['loss']}; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
+        self.say(f"step {record['step']:6}/{total} loss {record['loss']:.4f} lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
+                 f"{record['samples_per_s']:.0f} samples/s left {clock(record['seconds_left'])} memory {record['memory_mib']:.0f} MiB")
+        self._append(record)
+
+    def validated(self, step, recall):
+        """Report recall on the valid split; the highest mean over both directions so far becomes best.pt."""
+        score = sum(recall[way]["MR"] for way in recall) / 2
+        figures = {way: " ".join(f"{k} {recall[way][k]:.1f}" for k in ("R@1", "R@5", "R@10")) for way in recall}
+        self.say(f"step {step:6} valid  text-to-image {figures['text_to_image']}   image-to-text {figures['image_to_text']}   mean {score:.2f}"
+                 + ("  best so far" if score > self.best else ""))
+        self._append({"step": step, "valid": recall, "score": score})
+        if score > self.best and self.first:
+            checkpoint.save(self.out / "best.pt", self.model, step=step, recall=recall, settings=self.settings)
+        self.best = max(self.best, score)
+
+    def snapshot(self, step):
+        if self.first:
+            checkpoint.save(self.out / "last.pt", self.model, step=step, best=self.best, settings=self.settings,
+                            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+
+    def _append(self, record):
+        if self.first:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(record) + "\n")
 
 
 def write_text(path, text):
+    """Atomically, as checkpoint.save."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    part.replace(path)
 
 
-def log(out, record):
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(record) + "\n")
+class Meter:
+    """Loss, speed, time left and memory since the last line."""
 
+    def __init__(self, first_step, total, batch_size, device):
+        self.first_step, self.total, self.batch_size, self.device = first_step, total, batch_size, device
+        self.begin = self.tick = time.time()
+        self.losses = []                                                        # this process's share of the loss, for each step since the last line
 
-# ---------------------------------------------------------------------------------------------------------------- small things
+    def record(self, step, lr, model):
+        loss = summed(torch.stack(self.losses).mean())                          # shares add up to the loss
+        now = time.time()
+        record = {"step": step, "loss": loss, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(),
+                  "samples_per_s": len(self.losses) * self.batch_size / (now - self.tick),
+                  "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step), "memory_mib": memory_mib(self.device)}
+        self.tick, self.losses = now, []
+        return record
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that does not count as training speed."""
+        start = time.time()
+        yield
+        self.tick += time.time() - start
 
 
 def summed(value):
-    """The sum of a scalar over all processes, as a float."""
+    """The sum of a scalar tensor over all processes, as a number."""
     value = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(value)
     return value.item()
 
 
-def any_process(stop):
-    return summed(torch.tensor(float(len(stop)))) > 0 if not torch.cuda.is_available() or not dist.is_initialized() else summed(torch.tensor(float(len(stop)), device="cuda")) > 0
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-@contextlib.contextmanager
-def warnings_of_one(rank):
-    """Only the first process warns."""
-    import warnings
-    with warnings.catch_warnings():
-        if rank:
-            warnings.simplefilter("ignore")
-        yield
-
-
 def memory_mib(device):
-    """Peak memory: of the GPU, or of this process."""
+    """Peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -310,26 +315,37 @@ def clock(seconds):
     return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
-def describe(say, args, model, train_split, valid_split, total, precision, device, world, first_step):
-    """The first lines of a run: what it trains, on what, with which settings."""
+def catch_signals():
+    """SIGTERM and SIGINT (Ctrl-C) no longer end the process: they fill the list that is returned, and the loop stops after its step."""
+    caught = []
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda number, _: caught.append(number))
+    return caught
+
+
+# ---------------------------------------------------------------------------------------------------------------- command line
+
+
+def description(args, model, train_split, valid_split, total, precision, device, world, first_step):
+    """The first lines of a run: what trains, on what, with which settings."""
+    lines, count = [], lambda params: f"{sum(p.numel() for p in params):,}"
     if args.data == "demo":
-        say("training on the painted demo data set. For the real thing pass --data coco-cn, flickr30k-cn or a folder, and --model vit-b-16 or another size.")
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    say(f"stage {args.stage}: {checkpoint.name_of(model.cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} of them train"
-        + (f"; starts from {args.init}" if args.init else "; starts from random weights"))
+        lines.append("Training on the painted demo data set. For the real thing pass --data coco-cn, flickr30k-cn or a folder, and --model vit-b-16 or another size.")
+    lines.append(f"stage {args.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
+                 f"starts from {args.init or 'random weights'}")
     if args.stage == "1" and not args.init:
-        say("the frozen vision tower has random weights: stage 1 is meant to start from a trained one (--init)")
-    say(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
+        lines.append("note: the frozen vision tower has random weights; stage 1 is meant to start from a trained one (--init)")
+    lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
     if args.batch_size > len(train_split):
-        say(f"warning: the batch of {args.batch_size} is larger than the {len(train_split)} training pairs, so every step repeats pairs; a --batch-size below that is better")
-    say(f"{total:,} steps of {args.batch_size:,} pairs on {world} process{'es' if world > 1 else ''}, {device.type}, {precision}"
-        + (f"; continues after step {first_step:,}" if first_step else ""))
-    say("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()), flush=True)
+        lines.append(f"warning: --batch-size {args.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs")
+    lines.append(f"{total:,} steps of {args.batch_size:,} pairs; {world} process{'es' if world > 1 else ''}, {device.type}, {precision}" + (f"; continues after step {first_step:,}" if first_step else ""))
+    lines.append("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
+    return "\n".join(lines)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train CE-CLIP.", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=list(STAGES), required=True)
+    parser.add_argument("--stage", choices=list(STAGES), required=True, help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init, else tiny)")
     parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder (default: demo)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
@@ -339,9 +355,9 @@ def parse_args(argv=None):
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs")
     parser.add_argument("--lr", type=float, help="peak learning rate")
-    parser.add_argument("--warmup", type=int, help="steps to reach it")
+    parser.add_argument("--warmup", type=int, help="steps to reach it (at most half the run)")
     parser.add_argument("--weight-decay", type=float, default=0.001)
-    parser.add_argument("--augment", choices=list(data.AUGMENT), default="none")
+    parser.add_argument("--augment", choices=list(data.AUGMENT), default="none", help="photo: crops and mild colours; drawing: bends, turns and recolours")
     parser.add_argument("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
@@ -351,15 +367,19 @@ def parse_args(argv=None):
     parser.add_argument("--save-every", type=int, default=0, help="steps between snapshots, beside those at each validation")
     parser.add_argument("--log-every", type=int, default=10, help="steps between lines")
     args = parser.parse_args(argv)
-    if args.model is None and not args.init:
-        args.model = "tiny"
     if args.model and args.model not in CONFIGS:
         raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
+    if not args.model and not args.init:
+        args.model = "tiny"
     model = args.model or checkpoint.name_of(checkpoint.config_of(checkpoint.read(args.init)))
     for name, value in (TINY if model == "tiny" else STAGES)[args.stage].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.out = args.out or f"runs/{'finetune' if args.stage == 'finetune' else 'stage' + args.stage}"
+    for name, low, high in (("batch_size", 1, math.inf), ("epochs", 1e-9, math.inf), ("max_steps", 0, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf), ("weight_decay", 0, math.inf),
+                            ("mask_tokens", 0, 0.99), ("seed", 0, 2**31), ("workers", 0, 512), ("valid_every", 0, math.inf), ("save_every", 0, math.inf), ("log_every", 1, math.inf)):
+        if not low <= getattr(args, name) <= high:
+            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range, at least {low:g}" + (f" and at most {high:g}" if high < math.inf else ""))
+    args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
     return args
 
 
