@@ -28,6 +28,14 @@ def save(path, model, **extra):
     os.replace(part, path)
 
 
+def write_text(path, text):
+    """A small text file, atomically as `save`."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
 def read(path):
     """The dictionary in a checkpoint file. Never executes code from the file (weights_only); raises BadInput when it is missing, damaged or not ours."""
     path = Path(path)

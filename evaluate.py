@@ -14,7 +14,6 @@ import os
 import sys
 import unicodedata
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -236,6 +235,8 @@ def main():
     plain_warnings(rank)
     model, _ = checkpoint.load(args.ckpt, device)
     split = data.open_split(args.data, args.split, args.data_root, model.cfg.context_length)
+    if not split.texts:
+        raise data.BadInput(f"{split.name} is endless: evaluate on valid or test")
     autocast, _ = precision_of(args.precision, device)
     result = retrieval_recall(*embed_split(model, split, device, autocast, args.batch_size, args.workers), split.positives)
     if rank == 0:
@@ -243,9 +244,7 @@ def main():
         print(table(result, args.data, args.split, model_name, args.ckpt))
         if args.json:
             report = {"ckpt": str(args.ckpt), "model": model_name, "data": args.data, "split": args.split, "precision": args.precision, **result}
-            part = Path(args.json + ".part")
-            part.write_text(json.dumps(report, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-            part.replace(args.json)
+            checkpoint.write_text(args.json, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -226,12 +226,12 @@ class Run:
         if not self.first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
+        checkpoint.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         path, kept = self.out / "metrics.jsonl", []
         if path.exists() and step:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]      # a kill may have cut the last one
             kept = [line for line in lines if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+        checkpoint.write_text(path, "".join(line + "\n" for line in kept))
 
     def log(self, record):
         """One line for the reader, the same figures in metrics.jsonl."""
@@ -262,13 +262,6 @@ class Run:
         if self.first:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
-
-
-def write_text(path, text):
-    """Atomically, as checkpoint.save."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 class Meter:

@@ -1,0 +1,53 @@
+"""Captions become the ids that the released models were trained with."""
+import hashlib
+import random
+import warnings
+
+import pytest
+import torch
+
+from tokenizer import CLS, MASK, SEP, UNK, VOCAB, Tokenizer
+
+
+def test_vocabulary_is_the_published_one():
+    assert hashlib.md5(VOCAB.read_bytes()).hexdigest() == "3b5b76c4aef48ecf8cb3abaafe960f09"
+    vocab = VOCAB.read_text(encoding="utf-8").split("\n")
+    assert len(vocab) - 1 == 21128 and [vocab[i] for i in (0, UNK, CLS, SEP, MASK)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def test_layout_of_the_ids():
+    ids = Tokenizer()(["一只猫", "明月松间照"], context_length=8)
+    assert ids.dtype == torch.int64 and ids.tolist() == [[101, 671, 1372, 4344, 102, 0, 0, 0], [101, 3209, 3299, 3351, 7313, 4212, 102, 0]]
+    assert Tokenizer()("一只猫").shape == (1, 52) and Tokenizer()([]).shape == (0, 52)
+
+
+def test_case_and_quotes():
+    tokenizer = Tokenizer()
+    assert tokenizer("“Cat”").equal(tokenizer('"cat"'))
+
+
+def test_special_tokens_typed_in_a_caption_are_plain_text():
+    assert not {0, UNK, MASK} & set(Tokenizer()("[MASK]猫[SEP][PAD]", 20)[0, 1:12].tolist())
+    assert Tokenizer()("[SEP]", 20)[0].tolist().count(SEP) == 1
+
+
+def test_cut_captions_are_counted_once():
+    tokenizer = Tokenizer()
+    with pytest.warns(UserWarning, match="2 of 3 captions are longer than 50 tokens"):
+        ids = tokenizer(["猫" * 50, "猫" * 51, "猫" * 90])
+    assert (ids[:, 51] == SEP).all() and (ids[:, 1:51] == 4344).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer(["猫" * 51])
+
+
+def test_equals_the_published_tokenizer():
+    peer = pytest.importorskip("cn_clip.clip")
+    rng = random.Random(0)
+    ranges = [(0x4E00, 0x9FFF)] * 4 + [(0x20, 0x7E)] * 3 + [(0xA0, 0x24F), (0x3000, 0x303F), (0xFF00, 0xFFEF), (0x2000, 0x206F), (0x1F300, 0x1F64F), (0x20000, 0x2A6DF), (0, 0x1F)]
+    texts = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 60))) for _ in range(3000)] + ["a" * 150, "a" * 250]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = Tokenizer()(texts)
+    theirs = peer.tokenize([t.lower().replace("“", '"').replace("”", '"') for t in texts], 52)
+    assert [texts[i] for i in (ours != theirs).any(1).nonzero().flatten()] == []
