@@ -110,7 +110,7 @@ class TsvSplit(Split):
             if line_of.setdefault(text_id, number) != number:
                 raise BadInput(f"{path}, line {number}: text_id {text_id} stands in line {line_of[text_id]} already; ids must be unique")
             for image_id in image_ids:
-                if image_id not in index_of:
+                if not isinstance(image_id, int) or image_id not in index_of:
                     raise BadInput(f"{path}, line {number}: image_id {image_id!r} is not in {self.path.name}")
             texts.append(text)
             positives.append([index_of[image_id] for image_id in dict.fromkeys(image_ids)])
@@ -143,20 +143,20 @@ class FolderSplit(Split):
     def __init__(self, folder, split, context_length):
         self.folder = folder
         path = next(folder / name for name in ("captions.csv", "captions.jsonl") if (folder / name).is_file())
-        texts, positives, index_of, seen, splits = [], [], {}, set(), set()
+        texts, positives, index_of, seen, present, splits = [], [], {}, set(), set(), set()
         for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
             image, caption = row.get("image"), row.get("caption")
             if not isinstance(image, str) or not isinstance(caption, str) or not image or not caption.strip():
                 raise BadInput(f"{path}, line {number}: expected an `image` and a `caption`, found {json.dumps(row, ensure_ascii=False)[:80]}")
+            if image not in present and not (folder / image).is_file():
+                raise BadInput(f"{path}, line {number}: there is no picture {folder / image}")
+            present.add(image)
             belongs = row.get("split") or hashed_split(image)
             splits.add(belongs)
-            if belongs != split or (image, caption) in seen:                    # the same row twice says nothing new
-                continue
-            seen.add((image, caption))
-            if image not in index_of and not (folder / image).is_file():
-                raise BadInput(f"{path}, line {number}: there is no picture {folder / image}")
-            texts.append(caption)
-            positives.append([index_of.setdefault(image, len(index_of))])
+            if belongs == split and (image, caption) not in seen:               # the same row twice says nothing new
+                seen.add((image, caption))
+                texts.append(caption)
+                positives.append([index_of.setdefault(image, len(index_of))])
         if not texts:
             raise BadInput(f"{path}: no rows for the split {split!r}; it has {', '.join(sorted(splits)) or 'no rows at all'}")
         super().__init__(f"{folder.name}/{split}", texts, list(index_of), positives, context_length)

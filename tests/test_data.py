@@ -104,7 +104,7 @@ DAMAGE = {
     "no pictures": (lambda folder: [(folder / n).write_text("") for n in ("train_imgs.tsv", "train_texts.jsonl")], "the split is empty"),
     "captions missing": (lambda folder: (folder / "train_texts.jsonl").unlink(), "no split 'train': train_texts.jsonl is missing"),
     "split missing": (lambda folder: (folder / "train_imgs.tsv").unlink(), "no split 'train': train_imgs.tsv is missing; the folder has test, valid"),
-    "captions not in UTF-8": (lambda folder: (folder / "train_texts.jsonl").write_bytes('{"text": "猫"}'.encode("gbk")), "train_texts.jsonl: not UTF-8"),
+    "captions not in UTF-8": (lambda folder: (folder / "train_texts.jsonl").write_bytes(b'{"text": "\xff"}'), "train_texts.jsonl: not UTF-8"),
 }
 
 
