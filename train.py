@@ -40,7 +40,7 @@ STAGES = {
 # The tiny model learns from nothing, in minutes: steps as large as it bears.
 TINY = {
     "1":        {"lr": 1e-3, "batch_size": 256, "epochs": 3.0, "warmup": 20},
-    "2":        {"lr": 2e-3, "batch_size": 256, "epochs": 18.0, "warmup": 50},
+    "2":        {"lr": 2e-3, "batch_size": 256, "epochs": 12.0, "warmup": 50},
     "finetune": {"lr": 5e-4, "batch_size": 256, "epochs": 20.0, "warmup": 50},
 }
 FREE = {"out", "data_root", "workers", "log_every", "save_every"}                # settings that cannot change the result: they may differ when a run continues
