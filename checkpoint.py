@@ -1,7 +1,7 @@
 """The only door for weights: snapshots out, atomically; checkpoints in, checked.
 
     import checkpoint
-    model, transform = checkpoint.load("runs/demo/best.pt")       # evaluation mode, float32, and the picture transform that fits it
+    model, transform = checkpoint.load("runs/own/best.pt")       # evaluation mode, float32, and the picture transform that fits it
 
 A checkpoint is a dictionary: format, config (the sizes of model.Config), model (its tensors); a training snapshot adds what the run needs to continue.
 """
@@ -29,7 +29,7 @@ def save(path, model, **extra):
 
 
 def write_text(path, text):
-    """A small text file, atomically as `save`."""
+    """A small text file, whole or not at all."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
@@ -44,9 +44,9 @@ def read(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                  # torch raises many kinds for a damaged file
-        raise BadInput(f"{path}: not a readable checkpoint, it may be truncated ({type(error).__name__}: {(str(error).splitlines() or ['no details'])[0][:100]})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise BadInput(f"{path}: not a checkpoint of this project (no `format: {FORMAT}` in it)")
+        raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else ({type(error).__name__})") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("config"), dict) or not isinstance(state.get("model"), dict):
+        raise BadInput(f"{path}: not a checkpoint of this project (it needs the entries format = {FORMAT!r}, config, model)")
     return state
 
 
@@ -60,10 +60,7 @@ def load(path, device="cpu"):
 
 def config_of(state):
     """The sizes that a checkpoint was made with."""
-    sizes = dict(state["config"])
-    if isinstance(sizes["vision_layers"], list):
-        sizes["vision_layers"] = tuple(sizes["vision_layers"])
-    return Config(**sizes)
+    return Config(**state["config"])
 
 
 def load_into(model, state, path):

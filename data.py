@@ -14,7 +14,6 @@ A training sample is a (caption, picture) pair. The captions of a data set fit i
 """
 import argparse
 import base64
-import binascii
 import colorsys
 import csv
 import hashlib
@@ -22,15 +21,18 @@ import io
 import json
 import math
 import mmap
+import os
+import posixpath
 import random
-import signal
+import struct
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tokenizer import Tokenizer
@@ -60,6 +62,7 @@ class Split:
     positives      T lists of picture indices: positives[t] = the pictures that caption t describes; may be empty (such a caption is no query)
     image_ids      I names of the pictures, as the data set has them
     ids            (T, L) uint16 tokens of the captions
+    text_keys      T numbers, equal for equal sentences
     pairs          (caption, picture) index pairs, in the data set's order: the training samples
     """
 
@@ -67,7 +70,7 @@ class Split:
         if not texts or not image_ids:
             raise BadInput(f"{name}: the split is empty ({len(image_ids)} pictures, {len(texts)} captions)")
         self.name, self.texts, self.image_ids, self.positives = name, texts, image_ids, positives
-        self.ids = Tokenizer()(texts, context_length).numpy().astype(np.uint16)
+        self.ids = Tokenizer(name)(texts, context_length).numpy().astype(np.uint16)
         self.pairs = [(t, i) for t, images in enumerate(positives) for i in images]
         first = {}                                                              # the same sentence twice has one key: in a batch, it is no negative of itself
         self.text_keys = [first.setdefault(text, t) for t, text in enumerate(texts)]
@@ -78,12 +81,22 @@ class Split:
     def picture(self, i) -> Image.Image:
         """Picture i, decoded, RGB. Raises BadInput with its id when it cannot be read."""
         try:
-            return Image.open(io.BytesIO(self.picture_bytes(i))).convert("RGB")
-        except (OSError, ValueError, SyntaxError, EOFError, binascii.Error, Image.DecompressionBombError) as error:
-            raise BadInput(f"{self.name}: picture {self.image_ids[i]} cannot be read ({type(error).__name__}: {error}); replace or remove it") from None
+            encoded = self.picture_bytes(i)
+            if not encoded:
+                raise ValueError("it is empty")
+            return to_rgb(Image.open(io.BytesIO(encoded)))
+        except UnidentifiedImageError:
+            reason = "not a picture in a format that Pillow reads"
+        except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+            reason = str(error)
+        raise BadInput(f"{self.name}: picture {self.image_ids[i]} cannot be read ({reason}); replace or remove it")
+
+    def fingerprint(self):
+        """A short text that changes when the captions, the pictures' names or their relation change."""
+        return hashlib.md5(json.dumps([self.texts, self.image_ids, self.positives], ensure_ascii=False).encode()).hexdigest()[:12]
 
     def sample(self, epoch, k):
-        """Training pair k -> (picture, tokens (L,), picture key, caption key). Equal keys mean the same picture or the same sentence."""
+        """Training pair k -> (picture, tokens (L,), picture key, caption key). Equal keys mean the same picture or the same sentence. Here all epochs are alike."""
         t, i = self.pairs[k]
         return self.picture(i), self.ids[t], i, self.text_keys[t]
 
@@ -107,6 +120,7 @@ class TsvSplit(Split):
             text, text_id, image_ids = record.get("text"), record.get("text_id"), record.get("image_ids")
             if not isinstance(text, str) or not isinstance(text_id, int) or not isinstance(image_ids, list):
                 raise BadInput(f'{path}, line {number}: expected {{"text_id": number, "text": "…", "image_ids": [numbers]}}, found {json.dumps(record, ensure_ascii=False)[:80]}')
+            check_text(text, path, number)
             if line_of.setdefault(text_id, number) != number:
                 raise BadInput(f"{path}, line {number}: text_id {text_id} stands in line {line_of[text_id]} already; ids must be unique")
             for image_id in image_ids:
@@ -142,27 +156,49 @@ class FolderSplit(Split):
 
     def __init__(self, folder, split, context_length):
         self.folder = folder
-        path = next(folder / name for name in ("captions.csv", "captions.jsonl") if (folder / name).is_file())
-        texts, positives, index_of, seen, present, splits = [], [], {}, set(), set(), set()
-        for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
-            image, caption = row.get("image"), row.get("caption")
-            if not isinstance(image, str) or not isinstance(caption, str) or not image or not caption.strip():
-                raise BadInput(f"{path}, line {number}: expected an `image` and a `caption`, found {json.dumps(row, ensure_ascii=False)[:80]}")
-            if image not in present and not (folder / image).is_file():
-                raise BadInput(f"{path}, line {number}: there is no picture {folder / image}")
-            present.add(image)
-            belongs = row.get("split") or hashed_split(image)
-            splits.add(belongs)
-            if belongs == split and (image, caption) not in seen:               # the same row twice says nothing new
-                seen.add((image, caption))
-                texts.append(caption)
-                positives.append([index_of.setdefault(image, len(index_of))])
-        if not texts:
-            raise BadInput(f"{path}: no rows for the split {split!r}; it has {', '.join(sorted(splits)) or 'no rows at all'}")
-        super().__init__(f"{folder.name}/{split}", texts, list(index_of), positives, context_length)
+        index_of, rows = {}, {}                                                 # picture -> index; rows as keys: the same row twice says nothing new
+        for _, image, caption, belongs in caption_rows(caption_file(folder)):
+            if belongs == split:
+                rows[caption, index_of.setdefault(image, len(index_of))] = None
+        super().__init__(f"{folder.name}/{split}", [caption for caption, _ in rows], list(index_of), [[i] for _, i in rows], context_length)
 
     def picture_bytes(self, i):
         return (self.folder / self.image_ids[i]).read_bytes()
+
+
+def caption_file(folder):
+    """The folder's captions.csv or captions.jsonl, or None."""
+    present = [folder / name for name in ("captions.csv", "captions.jsonl") if (folder / name).is_file()]
+    if len(present) == 2:
+        raise BadInput(f"{folder}: it has both captions.csv and captions.jsonl; remove one")
+    return present[0] if present else None
+
+
+def caption_rows(path):
+    """(line number, picture, caption, split) of every row of a caption file that is not blank. The pictures are there, each in one split."""
+    split_of = {}
+    for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
+        if not any(row.values()):                                               # spreadsheets leave rows of empty cells
+            continue
+        image, caption, split = row.get("image"), row.get("caption"), row.get("split") or ""
+        if not all(isinstance(x, str) for x in (image, caption, split)) or not image.strip() or not caption.strip():
+            raise BadInput(f"{path}, line {number}: expected an `image` and a `caption`, found {json.dumps(row, ensure_ascii=False)[:80]}")
+        check_text(caption, path, number)
+        image = posixpath.normpath(image.strip().replace("\\", "/"))            # Windows writes paths with backslashes
+        split = split.strip().lower() or hashed_split(image)
+        if image not in split_of and not (path.parent / image).is_file():
+            raise BadInput(f"{path}, line {number}: there is no picture {path.parent / image}")
+        if split_of.setdefault(image, split) != split:
+            raise BadInput(f"{path}, line {number}: picture {image} is in the split {split} here and in {split_of[image]} above; a picture belongs to one split")
+        yield number, image, caption, split
+
+
+def check_text(text, path, number):
+    """JSON can spell half a character (a lone surrogate), which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"{path}, line {number}: the caption holds a broken character (a lone surrogate): {text.encode('utf-8', 'replace').decode()[:60]}") from None
 
 
 def hashed_split(image):
@@ -186,27 +222,30 @@ def read_jsonl(path):
 
 def read_csv(path):
     """(line number, {column: value}) of every row; the first line names the columns, `image` and `caption` among them."""
-    reader = csv.DictReader(line for _, line in utf8_lines(path))
-    if not {"image", "caption"} <= set(reader.fieldnames or []):
-        raise BadInput(f"{path}, line 1: expected the column names image,caption; found {','.join(reader.fieldnames or []) or 'nothing'}")
-    for row in reader:
-        if None in row:
-            raise BadInput(f'{path}, line {reader.line_num}: more columns than the first line names; put a caption that has commas in "quotes"')
-        yield reader.line_num, row
+    reader = csv.DictReader((line for _, line in utf8_lines(path)), strict=True)
+    try:
+        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
+        if not {"image", "caption"} <= set(reader.fieldnames or []):
+            raise BadInput(f"{path}, line 1: expected the column names image,caption; found {','.join(reader.fieldnames or []) or 'nothing'}")
+        for row in reader:
+            if None in row:
+                raise BadInput(f'{path}, line {reader.line_num}: more columns than the first line names; put a caption that has commas in "quotes"')
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise BadInput(f"{path}, line {reader.line_num}: {error}; every \" must have its partner, and a \" inside a caption is written \"\"") from None
 
 
 def utf8_lines(path):
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:                 # -sig: spreadsheets put a byte-order mark first
-            yield from enumerate(f, 1)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")                  # spreadsheets put a byte-order mark first
+            except UnicodeDecodeError as error:
+                raise BadInput(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8 (in a spreadsheet: CSV UTF-8)") from None
 
 
-def open_split(data, split, data_root="data", context_length=52) -> Split:
-    """The split of a data set by name (coco-cn, flickr30k-cn, muge, ap-id, demo) or folder. Raises BadInput when there is none."""
-    if data == "demo":
-        return PaintedSplit(split, context_length)
+def find(data, data_root="data"):
+    """A data set's name or folder -> (folder, names of its splits). Raises BadInput when there is none."""
     folder = Path(data)
     if data in NAMES:
         folder = Path(data_root) / NAMES[data]
@@ -214,14 +253,27 @@ def open_split(data, split, data_root="data", context_length=52) -> Split:
             raise BadInput(f"{data}: there is no folder {folder}; unpack the data set there or name another place with --data-root")
     elif not folder.is_dir():
         raise BadInput(f"{data}: neither a folder nor a known data set ({', '.join([*NAMES, 'demo'])})")
-    if any((folder / f"captions.{kind}").is_file() for kind in ("csv", "jsonl")):
-        return FolderSplit(folder, split, context_length)
+    captions = caption_file(folder)
+    if captions:
+        return folder, sorted({split for _, _, _, split in caption_rows(captions)})
     present = sorted(p.name.removesuffix("_imgs.tsv") for p in folder.glob("*_imgs.tsv"))
     if not present:
         raise BadInput(f"{folder}: neither *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout) nor captions.csv or captions.jsonl beside pictures")
-    for name in (f"{split}_imgs.tsv", f"{split}_texts.jsonl"):
-        if not (folder / name).is_file():
-            raise BadInput(f"{folder}: no split {split!r}: {name} is missing; the folder has {', '.join(present)}")
+    return folder, present
+
+
+def open_split(data, split, data_root="data", context_length=52) -> Split:
+    """The split of a data set by name (coco-cn, flickr30k-cn, muge, ap-id, demo) or folder. Raises BadInput when there is none."""
+    if data == "demo":
+        return PaintedSplit(split, context_length)
+    folder, present = find(data, data_root)
+    if split not in present:
+        hint = "; mark rows with a column `split`" if caption_file(folder) else f": {split}_imgs.tsv is missing"
+        raise BadInput(f"{folder}: no split {split!r}{hint}; it has {', '.join(present) or 'no rows at all'}")
+    if caption_file(folder):
+        return FolderSplit(folder, split, context_length)
+    if not (folder / f"{split}_texts.jsonl").is_file():
+        raise BadInput(f"{folder}: {split}_texts.jsonl is missing beside {split}_imgs.tsv")
     return TsvSplit(folder, split, context_length)
 
 
@@ -232,9 +284,20 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 
+def to_rgb(picture):
+    """Any PIL picture -> RGB as a person sees it: turned as its EXIF tag says, transparent parts on white, 16-bit grey scaled to 8. RGB pictures stay bit for bit."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray((np.asarray(picture, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
 def to_uint8(picture, size):
     """A PIL picture -> (3, size, size) uint8: bicubic with antialias, the whole picture, no crop. RGB first: resizing palette indices would mix unrelated colours."""
-    picture = picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)
+    picture = to_rgb(picture).resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
@@ -253,8 +316,8 @@ class Transform:
         return normalize(to_uint8(picture, self.size).float() / 255)
 
 
-# How far each kind of augmentation may go, both ways. `photo` follows the peers' crops (0.9 to 1 of the picture) and mild colour changes. `drawing` is for icons
-# and drawings. Nothing is ever mirrored: captions say left and right, and signs and letters do not survive it.
+# How far each kind of augmentation may go, both ways. Rotation in degrees, shift and warp in half picture sides, the rest as
+# shares of 1. `photo` moves little, `drawing` is for icons and drawings. Nothing is ever mirrored: captions say left and right, and signs and letters do not survive it.
 AUGMENT = {
     "none":    None,
     "photo":   dict(rotate=0, zoom=0.05, stretch=0.03, shift=0.05, warp=0.0, ink=0.1, tint=0.0, saturation=0.1),
@@ -348,9 +411,8 @@ def training_loader(split, image_size, batches, workers, pin_memory=False):
 
 
 def start_worker(_):
-    """Readers leave Ctrl-C to the process they read for, and end when it tells them to."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Ctrl-C and torchrun's SIGTERM go to whole process groups. Readers leave it: the process they read for still needs them to finish its step."""
+    os.setsid()
 
 
 # ---------------------------------------------------------------------------------------------------------------- the painted data set
@@ -449,7 +511,7 @@ class PaintedSplit(Split):
     def __init__(self, split, context_length=52):
         if split not in self.SIZES:
             raise BadInput(f"demo: no split {split!r}; it has {', '.join(self.SIZES)}")
-        self.split, self.tokenizer, self.context_length = split, Tokenizer(), context_length
+        self.split, self.tokenizer, self.context_length = split, Tokenizer(f"demo/{split}"), context_length
         size = self.SIZES[split]
         if split == "train":
             self.name, self.texts, self.image_ids, self.positives, self.pairs = "demo/train", [], [], [], range(size)
@@ -473,7 +535,8 @@ class PaintedSplit(Split):
         while split_of_scene(scene) != "train":
             scene = random_scene(rng)
         ids = self.tokenizer([describe(scene, rng)], self.context_length)[0].numpy()
-        return paint(scene, rng), ids, number, number
+        meaning = int.from_bytes(hashlib.md5(describe(scene).encode()).digest()[:7], "big")         # the same scene in other words has the same key
+        return paint(scene, rng), ids, number, meaning
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
@@ -484,28 +547,41 @@ def main():
     parser.add_argument("data", help=f"{', '.join([*NAMES, 'demo'])}, or a folder")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--split", default="test", help="the split to --draw (default: test)")
-    parser.add_argument("--draw", metavar="FILE.png", help="write a sheet of 24 pictures and print their captions")
+    parser.add_argument("--draw", metavar="FILE.png", help="write a sheet of up to 24 pictures and print a caption of each")
     args = parser.parse_args()
-    if not args.draw:
-        for name in ("train", "valid", "test"):
-            split = open_split(args.data, name, args.data_root)
-            print(f"{name:6} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs")
-        return
-    split = open_split(args.data, args.split, args.data_root)
-    sheet = Image.new("RGB", (6 * 134, 4 * 134), "white")
-    for place in range(min(24, len(split.texts))):
-        t = place * len(split.texts) // 24
+    if args.draw:
+        return draw_sheet(open_split(args.data, args.split, args.data_root), args.draw)
+    for name in list(PaintedSplit.SIZES) if args.data == "demo" else find(args.data, args.data_root)[1]:
+        split = open_split(args.data, name, args.data_root)
+        print(f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs" if split.texts else f"{name:8} endless; {len(split):,} pairs an epoch")
+
+
+def draw_sheet(split, path):
+    """Up to 24 pictures, evenly out of the split, six in a row."""
+    if not split.texts:
+        raise BadInput(f"{split.name} is endless: draw valid or test")
+    captioned = [t for t, images in enumerate(split.positives) if images]
+    count = min(24, len(captioned))
+    sheet = Image.new("RGB", (min(6, count) * 134, -(-count // 6) * 134), "white")
+    for place in range(count):
+        t = captioned[place * len(captioned) // count]
         sheet.paste(split.picture(split.positives[t][0]).resize((128, 128)), (place % 6 * 134, place // 6 * 134))
-        print(f"{place // 6 + 1}.{place % 6 + 1}  {split.texts[t]}")
-    sheet.save(args.draw)
+        print(f"row {place // 6 + 1}, column {place % 6 + 1}: {split.texts[t]}")
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--draw {path}: cannot be written ({error})") from None
 
 
 def run(main):
-    """Run a script's main: a BadInput becomes one line on stderr and exit status 1."""
+    """Run a script's main. Warnings become one line each, without Python's source line; BadInput and failed reads or writes become one line and exit status 1."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
     try:
         main()
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

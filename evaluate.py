@@ -1,19 +1,20 @@
 """Retrieval in both directions, as in the paper: Recall@1, 5, 10 and their mean (section 4.1.2), in the tables of section 4.2.
 
     python evaluate.py --ckpt runs/finetune/best.pt --data coco-cn
-    python evaluate.py --ckpt runs/demo/best.pt --data demo --json demo.json
+    python evaluate.py --ckpt runs/stage2/best.pt --data demo --json demo.json
     python evaluate.py --ckpt runs/own/best.pt --data /path/to/folder --split test
 
 A query is a hit at K if ANY of its correct items is among the K most similar. Text-to-image: every caption asks, all pictures of the split are candidates;
 image-to-text: every picture asks, all captions are candidates. Queries without any correct item do not count; how many there were is said.
 """
 import argparse
+import atexit
 import functools
 import json
 import os
-import sys
 import unicodedata
 import warnings
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ SCALE = {"tiny": "tiny", "rn50": "base-size", "vit-b-32": "base-size", "vit-b-16
 
 
 def start_processes():
-    """-> (device, rank, world). Under torchrun joins the process group: NCCL with one GPU per process, otherwise gloo on the CPU."""
+    """-> (device, rank, world). Under torchrun joins the process group: NCCL for tensors on GPUs (one per process), gloo for those on the CPU."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank, local_rank, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
     gpus = torch.cuda.device_count()
@@ -60,8 +61,11 @@ def start_processes():
         print(f"{local_world} processes but {gpus} GPU: running on the CPU. Use --nproc_per_node {gpus} to run on the GPU.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if rank:
+        warnings.simplefilter("ignore")                                         # the first process warns for all
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return device, rank, world
 
 
@@ -69,7 +73,8 @@ def bf16_is_fast(device):
     """Whether this hardware multiplies bfloat16 matrices natively: NVIDIA from Ampere on; CPUs with AMX or AVX-512 BF16."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    return any(getattr(torch.cpu, probe, bool)() for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    probes = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]             # private: may go in another torch
+    return any(probe() for probe in probes if probe)
 
 
 def precision_of(name, device):
@@ -109,7 +114,7 @@ def best_ranks(queries, candidates, correct, chunk=1024):
 def recall_of(ranks):
     """Ranks of best_ranks -> {"R@1", "R@5", "R@10", "MR"} in percent, the number of queries, and how many had no correct item."""
     asked = ranks[ranks >= 0]
-    result = {f"R@{k}": 100 * (asked < k).double().mean().item() if len(asked) else 0.0 for k in KS}
+    result = {f"R@{k}": 100 * (asked < k).double().mean().item() for k in KS}
     result["MR"] = sum(result.values()) / len(KS)
     return result | {"queries": len(asked), "without_answer": len(ranks) - len(asked)}
 
@@ -119,9 +124,12 @@ def retrieval_recall(image_embed, text_embed, positives, chunk=1024):
 
     image_embed (I, D), text_embed (T, D) unit vectors; positives[t] = indices of the pictures that caption t describes.
     -> {"text_to_image": {"R@1", "R@5", "R@10", "MR", "queries", "without_answer"}, "image_to_text": the same}, recalls in percent.
+    Raises BadInput when an embedding is not finite or nothing can be asked.
     """
     if not (torch.isfinite(image_embed).all() and torch.isfinite(text_embed).all()):
-        raise data.BadInput("the embeddings hold NaN or infinity: the checkpoint is not usable")
+        raise data.BadInput("the embeddings hold NaN or infinity: the weights are damaged, or training diverged (then a lower --lr helps)")
+    if not any(len(images) for images in positives):
+        raise data.BadInput("no caption of the split describes a picture of it, so there is no recall to measure")
     captions_of = [[] for _ in range(len(image_embed))]
     for t, images in enumerate(positives):
         for i in images:
@@ -154,27 +162,25 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0):
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
 
-    mine = range(rank, len(split.image_ids), world)
+    mine, my_texts = range(rank, len(split.image_ids), world), range(rank, len(split.texts), world)
     loader = DataLoader(_Pictures(split, model.cfg.image_size, mine), batch_size=batch_size, num_workers=workers, worker_init_fn=data.start_worker)
     images, texts = [torch.empty(0, model.cfg.embed_dim)], [torch.empty(0, model.cfg.embed_dim)]
     for pixels in loader:
         with autocast():
             images.append(model.encode_image(data.normalize(pixels.to(device).float() / 255)).cpu())
-    for start in range(rank * batch_size, len(split.texts), world * batch_size):
-        ids = data.trim(torch.from_numpy(split.ids[start : start + batch_size].astype("int64")))
+    for start in range(0, len(my_texts), batch_size):
+        ids = data.trim(torch.from_numpy(split.ids[my_texts[start : start + batch_size]].astype("int64")))
         with autocast():
             texts.append(model.encode_text(ids.to(device)).cpu())
     model.train(was_training)
     image_embed, text_embed = torch.cat(images), torch.cat(texts)
-    if world > 1:
-        shares = [None] * world
-        dist.all_gather_object(shares, (list(mine), image_embed, rank, text_embed))
-        image_embed, text_embed = torch.empty(len(split.image_ids), model.cfg.embed_dim), torch.empty(len(split.texts), model.cfg.embed_dim)
-        for indices, some_images, r, some_texts in shares:
-            image_embed[indices] = some_images
-            chunks = iter(some_texts.split(batch_size))
-            for start in range(r * batch_size, len(split.texts), world * batch_size):
-                text_embed[start : start + batch_size] = next(chunks)
+    if world == 1:
+        return image_embed, text_embed
+    shares = [None] * world
+    dist.all_gather_object(shares, (list(mine), image_embed, list(my_texts), text_embed))
+    image_embed, text_embed = torch.empty(len(split.image_ids), model.cfg.embed_dim), torch.empty(len(split.texts), model.cfg.embed_dim)
+    for image_rows, some_images, text_rows, some_texts in shares:
+        image_embed[image_rows], text_embed[text_rows] = some_images, some_texts
     return image_embed, text_embed
 
 
@@ -196,11 +202,11 @@ def table(result, name, split, model_name, ckpt):
     rows = [*published, measured]
     order = ["base-size", "large-size", "tiny", "custom"]
     rows.sort(key=lambda row: order.index(row[0]))                              # stable: the measured row ends its own size group
-    columns = [max(width(row[c]) for row in [*rows, ("scale", "model")]) for c in (0, 1)]
+    first, second = (max(width(row[c]) for row in [*rows, ("scale", "model")]) for c in (0, 1))
     pad = lambda text, size: text + " " * (size - width(text))
-    line = lambda scale, model, cells: f"{pad(scale, columns[0])}  {pad(model, columns[1])}  " + "  ".join(cells[:4]) + "   " + "  ".join(cells[4:])
+    line = lambda scale, model, cells: f"{pad(scale, first)}  {pad(model, second)}  " + "  ".join(cells[:4]) + "     " + "  ".join(cells[4:])
     heads = [f"{h:>5}" for h in ("R@1", "R@5", "R@10", "MR")] * 2
-    out = [f"{title}, {split} split (%)", line("", "", [f"{'Text-to-Image':^26}", "", "", ""])[: columns[0] + columns[1] + 4] + f"{'Text-to-Image':<26}   Image-to-Text", line("scale", "model", heads)]
+    out = [f"{title}, {split} split (%)", " " * (first + second + 4) + f"{'Text-to-Image':^26}     {'Image-to-Text':^26}".rstrip(), line("scale", "model", heads)]
     for scale, model, *r in rows:
         r = [*r[:3], sum(r[:3]) / 3, *r[3:], sum(r[3:]) / 3]
         out.append(line(scale, model, [f"{x:5.1f}" for x in r]))
@@ -210,13 +216,6 @@ def table(result, name, split, model_name, ckpt):
         if way["without_answer"]:
             out.append(f"  {way['without_answer']:,} {what}: no queries, but they stay candidates.")
     return "\n".join(out)
-
-
-def plain_warnings(rank=0):
-    """Warnings as one line on stderr, without Python's source line, and from the first process alone."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
-    if rank:
-        warnings.simplefilter("ignore")
 
 
 def main():
@@ -230,23 +229,24 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
+    if args.batch_size < 1 or args.workers < 0:
+        raise data.BadInput(f"--batch-size {args.batch_size} --workers {args.workers}: at least 1 and 0")
+    if args.json and not Path(args.json).resolve().parent.is_dir():
+        raise data.BadInput(f"--json {args.json}: there is no such folder to write to")
 
     device, rank, _ = start_processes()
-    plain_warnings(rank)
     model, _ = checkpoint.load(args.ckpt, device)
     split = data.open_split(args.data, args.split, args.data_root, model.cfg.context_length)
     if not split.texts:
         raise data.BadInput(f"{split.name} is endless: evaluate on valid or test")
-    autocast, _ = precision_of(args.precision, device)
+    autocast, precision = precision_of(args.precision, device)
     result = retrieval_recall(*embed_split(model, split, device, autocast, args.batch_size, args.workers), split.positives)
     if rank == 0:
         model_name = checkpoint.name_of(model.cfg)
         print(table(result, args.data, args.split, model_name, args.ckpt))
         if args.json:
-            report = {"ckpt": str(args.ckpt), "model": model_name, "data": args.data, "split": args.split, "precision": args.precision, **result}
+            report = {"ckpt": str(args.ckpt), "model": model_name, "data": args.data, "split": args.split, "precision": precision, **result}
             checkpoint.write_text(args.json, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

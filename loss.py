@@ -6,7 +6,7 @@
     I, T     image_embed    (N, D)    unit vectors
     s        scale          ()        exp(logit_scale), the inverse temperature
     S        logits         (N, N)    s I Tᵀ
-    Y        truth          (N, N)    1 where caption j describes picture i, else 0: the identity, plus repeats of a picture or a caption in the batch
+    Y        truth          (N, N)    1 where pairs i and j have the same picture or the same caption, else 0; without repeats in the batch, the identity
 
     loss = 1/2N Σ_i  -Σ_j Yr_ij log softmax_j(S_ij)   picture -> caption, Yr = rows of Y divided by their sums
          + 1/2N Σ_j  -Σ_i Yc_ij log softmax_i(S_ij)   caption -> picture, Yc = columns of Y divided by their sums
@@ -30,7 +30,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)                                               # sum over processes
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -44,17 +44,17 @@ def contrastive_loss(image_embed, text_embed, scale, image_ids=None, text_ids=No
     """This process's share of the loss above; the shares of all processes sum to it.
 
     image_embed, text_embed (B, D) float32 unit vectors, the same B on every process; scale a scalar tensor, exp(logit_scale).
-    image_ids, text_ids (B,) int64: pairs that share a picture or a caption are positives of each other. Without ids every pair is its own only match.
+    image_ids, text_ids (B,) int64, both or neither: pairs that share a picture or a caption are positives of each other. Without them every pair is its own only match.
     """
     B = len(image_embed)
     all_image, all_text = gather(image_embed), gather(text_embed)               # (N, D)
     N = len(all_image)
     logits_image = scale * image_embed @ all_text.T                             # (B, N): rows of S
     logits_text = scale * text_embed @ all_image.T                              # (B, N): columns of S
-    first = dist.get_rank() * B if N > B else 0
-    truth = torch.eye(N, dtype=image_embed.dtype, device=image_embed.device)[first : first + B]          # (B, N)
+    own = torch.arange(B, device=image_embed.device) + (dist.get_rank() * B if N > B else 0)
+    same = own[:, None] == torch.arange(N, device=image_embed.device)           # (B, N): Y's own rows; Y is symmetric, so they serve as its own columns too
     if image_ids is not None:
         same = (image_ids[:, None] == gather(image_ids)) | (text_ids[:, None] == gather(text_ids))
-        truth = torch.maximum(truth, same.to(truth.dtype))                              # symmetric, so it serves rows and columns
+    truth = same.to(logits_image.dtype)
     truth = truth / truth.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits_image, truth, reduction="sum") + F.cross_entropy(logits_text, truth, reduction="sum")) / (2 * N)

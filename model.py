@@ -7,8 +7,8 @@
     picture (B, 3, R, R) -> ModifiedResNet or VisionTransformer -> image_embed (B, D)
     tokens  (B, L)       -> BertEncoder, token [CLS], projection -> text_embed  (B, D)
 
-Letters used in every file: B pictures or captions in this process's batch, N pairs in the global batch of all processes, L tokens, P patches (or positions
-of a feature map), C channels (width), H heads, D width of the shared space, R picture side in pixels.
+Letters of shapes, in every file: B pictures or captions in this process's batch, N pairs in the global batch of all processes, L tokens, P patches (or positions
+of a feature map), C channels (width), H heads, D width of the shared space, R picture side in pixels; I pictures and T captions in a split.
 
 Sources: CLIP (Radford et al. 2021, arXiv 2103.00020), BERT (Devlin et al. 2018, arXiv 1810.04805), ViT (Dosovitskiy et al. 2020, arXiv 2010.11929),
 ResNet-D and anti-aliasing (arXiv 1812.01187, 1904.11486), Chinese CLIP (arXiv 2211.01335).
@@ -43,8 +43,8 @@ class Config:
     context_length: int = 52                    # paper, table 2
 
 
-# One row per model. The released sizes are those of Chinese CLIP (arXiv 2211.01335, table 1): "RBT3" and "RoBERTa-wwm-ext" are BERTs of 3 x 768, 12 x 768 and
-# 24 x 1024. The paper's CE-CLIP rows are vit-b-16 and vit-l-14. `tiny` is ours: it trains in minutes on a laptop's CPU.
+# One row per model. The released sizes are those of Chinese CLIP (arXiv 2211.01335, table 1): "RBT3" and "RoBERTa-wwm-ext" (base and large) are BERTs of 3 x 768,
+# 12 x 768 and 24 x 1024. The paper's CE-CLIP rows are vit-b-16 and vit-l-14. `tiny` is ours: it trains in minutes on a laptop's CPU.
 #                              D    R         vision: layers  width  heads  patch       text: layers  width  heads
 CONFIGS = {
     "rn50":         Config(1024, 224, (3, 4, 6, 3),   64, 32, None,   3,  768, 12),
@@ -95,7 +95,7 @@ def run_blocks(blocks, x, *args, checkpointed: bool):
 def _statistics_kept(module):
     norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, BatchNorm2d)]
     for m, _, _ in norms:
-        m.momentum = 0.0                        # new statistics = 1 x the old ones + 0 x this batch's
+        m.momentum = 0.0                        # new statistics = 1 x the old ones + 0 x this batch's; the graph stays the same, as checkpointing needs
     try:
         yield
     finally:
@@ -159,7 +159,8 @@ class VisionTransformer(nn.Module):
         return self.norm_post(x[:, 0]) @ self.projection                                            # (B, D)
 
     def init_weights(self):
-        """CLIP's scheme (openai/CLIP, model.py, initialize_parameters): deviations C^-1/2, and (2 x layers)^-1/2 of it where a branch rejoins the residual stream."""
+        """The scheme of CLIP's transformers (openai/CLIP, model.py, initialize_parameters): deviations C^-1/2 into attention, (2C)^-1/2 into the MLP, and
+        C^-1/2 (2 x layers)^-1/2 where a branch rejoins the residual stream."""
         width, layers = self.position_embed.shape[1], len(self.blocks)
         for p in (self.class_token, self.position_embed, self.projection):
             nn.init.normal_(p, std=width**-0.5)
@@ -201,11 +202,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         mean = _Sum.apply(x.mean(dim=(0, 2, 3))) / world                                            # (C,)
         centred = x - mean[:, None, None]
         var = _Sum.apply(centred.square().mean(dim=(0, 2, 3))) / world
-        if self.track_running_stats:
-            n = world * x.numel() // x.shape[1]                                                     # values per channel
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
-            self.num_batches_tracked += 1
+        n = world * x.numel() // x.shape[1]                                                         # values per channel
+        self.running_mean.lerp_(mean.detach(), self.momentum)
+        self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
+        self.num_batches_tracked += 1
         y = centred * ((var + self.eps).rsqrt() * self.weight)[:, None, None] + self.bias[:, None, None]
         return y.to(dtype)
 

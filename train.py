@@ -12,12 +12,14 @@ settings.json.
 """
 import argparse
 import contextlib
+import fcntl
 import json
 import math
 import resource
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,13 +27,13 @@ import torch.distributed as dist
 
 import checkpoint
 import data
-from evaluate import embed_split, plain_warnings, precision_of, retrieval_recall, start_processes
+from evaluate import embed_split, precision_of, retrieval_recall, start_processes
 from loss import contrastive_loss
 from model import CLIP, CONFIGS
 from tokenizer import MASK, SEP
 
 # What each stage sets when no flag does. The paper gives no figures for the two pretraining stages; these are the learning rates of Chinese CLIP.
-# Fine-tuning: the paper's table 2 (its 200 epochs are for 2,000 pairs). Other batch sizes want other learning rates.
+# Fine-tuning: the paper's table 2, but for its 200 epochs, which were for 2,000 pairs. Other batch sizes want other learning rates.
 STAGES = {
     "1":        {"lr": 1e-4, "batch_size": 1024, "epochs": 1.0, "warmup": 5000},
     "2":        {"lr": 2e-5, "batch_size": 1024, "epochs": 1.0, "warmup": 5000},
@@ -43,31 +45,40 @@ TINY = {
     "2":        {"lr": 2e-3, "batch_size": 256, "epochs": 12.0, "warmup": 50},
     "finetune": {"lr": 5e-4, "batch_size": 256, "epochs": 20.0, "warmup": 50},
 }
-FREE = {"out", "data_root", "workers", "log_every", "save_every"}                # settings that cannot change the result: they may differ when a run continues
+RANGES = {"batch_size": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
+          "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "log_every": (1, 1e9)}
+FREE = {"out", "data", "data_root", "workers", "log_every", "save_every"}                # may differ when a run continues: they do not change the result (the data's contents have a fingerprint)
+CONTEXT = 512                                                                   # no caption has more tokens: BERT's position table
 
 
 def main():
     args = parse_args()
     device, rank, world = start_processes()
-    plain_warnings(rank)
-    if args.batch_size % world:
+    if args.batch_size and args.batch_size % world:
         raise data.BadInput(f"--batch-size {args.batch_size} does not divide by {world} processes; {max(1, args.batch_size // world) * world} does")
 
+    # where the run starts: its own snapshot, else --init, else random weights
+    last = Path(args.out) / "last.pt"
+    source = last if last.exists() else args.init
+    state = checkpoint.read(source) if source else None
+    config = CONFIGS[args.model or "tiny"] if args.model or not state else checkpoint.config_of(state)
+    fill_in(args, config)
+
     # data
-    config = CONFIGS[args.model] if args.model else checkpoint.config_of(checkpoint.read(args.init))
     train_split = data.open_split(args.data, "train", args.data_root, config.context_length)
     valid_split = data.open_split(args.data, "valid", args.data_root, config.context_length)
     if not len(train_split):
         raise data.BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
     total = args.max_steps or math.ceil(args.epochs * len(train_split) / args.batch_size)
-    valid_every = args.valid_every or max(1, total // 10)
-    warmup = min(args.warmup, total // 2)
+    args.epochs = None if args.max_steps else args.epochs
+    args.valid_every = args.valid_every or max(1, total // 10)
+    args.warmup = min(args.warmup, total // 2)
 
     # model: the same weights on every process
     torch.manual_seed(args.seed)
     model = CLIP(config)
-    if args.init:
-        checkpoint.load_into(model, checkpoint.read(args.init), args.init)
+    if state:
+        checkpoint.load_into(model, state, source)
     if args.stage == "1":
         model.freeze_vision()
     model.set_grad_checkpointing(args.grad_checkpointing)
@@ -76,13 +87,15 @@ def main():
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # not enabled, it passes everything through
     optimizer = make_optimizer(model, args.weight_decay)
 
-    run = Run(Path(args.out), vars(args) | {"precision": precision, "total_steps": total}, rank, model, optimizer, scaler)
-    first_step = run.resume()
+    settings = vars(args) | {"precision": precision, "total_steps": total, "train_data": train_split.fingerprint(), "valid_data": valid_split.fingerprint()}
+    run = Run(Path(args.out), settings, rank, model, optimizer, scaler)
+    first_step = run.resume(state) if source == last else 0
     run.say(description(args, model, train_split, valid_split, total, precision, device, world, first_step))
     if first_step == total:
-        return run.say(f"this run is finished: {run.out / 'best.pt'} has the highest recall on {valid_split.name}, {run.out / 'last.pt'} the last weights")
+        return run.say(f"nothing to do: {run.summary(total)}")
     validate = lambda step: run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=args.workers), valid_split.positives))
     run.start(first_step)
+    signals = catch_signals()
     if first_step == 0:
         validate(0)
         run.snapshot(0)
@@ -90,7 +103,6 @@ def main():
     batches = data.Batches(len(train_split), args.batch_size, args.seed, first_step, total, rank, world)
     loader = data.training_loader(train_split, config.image_size, batches, args.workers, pin_memory=device.type == "cuda")
     meter = Meter(first_step, total, args.batch_size, device)
-    signals = catch_signals()
     for step, batch in enumerate(loader, first_step + 1):                       # `step` optimizer steps are done at the end of this round
         lr = set_lr(optimizer, learning_rate(step - 1, args.lr, warmup, total))
         torch.manual_seed(random_seed(args.seed, step, rank))                   # for dropout: a function of (seed, step, process), so never stored
@@ -98,29 +110,26 @@ def main():
         pixels, ids = prepare(pixels, ids, args, step, rank, world)
         meter.losses.append(train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast))
 
-        due = step % args.log_every == 0 or step == total
-        stopping = bool(signals) if world == 1 else due and summed(torch.tensor(float(len(signals)), device=device)) > 0
-        if due:
+        due = lambda every: step == total or (every and step % every == 0)
+        stopping = summed(torch.tensor(float(len(signals)))) > 0                # a signal to any process stops all of them after the same step
+        if due(args.log_every):
             run.log(meter.record(step, lr, model))
-        if step % valid_every == 0 or step == total:
+        if due(args.valid_every):
             with meter.paused():
                 validate(step)
-        if step % valid_every == 0 or step == total or stopping or (args.save_every and step % args.save_every == 0):
+        if due(args.valid_every) or due(args.save_every) or stopping:
             run.snapshot(step)
         if stopping and step < total:
             run.say(f"stopped by a signal after step {step}; the same command continues from there")
-            break
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if signals:
-        sys.exit(128 + signals[0])
+            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    run.say(run.summary(total))
 
 
 def train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast):
     """One optimizer step on this process's share of the global batch: forward, loss, backward, step, clamp. Returns this process's share of the loss."""
     with autocast():
-        image_embed, text_embed = model.encode_image(pixels), model.encode_text(ids)                # (B, D) each
-    loss = contrastive_loss(image_embed, text_embed, model.logit_scale.exp(), image_keys, text_keys)
+        image_embed, text_embed, scale = model(pixels, ids)                     # (B, D), (B, D), scalar
+    loss = contrastive_loss(image_embed, text_embed, scale, image_keys, text_keys)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     sum_gradients(model)
@@ -157,7 +166,7 @@ def prepare(pixels, ids, args, step, rank, world):
         draws = 2 * torch.rand(args.batch_size, data.DRAWS, generator=generator) - 1
         pixels = data.augment(pixels, draws.chunk(world)[rank], **data.AUGMENT[args.augment])
     if args.mask_tokens:
-        draws = torch.rand(args.batch_size, 512, generator=generator).chunk(world)[rank][:, : ids.shape[1]].to(ids.device)
+        draws = torch.rand(args.batch_size, CONTEXT, generator=generator).chunk(world)[rank][:, : ids.shape[1]].to(ids.device)   # drawn for untrimmed captions
         ids = torch.where((draws < args.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [CLS], [SEP]
     return data.normalize(pixels), ids
 
@@ -185,7 +194,8 @@ def set_lr(optimizer, lr):
 
 def random_seed(seed, step, rank):
     """One number for (seed, step, rank); rank -1 is what all processes share."""
-    return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed((seed * 1_000_003 + step) * 65_537 + rank + 1)))
+    mixed = ((seed * 1_000_003 + step) * 65_537 + rank + 1) % 2**63
+    return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(mixed)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- the run's folder
@@ -203,17 +213,14 @@ class Run:
         if self.first:
             print(line, flush=True)
 
-    def resume(self):
-        """Load last.pt if it is there -> optimizer steps done. Refuses, with the difference named, when the settings are not the same."""
-        path = self.out / "last.pt"
-        if not path.exists():
-            return 0
-        state = checkpoint.read(path)
+    def resume(self, state):
+        """Continue from a snapshot, whose weights the model has already -> optimizer steps done. Refuses, with the difference named, when the settings are not the same."""
+        if "optimizer" not in state:
+            raise data.BadInput(f"{self.out / 'last.pt'} is no training snapshot, so nothing can continue from it; choose another --out")
         for name in sorted((self.settings.keys() | state["settings"].keys()) - FREE):
             now, before = self.settings.get(name), state["settings"].get(name)
             if now != before:
-                raise data.BadInput(f"{self.out} holds a run with {name} {before}, now it is {now}; continue it with the same settings, or choose another --out")
-        checkpoint.load_into(self.model, state, path)
+                raise data.BadInput(f"{self.out} holds a run with {name} {before}, now it is {now}; continue it with the same settings, choose another --out, or start a new run from it: --init {self.out / 'last.pt'}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.best = state["best"]
@@ -226,6 +233,11 @@ class Run:
         if not self.first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.out / "lock", "w")                                # held until this process ends, however it ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
         checkpoint.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         path, kept = self.out / "metrics.jsonl", []
         if path.exists() and step:
@@ -239,7 +251,7 @@ class Run:
         if not math.isfinite(record["loss"]):
             raise data.BadInput(f"step {record['step']}: the loss is {record['loss']}; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
         self.say(f"step {record['step']:6}/{total} loss {record['loss']:.4f} lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
-                 f"{record['samples_per_s']:.0f} samples/s left {clock(record['seconds_left'])} memory {record['memory_mib']:.0f} MiB")
+                 f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB")
         self._append(record)
 
     def validated(self, step, recall):
@@ -253,8 +265,17 @@ class Run:
             checkpoint.save(self.out / "best.pt", self.model, step=step, recall=recall, settings=self.settings)
         self.best = max(self.best, score)
 
+    def summary(self, total):
+        """What the finished run leaves, and whether it learned anything."""
+        best = checkpoint.read(self.out / "best.pt")["step"] if self.first else None
+        return (f"finished. {self.out / 'best.pt'}: highest recall on the valid split, after step {best} of {total}" + ("" if best else " (that is the START: training did not raise the recall)")
+                + f"; {self.out / 'last.pt'}: the last weights")
+
     def snapshot(self, step):
+        """Write last.pt; never with weights that are not numbers, so what is there can always be continued."""
         if self.first:
+            if not all(p.isfinite().all() for p in self.model.parameters()):
+                raise data.BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
             checkpoint.save(self.out / "last.pt", self.model, step=step, best=self.best, settings=self.settings,
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
@@ -304,15 +325,16 @@ def memory_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
-
-
 def catch_signals():
-    """SIGTERM and SIGINT (Ctrl-C) no longer end the process: they fill the list that is returned, and the loop stops after its step."""
+    """SIGTERM and SIGINT (Ctrl-C) no longer end the process: they fill the list that is returned, and the loop stops after its step. A second one ends it at once."""
     caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
     for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, _: caught.append(number))
+        signal.signal(s, catch)
     return caught
 
 
@@ -331,13 +353,16 @@ def description(args, model, train_split, valid_split, total, precision, device,
     lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
     if args.batch_size > len(train_split):
         lines.append(f"warning: --batch-size {args.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs")
+    if len(valid_split.image_ids) < 50:
+        lines.append(f"warning: {len(valid_split.image_ids)} pictures in {valid_split.name} are too few to choose a checkpoint well; 100 or more are better")
     lines.append(f"{total:,} steps of {args.batch_size:,} pairs; {world} process{'es' if world > 1 else ''}, {device.type}, {precision}" + (f"; continues after step {first_step:,}" if first_step else ""))
     lines.append("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
     return "\n".join(lines)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Train CE-CLIP.", epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    defaults = "\n".join(f"defaults of stage {stage}: tiny {TINY[stage]}, other models {STAGES[stage]}" for stage in STAGES)
+    parser = argparse.ArgumentParser(description="Train CE-CLIP.", epilog=f"{__doc__}\n{defaults}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(STAGES), required=True, help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init, else tiny)")
     parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder (default: demo)")
@@ -345,7 +370,7 @@ def parse_args(argv=None):
     parser.add_argument("--init", help="a checkpoint to start from")
     parser.add_argument("--out", help="folder of the run (default: runs/stage1, runs/stage2 or runs/finetune)")
     parser.add_argument("--batch-size", type=int, help="pairs per optimizer step, over all processes")
-    parser.add_argument("--epochs", type=float)
+    parser.add_argument("--epochs", type=float, help="passes over the training pairs")
     parser.add_argument("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--warmup", type=int, help="steps to reach it (at most half the run)")
@@ -360,20 +385,21 @@ def parse_args(argv=None):
     parser.add_argument("--save-every", type=int, default=0, help="steps between snapshots, beside those at each validation")
     parser.add_argument("--log-every", type=int, default=10, help="steps between lines")
     args = parser.parse_args(argv)
+    args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
     if args.model and args.model not in CONFIGS:
         raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
-    if not args.model and not args.init:
-        args.model = "tiny"
-    model = args.model or checkpoint.name_of(checkpoint.config_of(checkpoint.read(args.init)))
-    for name, value in (TINY if model == "tiny" else STAGES)[args.stage].items():
+    for name, (low, high) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:                      # NaN fails, too
+            raise data.BadInput(f"--{name.replace('_', '-')} {value}: out of range, at least {low:g} and at most {high:g}")
+    return args
+
+
+def fill_in(args, config):
+    """Flags that were not given take the stage's defaults."""
+    for name, value in (TINY if config == CONFIGS["tiny"] else STAGES)[args.stage].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for name, low, high in (("batch_size", 1, math.inf), ("epochs", 1e-9, math.inf), ("max_steps", 0, math.inf), ("lr", 0, math.inf), ("warmup", 0, math.inf), ("weight_decay", 0, math.inf),
-                            ("mask_tokens", 0, 0.99), ("seed", 0, 2**31), ("workers", 0, 512), ("valid_every", 0, math.inf), ("save_every", 0, math.inf), ("log_every", 1, math.inf)):
-        if not low <= getattr(args, name) <= high:
-            raise data.BadInput(f"--{name.replace('_', '-')} {getattr(args, name)}: out of range, at least {low:g}" + (f" and at most {high:g}" if high < math.inf else ""))
-    args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
-    return args
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ PAD, UNK, CLS, SEP, MASK = 0, 100, 101, 102, 103
 
 
 class Tokenizer:
-    def __init__(self):
+    def __init__(self, name=""):
+        """`name` says in the warning whose captions were cut."""
         vocab = {token: i for i, token in enumerate(VOCAB.read_text(encoding="utf-8").split("\n")[:-1])}
         # [CLS], [SEP], … are not registered as special tokens: typed in a caption they are ordinary characters, and cannot steer the model.
         self.wordpiece = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
         self.wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)      # clean control characters, space out Chinese, strip accents
         self.wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.warned = False
+        self.prefix, self.warned = name and f"{name}: ", False
 
     def __call__(self, texts, context_length: int = 52):
         """A list of strings (or one string) -> (len(texts), context_length) int64. Warns once, with the count, when captions are cut."""
@@ -37,5 +38,5 @@ class Tokenizer:
             rows.append([CLS, *tokens[:room], SEP] + [PAD] * (room - len(tokens)))
         if cut and not self.warned:
             self.warned = True
-            warnings.warn(f"{cut} of {len(texts)} captions are longer than {room} tokens and were cut", stacklevel=2)
+            warnings.warn(f"{self.prefix}{cut} of {len(texts)} captions are longer than {room} tokens and were cut", stacklevel=2)
         return torch.tensor(rows, dtype=torch.int64).view(len(texts), context_length)
