@@ -221,18 +221,23 @@ def read_jsonl(path):
 
 
 def read_csv(path):
-    """(line number, {column: value}) of every row; the first line names the columns, `image` and `caption` among them."""
-    reader = csv.DictReader((line for _, line in utf8_lines(path)), strict=True)
+    """(line number, {column: value}) of every row that is not blank; the first line names the columns, `image` and `caption` among them."""
+    reader, start = csv.reader((line for _, line in utf8_lines(path)), strict=True), 1
     try:
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
-        if not {"image", "caption"} <= set(reader.fieldnames or []):
-            raise BadInput(f"{path}, line 1: expected the column names image,caption; found {','.join(reader.fieldnames or []) or 'nothing'}")
-        for row in reader:
-            if None in row:
-                raise BadInput(f'{path}, line {reader.line_num}: more columns than the first line names; put a caption that has commas in "quotes"')
-            yield reader.line_num, row
+        columns = [name.strip().lower() for name in next(reader, [])]
+        if not {"image", "caption"} <= set(columns):
+            raise BadInput(f"{path}, line 1: expected the column names image,caption; found {','.join(columns) or 'nothing'}")
+        while True:
+            start = reader.line_num + 1                                         # a row may go over several lines: its first one is the one to look at
+            row = next(reader, None)
+            if row is None:
+                return
+            if len(row) > len(columns):
+                raise BadInput(f'{path}, line {start}: more columns than the first line names; put a caption that has commas in "quotes"')
+            if row:
+                yield start, dict(zip(columns, row))
     except csv.Error as error:
-        raise BadInput(f"{path}, line {reader.line_num}: {error}; every \" must have its partner, and a \" inside a caption is written \"\"") from None
+        raise BadInput(f"{path}, line {start}: {error}; every \" must have its partner, and a \" inside a caption is written \"\"") from None
 
 
 def utf8_lines(path):

@@ -159,7 +159,7 @@ class VisionTransformer(nn.Module):
         return self.norm_post(x[:, 0]) @ self.projection                                            # (B, D)
 
     def init_weights(self):
-        """The scheme of CLIP's transformers (openai/CLIP, model.py, initialize_parameters): deviations C^-1/2 into attention, (2C)^-1/2 into the MLP, and
+        """The scheme of CLIP's transformer (openai/CLIP, model.py, initialize_parameters): deviations C^-1/2 into attention, (2C)^-1/2 into the MLP, and
         C^-1/2 (2 x layers)^-1/2 where a branch rejoins the residual stream."""
         width, layers = self.position_embed.shape[1], len(self.blocks)
         for p in (self.class_token, self.position_embed, self.projection):

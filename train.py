@@ -104,7 +104,7 @@ def main():
     loader = data.training_loader(train_split, config.image_size, batches, args.workers, pin_memory=device.type == "cuda")
     meter = Meter(first_step, total, args.batch_size, device)
     for step, batch in enumerate(loader, first_step + 1):                       # `step` optimizer steps are done at the end of this round
-        lr = set_lr(optimizer, learning_rate(step - 1, args.lr, warmup, total))
+        lr = set_lr(optimizer, learning_rate(step - 1, args.lr, args.warmup, total))
         torch.manual_seed(random_seed(args.seed, step, rank))                   # for dropout: a function of (seed, step, process), so never stored
         pixels, ids, image_keys, text_keys = (x.to(device, non_blocking=True) for x in batch)
         pixels, ids = prepare(pixels, ids, args, step, rank, world)

@@ -62,7 +62,7 @@ def test_folder_with_captions(tmp_path, kind):
     assert split.image_ids == ["a 猫.png", "sub/b.png"] and split.texts == ["一只猫，坐着", "一条狗", "一只橘猫"] and split.positives == [[0], [1], [0]]
     assert split.picture(1).size == (20, 12)
     assert open_split(tmp_path / "own", "test").texts == ["一只鸟"]
-    with pytest.raises(BadInput, match="no rows for the split 'valid'; it has test, train"):
+    with pytest.raises(BadInput, match="no split 'valid'; mark rows with a column `split`; it has test, train"):
         open_split(tmp_path / "own", "valid")
 
 
@@ -71,6 +71,14 @@ def test_folder_without_a_split_column_divides_by_picture(tmp_path):
     names = {split: set(open_split(tmp_path / "own", split).image_ids) for split in ("train", "valid", "test")}
     assert sum(map(len, names.values())) == 400 and len(set.union(*names.values())) == 400
     assert 280 < len(names["train"]) < 350 and 20 < len(names["valid"]) < 70 and 20 < len(names["test"]) < 70
+
+
+def test_caption_files_as_spreadsheets_write_them(tmp_path):
+    """Byte-order mark, CRLF, capital headings with blanks, rows of empty cells, Windows paths."""
+    write_folder(tmp_path / "own", [("sub/a.png", "x")])
+    (tmp_path / "own/captions.csv").write_bytes("\ufeffImage, Caption ,split\r\nsub\\a.png ,一只猫,Train\r\n,,\r\n\r\n".encode())
+    split = open_split(tmp_path / "own", "train")
+    assert split.image_ids == ["sub/a.png"] and split.texts == ["一只猫"] and split.picture(0).size == (20, 12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- damaged input
@@ -100,11 +108,12 @@ DAMAGE = {
     "caption id twice": (edit("train_texts.jsonl", nth(2, '{"text_id": 10, "text": "x", "image_ids": [1]}')), "train_texts.jsonl, line 2: text_id 10 stands in line 1 already"),
     "picture that is not there": (edit("train_texts.jsonl", nth(2, '{"text_id": 99, "text": "x", "image_ids": [777]}')), "train_texts.jsonl, line 2: image_id 777 is not in train_imgs.tsv"),
     "picture id that cannot be one": (edit("train_texts.jsonl", nth(2, '{"text_id": 99, "text": "x", "image_ids": [[1]]}')), "train_texts.jsonl, line 2: image_id [1] is not in"),
+    "half a character": (edit("train_texts.jsonl", nth(2, '{"text_id": 99, "text": "\\ud800", "image_ids": [1]}')), "train_texts.jsonl, line 2: the caption holds a broken character"),
     "no captions": (edit("train_texts.jsonl", lambda _: ""), "little/train: the split is empty (12 pictures, 0 captions)"),
     "no pictures": (lambda folder: [(folder / n).write_text("") for n in ("train_imgs.tsv", "train_texts.jsonl")], "the split is empty"),
-    "captions missing": (lambda folder: (folder / "train_texts.jsonl").unlink(), "no split 'train': train_texts.jsonl is missing"),
-    "split missing": (lambda folder: (folder / "train_imgs.tsv").unlink(), "no split 'train': train_imgs.tsv is missing; the folder has test, valid"),
-    "captions not in UTF-8": (lambda folder: (folder / "train_texts.jsonl").write_bytes(b'{"text": "\xff"}'), "train_texts.jsonl: not UTF-8"),
+    "captions missing": (lambda folder: (folder / "train_texts.jsonl").unlink(), "train_texts.jsonl is missing beside train_imgs.tsv"),
+    "split missing": (lambda folder: (folder / "train_imgs.tsv").unlink(), "no split 'train': train_imgs.tsv is missing; it has test, valid"),
+    "captions not in UTF-8": (lambda folder: (folder / "train_texts.jsonl").write_bytes(b'{"text": "\xff"}'), "train_texts.jsonl, line 1: not UTF-8"),
 }
 
 
@@ -131,6 +140,8 @@ def test_a_picture_that_does_not_decode_is_named_by_its_id(tsv_folder, content, 
     ("image,caption\nno.png,猫\n", "captions.csv, line 2: there is no picture"),
     ("picture,text\na.png,猫\n", "captions.csv, line 1: expected the column names image,caption; found picture,text"),
     ("", "captions.csv, line 1: expected the column names image,caption; found nothing"),
+    ('image,caption\na.png,"一只猫\na.png,狗\n', "captions.csv, line 2: unexpected end of data; every"),
+    ("image,caption,split\na.png,猫,train\n./a.png,狗,test\n", "captions.csv, line 3: picture a.png is in the split test here and in train above"),
     ("image,caption\na.png,\n", "captions.csv, line 2: expected an `image` and a `caption`"),
     ("image,caption\na.png,一只猫,坐着\n", 'captions.csv, line 2: more columns than the first line names; put a caption that has commas in "quotes"'),
 ])
@@ -149,9 +160,12 @@ def test_unknown_places(tmp_path):
 
 
 def test_command_line(tsv_folder, tmp_path):
-    assert "train        12 pictures       12 captions       12 pairs" in script("data.py", tsv_folder)
+    assert "train          12 pictures       12 captions       12 pairs" in script("data.py", tsv_folder)
+    assert "train    endless; 8,192 pairs an epoch" in script("data.py", "demo")
     script("data.py", "demo", "--draw", tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (804, 536)
+    assert script("data.py", tsv_folder, "--draw", tmp_path / "sheet.png").count("第") == 12
+    assert "endless" in refused("data.py", "demo", "--split", "train", "--draw", tmp_path / "sheet.png")
     assert "neither a folder" in refused("data.py", "nothing-here")
 
 
@@ -208,6 +222,23 @@ def test_transform_is_that_of_the_released_models():
     for shape in ((1, 1), (300, 20), (64, 64), (333, 500)):
         picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
         torch.testing.assert_close(data.Transform(224)(picture), utils.image_transform(224)(picture), rtol=0, atol=1e-6)
+
+
+def test_pictures_are_seen_as_a_person_sees_them():
+    """Turned as EXIF says; black on transparent is black on white; 16-bit grey keeps its shades; bilevel, palette, CMYK are converted."""
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8))
+    exif = upright.getexif()
+    exif[0x0112] = 6                                                            # "turn by 90 degrees to see it upright"
+    file = io.BytesIO()
+    upright.rotate(90, expand=True).save(file, "PNG", exif=exif)
+    assert np.array_equal(np.array(data.to_rgb(Image.open(file))), np.array(upright))
+    for mode in ("RGBA", "LA"):
+        clear = Image.new(mode, (4, 4), 0)
+        clear.paste(Image.new(mode, (2, 4), (0, 0, 0, 255) if mode == "RGBA" else (0, 255)))
+        assert np.array(data.to_rgb(clear))[0, :, 0].tolist() == [0, 0, 255, 255]
+    grey = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
+    assert np.array(data.to_rgb(grey))[0, :, 0].tolist() == [0, 100, 255]
+    assert all(data.to_rgb(upright.convert(mode)).mode == "RGB" for mode in ("1", "L", "P", "CMYK", "YCbCr"))
 
 
 def test_palette_pictures_become_rgb_before_they_are_resized():

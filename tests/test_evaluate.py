@@ -94,6 +94,11 @@ def test_published_rows_are_for_the_test_split_alone():
     assert "Wukong" in table(result, "flickr30k-cn", "test", "vit-b-16", "x") and "Wukong" not in table(result, "flickr30k-cn", "valid", "vit-b-16", "x")
 
 
+def test_a_split_without_answers_is_refused():
+    with pytest.raises(data.BadInput, match="no caption of the split"):
+        retrieval_recall(torch.eye(2), torch.eye(2), [[], []])
+
+
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
@@ -116,6 +121,8 @@ def test_command_line_on_one_and_two_processes(tiny_checkpoint, tsv_folder, tmp_
     (["--ckpt", "CKPT", "--data", "coco-cn", "--data-root", "nowhere"], "there is no folder nowhere/COCO-CN"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "dev"], "no split 'dev'; it has train, valid, test"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "train"], "endless"),
+    (["--ckpt", "CKPT", "--data", "demo", "--json", "nowhere/a.json"], "there is no such folder"),
+    (["--ckpt", "CKPT", "--data", "demo", "--batch-size", "0"], "--batch-size 0"),
 ])
 def test_wrong_arguments_give_one_line(tiny_checkpoint, arguments, message):
     assert message in refused("evaluate.py", *[tiny_checkpoint if a == "CKPT" else a for a in arguments])

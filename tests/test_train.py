@@ -59,7 +59,7 @@ def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path):
     assert "--data coco-cn" in output.splitlines()[0] and "step      2/2" in output and "frozen vision tower has random weights" in output
     for word in ("loss", "lr", "temperature", "samples/s", "left", "memory", "settings:", "valid  text-to-image R@1"):
         assert word in output
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "metrics.jsonl", "settings.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "lock", "metrics.jsonl", "settings.json"]
     assert json.loads((tmp_path / "settings.json").read_text())["total_steps"] == 2
 
 
@@ -123,14 +123,14 @@ def test_a_killed_run_continues_to_the_same_weights(kill, tsv_folder, tmp_path, 
 
 def test_a_finished_run_says_so_and_changes_nothing(tsv_folder, undisturbed):
     before = {p.name: p.read_bytes() for p in undisturbed.iterdir()}
-    assert "this run is finished" in script(*arguments(tsv_folder, undisturbed))
+    assert "nothing to do: finished." in script(*arguments(tsv_folder, undisturbed))
     assert {p.name: p.read_bytes() for p in undisturbed.iterdir()} == before
 
 
 def test_other_settings_are_refused_by_name(tsv_folder, undisturbed):
     for more, message in ((["--lr", "0.5"], "lr 0.002, now it is 0.5"), (["--seed", "7"], "seed 0, now it is 7"), (["--stage", "1"], "lr 0.002, now it is 0.001")):
         assert message in refused(*arguments(tsv_folder, undisturbed, *more))
-    assert "this run is finished" in script(*arguments(tsv_folder, undisturbed, "--workers", 1, "--log-every", 3))
+    assert "nothing to do: finished." in script(*arguments(tsv_folder, undisturbed, "--workers", 1, "--log-every", 3))
 
 
 def test_a_damaged_snapshot_is_refused(tsv_folder, undisturbed):
