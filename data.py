@@ -399,15 +399,9 @@ class TrainingPairs(Dataset):
 
 
 def collate(samples):
-    """-> pixels (B, 3, R, R) uint8, ids (B, L) int64 with L the longest caption of the batch, image_keys (B,), text_keys (B,)."""
+    """-> pixels (B, 3, R, R) uint8, ids (B, L) int64, image_keys (B,), text_keys (B,)."""
     pixels, ids, image_keys, text_keys = zip(*samples)
-    ids = torch.from_numpy(np.stack(ids).astype(np.int64))
-    return torch.stack(pixels), trim(ids), torch.tensor(image_keys), torch.tensor(text_keys)
-
-
-def trim(ids):
-    """Cut the columns in which every caption has [PAD]: (B, L) -> (B, longest)."""
-    return ids[:, : int((ids != 0).sum(dim=1).max())]
+    return torch.stack(pixels), torch.from_numpy(np.stack(ids).astype(np.int64)), torch.tensor(image_keys), torch.tensor(text_keys)
 
 
 def training_loader(split, image_size, batches, workers, pin_memory=False):

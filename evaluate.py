@@ -169,7 +169,7 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0):
         with autocast():
             images.append(model.encode_image(data.normalize(pixels.to(device).float() / 255)).cpu())
     for start in range(0, len(my_texts), batch_size):
-        ids = data.trim(torch.from_numpy(split.ids[my_texts[start : start + batch_size]].astype("int64")))
+        ids = torch.from_numpy(split.ids[my_texts[start : start + batch_size]].astype("int64"))
         with autocast():
             texts.append(model.encode_text(ids.to(device)).cpu())
     model.train(was_training)

@@ -362,10 +362,15 @@ class CLIP(nn.Module):
         with torch.no_grad() if self.vision_frozen else nullcontext():
             return F.normalize(at_least_float32(self.vision(pixels)), dim=-1)
 
-    def encode_text(self, ids):
-        """ids (B, L) int64, 0 = [PAD] -> unit vectors (B, D), float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1)."""
-        cls = self.text(ids)[:, 0]                                                                  # (B, C)
-        return F.normalize(at_least_float32(cls @ self.text_projection), dim=-1)
+    def encode_text(self, ids, groups=4):
+        """ids (B, L) int64, 0 = [PAD] -> unit vectors (B, D), float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1).
+
+        Captions differ much in length and [PAD] costs as much as a word: those of like length run together, each group as short as its longest caption.
+        """
+        lengths = (ids != 0).sum(dim=1)                                                             # (B,)
+        order = lengths.argsort(stable=True)                                                        # shortest first
+        cls = torch.cat([self.text(ids[rows, : int(lengths[rows[-1]])])[:, 0] for rows in order.chunk(groups)])     # (B, C), in that order
+        return F.normalize(at_least_float32(cls[order.argsort()] @ self.text_projection), dim=-1)   # (B, D), in the order of ids
 
     def forward(self, pixels, ids):
         """-> image_embed (B, D), text_embed (B, D), scale = exp(logit_scale)."""

@@ -48,7 +48,6 @@ TINY = {
 RANGES = {"batch_size": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
           "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "log_every": (1, 1e9)}
 FREE = {"out", "data", "data_root", "workers", "log_every", "save_every"}                # may differ when a run continues: they do not change the result (the data's contents have a fingerprint)
-CONTEXT = 512                                                                   # no caption has more tokens: BERT's position table
 
 
 def main():
@@ -62,6 +61,7 @@ def main():
     source = last if last.exists() else args.init
     state = checkpoint.read(source) if source else None
     config = CONFIGS[args.model or "tiny"] if args.model or not state else checkpoint.config_of(state)
+    args.model = checkpoint.name_of(config)
     fill_in(args, config)
 
     # data
@@ -166,7 +166,7 @@ def prepare(pixels, ids, args, step, rank, world):
         draws = 2 * torch.rand(args.batch_size, data.DRAWS, generator=generator) - 1
         pixels = data.augment(pixels, draws.chunk(world)[rank], **data.AUGMENT[args.augment])
     if args.mask_tokens:
-        draws = torch.rand(args.batch_size, CONTEXT, generator=generator).chunk(world)[rank][:, : ids.shape[1]].to(ids.device)   # drawn for untrimmed captions
+        draws = torch.rand(args.batch_size, ids.shape[1], generator=generator).chunk(world)[rank].to(ids.device)
         ids = torch.where((draws < args.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [CLS], [SEP]
     return data.normalize(pixels), ids
 
@@ -241,8 +241,7 @@ class Run:
         checkpoint.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         path, kept = self.out / "metrics.jsonl", []
         if path.exists() and step:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]      # a kill may have cut the last one
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if logged_step(line) <= step]
         checkpoint.write_text(path, "".join(line + "\n" for line in kept))
 
     def log(self, record):
@@ -283,6 +282,14 @@ class Run:
         if self.first:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
                 f.write(json.dumps(record) + "\n")
+
+
+def logged_step(line):
+    """The step of a line of metrics.jsonl; infinity for a line that a crash has cut."""
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return math.inf
 
 
 class Meter:

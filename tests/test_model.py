@@ -56,6 +56,16 @@ def test_embeddings_are_unit_vectors_and_padding_changes_nothing(cfg):
     torch.testing.assert_close(model.encode_text(F.pad(ids, (0, 7))), text_embed, rtol=1e-5, atol=1e-6)
 
 
+def test_captions_run_in_groups_of_like_length_and_keep_their_order():
+    model, (_, ids) = build(VIT).eval(), batch(VIT, n=11)
+    seen = []
+    model.text.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    embed = model.encode_text(ids)
+    assert sum(n for n, _ in seen) == 11 and [length for _, length in seen] == sorted(length for _, length in seen) and seen[0][1] < seen[-1][1] <= 9
+    torch.testing.assert_close(embed, model.encode_text(ids, groups=1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(embed[3:4], model.encode_text(ids[3:4]), rtol=1e-5, atol=1e-6)
+
+
 def test_attention_kernel_equals_the_written_out_softmax():
     torch.manual_seed(0)
     attention, x = Attention(48, 4), torch.randn(3, 7, 48)
@@ -94,12 +104,15 @@ def test_checkpointed_gradients_and_statistics_equal_plain_ones(cfg):
 @BOTH
 def test_checkpointing_runs_blocks_again(cfg):
     model, (pixels, ids) = build(cfg).train(), batch(cfg)
-    calls = []
+    calls, counts = [], []
     for block in [*model.vision.blocks, *model.text.blocks]:
         block.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.set_grad_checkpointing()
-    contrastive_loss(*model(pixels, ids)).backward()
-    assert len(calls) == 2 * (len(model.vision.blocks) + len(model.text.blocks))
+    for checkpointed in (False, True):
+        calls.clear()
+        model.set_grad_checkpointing(checkpointed)
+        contrastive_loss(*model(pixels, ids)).backward()
+        counts.append(len(calls))
+    assert counts[1] == 2 * counts[0]
 
 
 @BOTH
