@@ -18,22 +18,19 @@ FORMAT = "ce-clip 1"
 
 
 def save(path, model, **extra):
-    """Write a checkpoint. At every moment `path` is the old file or the whole new one: written beside it, flushed to the disk, then renamed."""
+    """Write a checkpoint, whole or not at all."""
+    write(path, lambda f: torch.save({"format": FORMAT, "config": dataclasses.asdict(model.cfg), "model": model.state_dict(), **extra}, f))
+
+
+def write(path, fill):
+    """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, it is flushed to the disk, then renamed."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as f:
-        torch.save({"format": FORMAT, "config": dataclasses.asdict(model.cfg), "model": model.state_dict(), **extra}, f)
+        fill(f)
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
-
-
-def write_text(path, text):
-    """A small text file, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def read(path):
@@ -47,14 +44,18 @@ def read(path):
         raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else ({type(error).__name__})") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("config"), dict) or not isinstance(state.get("model"), dict):
         raise BadInput(f"{path}: not a checkpoint of this project (it needs the entries format = {FORMAT!r}, config, model)")
+    try:
+        empty_model(state)
+    except Exception as error:                                                  # a config can be wrong in as many ways
+        raise BadInput(f"{path}: its config does not describe a model of this version ({type(error).__name__}: {error})") from None
     return state
 
 
 def load(path, device="cpu"):
     """-> (model in evaluation mode and float32, transform: PIL picture -> (3, R, R))."""
     state = read(path)
-    model = CLIP(config_of(state))
-    load_into(model, state, path)
+    model = empty_model(state)
+    load_into(model, state, path, assign=True)
     return model.eval().to(device), Transform(model.cfg.image_size)
 
 
@@ -63,14 +64,21 @@ def config_of(state):
     return Config(**state["config"])
 
 
-def load_into(model, state, path):
-    """Copy a checkpoint's tensors into the model: all of them, each of the same shape, or BadInput and nothing is copied."""
+def empty_model(state):
+    """The model of a checkpoint, with shapes but no memory for its weights yet."""
+    with torch.device("meta"):
+        return CLIP(config_of(state))
+
+
+def load_into(model, state, path, assign=False):
+    """Copy a checkpoint's tensors into the model, or with `assign` make them the model's own: all of them, each of the same shape and type, or BadInput and nothing changes."""
     mine, theirs = model.state_dict(), state["model"]
+    kind = lambda x: f"{tuple(x.shape)} {x.dtype}".replace("torch.", "") if torch.is_tensor(x) else f"a {type(x).__name__}"
     wrong = [f"{k} is missing" for k in mine.keys() - theirs.keys()] + [f"{k} is unknown" for k in theirs.keys() - mine.keys()]
-    wrong += [f"{k} is {tuple(theirs[k].shape)}, not {tuple(mine[k].shape)}" for k in mine.keys() & theirs.keys() if mine[k].shape != theirs[k].shape]
+    wrong += [f"{k} is {kind(theirs[k])}, not {kind(mine[k])}" for k in mine.keys() & theirs.keys() if kind(theirs[k]) != kind(mine[k])]
     if wrong:
-        raise BadInput(f"{path}: a checkpoint of another architecture ({name_of(config_of(state))}, not {name_of(model.cfg)}): {sorted(wrong)[0]}")
-    model.load_state_dict(theirs)
+        raise BadInput(f"{path}: the tensors do not fit the architecture {name_of(model.cfg)} (the file says {name_of(config_of(state))}): {sorted(wrong, key=str)[0]}")
+    model.load_state_dict(theirs, assign=assign)
 
 
 def name_of(config):

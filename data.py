@@ -44,11 +44,13 @@ NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "
 class BadInput(Exception):
     """Something a person can mend. The message is one line: what is wrong, where, and what to do. The scripts print it and exit with 1.
 
-    A DataLoader wraps a worker's exception in a traceback and hands it on as the new message: only its last line is kept.
+    A DataLoader wraps a worker's exception in a traceback and hands it on as the new message: of that, only its last line is kept.
     """
 
     def __init__(self, message):
-        super().__init__(str(message).strip().splitlines()[-1].removeprefix("data.BadInput: "))
+        if message.startswith("Caught BadInput in DataLoader worker"):
+            message = message.strip().splitlines()[-1].removeprefix("data.BadInput: ")
+        super().__init__(" ".join(message.splitlines()))
 
 
 # ---------------------------------------------------------------------------------------------------------------- splits: what lies on disk
@@ -57,6 +59,7 @@ class BadInput(Exception):
 class Split:
     """One split of a data set: T captions, I pictures, and which pictures each caption describes.
 
+    endless        whether each epoch has new pictures (the painted train split): then there are no fixed texts, image_ids, …, and sample() alone can be asked
     name           for messages, e.g. "COCO-CN/test"
     texts          T captions
     positives      T lists of picture indices: positives[t] = the pictures that caption t describes; may be empty (such a caption is no query)
@@ -65,6 +68,8 @@ class Split:
     text_keys      T numbers, equal for equal sentences
     pairs          (caption, picture) index pairs, in the data set's order: the training samples
     """
+
+    endless = False
 
     def __init__(self, name, texts, image_ids, positives, context_length=52):
         if not texts or not image_ids:
@@ -84,7 +89,9 @@ class Split:
             encoded = self.picture_bytes(i)
             if not encoded:
                 raise ValueError("it is empty")
-            return to_rgb(Image.open(io.BytesIO(encoded)))
+            picture = Image.open(io.BytesIO(encoded))
+            picture.load()
+            return to_rgb(picture)
         except UnidentifiedImageError:
             reason = "not a picture in a format that Pillow reads"
         except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
@@ -93,7 +100,8 @@ class Split:
 
     def fingerprint(self):
         """A short text that changes when the captions, the pictures' names or their relation change."""
-        return hashlib.md5(json.dumps([self.texts, self.image_ids, self.positives], ensure_ascii=False).encode()).hexdigest()[:12]
+        digest = hashlib.md5(json.dumps([self.texts, self.image_ids, self.positives], ensure_ascii=False).encode()).hexdigest()
+        return f"{len(self):,} pairs (hash {digest[:12]})"
 
     def sample(self, epoch, k):
         """Training pair k -> (picture, tokens (L,), picture key, caption key). Equal keys mean the same picture or the same sentence. Here all epochs are alike."""
@@ -107,12 +115,16 @@ class TsvSplit(Split):
     def __init__(self, folder, split, context_length):
         self.path = folder / f"{split}_imgs.tsv"
         self.offsets, index_of = [], {}                                         # (start, length) of each base64 text; picture id -> index
+        line_of = {}
         for number, start, end, line in self._lines():
+            if start == end or not line.strip():
+                continue
             id_, tab, _ = line.partition(b"\t")
             if not tab or not id_.strip().isdigit():
                 raise BadInput(f"{self.path}, line {number}: expected `number<TAB>base64 picture`, found {line[:40]!r}")
-            if index_of.setdefault(int(id_), len(index_of)) != number - 1:
-                raise BadInput(f"{self.path}, line {number}: picture id {int(id_)} stands in line {index_of[int(id_)] + 1} already; ids must be unique")
+            if line_of.setdefault(int(id_), number) != number:
+                raise BadInput(f"{self.path}, line {number}: picture id {int(id_)} stands in line {line_of[int(id_)]} already; ids must be unique")
+            index_of[int(id_)] = len(index_of)
             self.offsets.append((start + len(id_) + 1, end - start - len(id_) - 1))
         texts, positives, line_of = [], [], {}
         path = folder / f"{split}_texts.jsonl"
@@ -148,7 +160,7 @@ class TsvSplit(Split):
         with open(self.path, "rb") as f:
             f.seek(self.offsets[i][0])
             text = f.read(self.offsets[i][1])
-        return base64.b64decode(text.strip().translate(bytes.maketrans(b"-_", b"+/")), validate=True)   # both base64 alphabets are about
+        return base64.b64decode(text.strip().translate(bytes.maketrans(b"-_", b"+/")), validate=True)   # published sets use both base64 alphabets
 
 
 class FolderSplit(Split):
@@ -156,11 +168,16 @@ class FolderSplit(Split):
 
     def __init__(self, folder, split, context_length):
         self.folder = folder
-        index_of, rows = {}, {}                                                 # picture -> index; rows as keys: the same row twice says nothing new
-        for _, image, caption, belongs in caption_rows(caption_file(folder)):
+        index_of, described, present = {}, {}, set()                            # picture -> index; caption -> the pictures it describes
+        for image, caption, belongs in caption_rows(caption_file(folder)):
+            present.add(belongs)
             if belongs == split:
-                rows[caption, index_of.setdefault(image, len(index_of))] = None
-        super().__init__(f"{folder.name}/{split}", [caption for caption, _ in rows], list(index_of), [[i] for _, i in rows], context_length)
+                images, i = described.setdefault(caption, []), index_of.setdefault(image, len(index_of))
+                if i not in images:                                             # the same row twice says nothing new
+                    images.append(i)
+        if not described:
+            raise BadInput(f"{folder}: no split {split!r}; it has {', '.join(sorted(present)) or 'no rows at all'}; the column `split` of the captions file names them (train, valid, test)")
+        super().__init__(f"{folder.name}/{split}", list(described), list(index_of), list(described.values()), context_length)
 
     def picture_bytes(self, i):
         return (self.folder / self.image_ids[i]).read_bytes()
@@ -175,22 +192,24 @@ def caption_file(folder):
 
 
 def caption_rows(path):
-    """(line number, picture, caption, split) of every row of a caption file that is not blank. The pictures are there, each in one split."""
-    split_of = {}
+    """(picture, caption, split) of every row of a caption file that is not blank. The pictures are there, each in one split."""
+    split_of, marked = {}, None                                                 # picture -> split; whether the rows name one
     for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
-        if not any(row.values()):                                               # spreadsheets leave rows of empty cells
-            continue
         image, caption, split = row.get("image"), row.get("caption"), row.get("split") or ""
         if not all(isinstance(x, str) for x in (image, caption, split)) or not image.strip() or not caption.strip():
             raise BadInput(f"{path}, line {number}: expected an `image` and a `caption`, found {json.dumps(row, ensure_ascii=False)[:80]}")
         check_text(caption, path, number)
         image = posixpath.normpath(image.strip().replace("\\", "/"))            # Windows writes paths with backslashes
-        split = split.strip().lower() or hashed_split(image)
+        split = split.strip().lower()
+        if marked not in (None, bool(split)):
+            raise BadInput(f"{path}, line {number}: `split` is {'given here but not' if split else 'empty here but given'} in the rows above; give it in every row or in none")
+        marked = bool(split)
+        split = split or hashed_split(image)
         if image not in split_of and not (path.parent / image).is_file():
             raise BadInput(f"{path}, line {number}: there is no picture {path.parent / image}")
         if split_of.setdefault(image, split) != split:
             raise BadInput(f"{path}, line {number}: picture {image} is in the split {split} here and in {split_of[image]} above; a picture belongs to one split")
-        yield number, image, caption, split
+        yield image, caption.strip(), split
 
 
 def check_text(text, path, number):
@@ -226,18 +245,19 @@ def read_csv(path):
     try:
         columns = [name.strip().lower() for name in next(reader, [])]
         if not {"image", "caption"} <= set(columns):
-            raise BadInput(f"{path}, line 1: expected the column names image,caption; found {','.join(columns) or 'nothing'}")
+            raise BadInput(f"{path}, line 1: expected the column names image,caption (with a comma between them); found {','.join(columns) or 'nothing'}")
         while True:
             start = reader.line_num + 1                                         # a row may go over several lines: its first one is the one to look at
             row = next(reader, None)
             if row is None:
                 return
+            if not any(cell.strip() for cell in row):                           # spreadsheets leave rows of empty cells
+                continue
             if len(row) > len(columns):
                 raise BadInput(f'{path}, line {start}: more columns than the first line names; put a caption that has commas in "quotes"')
-            if row:
-                yield start, dict(zip(columns, row))
+            yield start, dict(zip(columns, row))
     except csv.Error as error:
-        raise BadInput(f"{path}, line {start}: {error}; every \" must have its partner, and a \" inside a caption is written \"\"") from None
+        raise BadInput(f"{path}, line {start}: not CSV ({error}); every \" must have its partner, a \" inside a caption is written \"\", and lines end as on Windows or Unix") from None
 
 
 def utf8_lines(path):
@@ -250,7 +270,7 @@ def utf8_lines(path):
 
 
 def find(data, data_root="data"):
-    """A data set's name or folder -> (folder, names of its splits). Raises BadInput when there is none."""
+    """A data set's name or folder -> the folder. Raises BadInput when there is none."""
     folder = Path(data)
     if data in NAMES:
         folder = Path(data_root) / NAMES[data]
@@ -258,25 +278,28 @@ def find(data, data_root="data"):
             raise BadInput(f"{data}: there is no folder {folder}; unpack the data set there or name another place with --data-root")
     elif not folder.is_dir():
         raise BadInput(f"{data}: neither a folder nor a known data set ({', '.join([*NAMES, 'demo'])})")
+    return folder
+
+
+def split_names(folder):
+    """Names of the splits that a folder holds, in either layout."""
     captions = caption_file(folder)
-    if captions:
-        return folder, sorted({split for _, _, _, split in caption_rows(captions)})
-    present = sorted(p.name.removesuffix("_imgs.tsv") for p in folder.glob("*_imgs.tsv"))
-    if not present:
-        raise BadInput(f"{folder}: neither *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout) nor captions.csv or captions.jsonl beside pictures")
-    return folder, present
+    names = {split for _, _, split in caption_rows(captions)} if captions else {p.name.removesuffix("_imgs.tsv") for p in folder.glob("*_imgs.tsv")}
+    if not names:
+        raise BadInput(f"{folder}: no captions.csv or captions.jsonl with rows beside pictures, nor *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout)")
+    usual = ["train", "valid", "test"]
+    return [name for name in usual if name in names] + sorted(names - set(usual))
 
 
 def open_split(data, split, data_root="data", context_length=52) -> Split:
     """The split of a data set by name (coco-cn, flickr30k-cn, muge, ap-id, demo) or folder. Raises BadInput when there is none."""
     if data == "demo":
         return PaintedSplit(split, context_length)
-    folder, present = find(data, data_root)
-    if split not in present:
-        hint = "; mark rows with a column `split`" if caption_file(folder) else f": {split}_imgs.tsv is missing"
-        raise BadInput(f"{folder}: no split {split!r}{hint}; it has {', '.join(present) or 'no rows at all'}")
+    folder = find(data, data_root)
     if caption_file(folder):
         return FolderSplit(folder, split, context_length)
+    if split not in split_names(folder):
+        raise BadInput(f"{folder}: no split {split!r}: {split}_imgs.tsv is missing; it has {', '.join(split_names(folder))}")
     if not (folder / f"{split}_texts.jsonl").is_file():
         raise BadInput(f"{folder}: {split}_texts.jsonl is missing beside {split}_imgs.tsv")
     return TsvSplit(folder, split, context_length)
@@ -291,7 +314,8 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
 def to_rgb(picture):
     """Any PIL picture -> RGB as a person sees it: turned as its EXIF tag says, transparent parts on white, 16-bit grey scaled to 8. RGB pictures stay bit for bit."""
-    picture = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(0x0112, 1) != 1:                                   # the tag Orientation, 1 = upright
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
     if picture.has_transparency_data:
@@ -511,8 +535,8 @@ class PaintedSplit(Split):
         if split not in self.SIZES:
             raise BadInput(f"demo: no split {split!r}; it has {', '.join(self.SIZES)}")
         self.split, self.tokenizer, self.context_length = split, Tokenizer(f"demo/{split}"), context_length
-        size = self.SIZES[split]
-        if split == "train":
+        self.endless, size = split == "train", self.SIZES[split]
+        if self.endless:
             self.name, self.texts, self.image_ids, self.positives, self.pairs = "demo/train", [], [], [], range(size)
             return
         rng, self.scenes = random.Random(f"demo {split}"), []
@@ -526,7 +550,7 @@ class PaintedSplit(Split):
         return paint(self.scenes[i], random.Random(f"demo {self.split} {i}"))
 
     def sample(self, epoch, k):
-        if self.split != "train":
+        if not self.endless:
             return super().sample(epoch, k)
         number = epoch * len(self) + k
         rng = random.Random(f"demo train {number}")
@@ -550,26 +574,28 @@ def main():
     args = parser.parse_args()
     if args.draw:
         return draw_sheet(open_split(args.data, args.split, args.data_root), args.draw)
-    for name in list(PaintedSplit.SIZES) if args.data == "demo" else find(args.data, args.data_root)[1]:
+    for name in list(PaintedSplit.SIZES) if args.data == "demo" else split_names(find(args.data, args.data_root)):
         split = open_split(args.data, name, args.data_root)
-        print(f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs" if split.texts else f"{name:8} endless; {len(split):,} pairs an epoch")
+        print(f"{name:8} endless; {len(split):,} pairs an epoch" if split.endless else f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs")
 
 
 def draw_sheet(split, path):
-    """Up to 24 pictures, evenly out of the split, six in a row."""
-    if not split.texts:
+    """Up to 24 pictures that have a caption, evenly out of the split, six in a row; prints a caption of each."""
+    if split.endless:
         raise BadInput(f"{split.name} is endless: draw valid or test")
-    captioned = [t for t, images in enumerate(split.positives) if images]
-    count = min(24, len(captioned))
-    sheet = Image.new("RGB", (min(6, count) * 134, -(-count // 6) * 134), "white")
-    for place in range(count):
-        t = captioned[place * len(captioned) // count]
-        sheet.paste(split.picture(split.positives[t][0]).resize((128, 128)), (place % 6 * 134, place // 6 * 134))
-        print(f"row {place // 6 + 1}, column {place % 6 + 1}: {split.texts[t]}")
+    caption_of = {i: text for text, images in reversed(list(zip(split.texts, split.positives))) for i in images}    # each picture's first caption
+    chosen = [i for i in range(len(split.image_ids)) if i in caption_of]
+    chosen = chosen[:: max(1, len(chosen) // 24)][:24]
+    sheet = Image.new("RGB", (min(6, len(chosen)) * 134, -(-len(chosen) // 6) * 134), "white")
+    for place, i in enumerate(chosen):
+        sheet.paste(split.picture(i).resize((128, 128)), (place % 6 * 134, place // 6 * 134))
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"--draw {path}: cannot be written ({error})") from None
+    for place, i in enumerate(chosen):
+        print(f"row {place // 6 + 1}, column {place % 6 + 1}: picture {split.image_ids[i]}: {caption_of[i]}")
+    print(f"wrote {path}")
 
 
 def run(main):

@@ -111,19 +111,20 @@ def best_ranks(queries, candidates, correct, chunk=1024):
     return ranks
 
 
-def recall_of(ranks):
-    """Ranks of best_ranks -> {"R@1", "R@5", "R@10", "MR"} in percent, the number of queries, and how many had no correct item."""
+def recall_of(ranks, correct, candidates):
+    """Ranks of best_ranks -> {"R@1", "R@5", "R@10", "MR"} in percent, the R@1 of guessing, the number of queries, and how many had no correct item."""
     asked = ranks[ranks >= 0]
     result = {f"R@{k}": 100 * (asked < k).double().mean().item() for k in KS}
     result["MR"] = sum(result.values()) / len(KS)
-    return result | {"queries": len(asked), "without_answer": len(ranks) - len(asked)}
+    chance = 100 * sum(map(len, correct)) / candidates / len(asked)
+    return result | {"chance_R@1": chance, "queries": len(asked), "without_answer": len(ranks) - len(asked)}
 
 
 def retrieval_recall(image_embed, text_embed, positives, chunk=1024):
     """Recall in both directions.
 
     image_embed (I, D), text_embed (T, D) unit vectors; positives[t] = indices of the pictures that caption t describes.
-    -> {"text_to_image": {"R@1", "R@5", "R@10", "MR", "queries", "without_answer"}, "image_to_text": the same}, recalls in percent.
+    -> {"text_to_image": {"R@1", "R@5", "R@10", "MR", "chance_R@1", "queries", "without_answer"}, "image_to_text": the same}, recalls in percent.
     Raises BadInput when an embedding is not finite or nothing can be asked.
     """
     if not (torch.isfinite(image_embed).all() and torch.isfinite(text_embed).all()):
@@ -135,8 +136,8 @@ def retrieval_recall(image_embed, text_embed, positives, chunk=1024):
         for i in images:
             captions_of[i].append(t)
     return {
-        "text_to_image": recall_of(best_ranks(text_embed, image_embed, positives, chunk)),
-        "image_to_text": recall_of(best_ranks(image_embed, text_embed, captions_of, chunk)),
+        "text_to_image": recall_of(best_ranks(text_embed, image_embed, positives, chunk), positives, len(image_embed)),
+        "image_to_text": recall_of(best_ranks(image_embed, text_embed, captions_of, chunk), captions_of, len(text_embed)),
     }
 
 
@@ -211,7 +212,7 @@ def table(result, name, split, model_name, ckpt):
         r = [*r[:3], sum(r[:3]) / 3, *r[3:], sum(r[3:]) / 3]
         out.append(line(scale, model, [f"{x:5.1f}" for x in r]))
     t, i = result["text_to_image"], result["image_to_text"]
-    out.append(f"> measured here: {t['queries']:,} captions ask, {i['queries']:,} pictures ask. MR is the mean of R@1, R@5 and R@10.")
+    out.append(f"> measured here: {t['queries']:,} captions ask, {i['queries']:,} pictures ask. MR is the mean of R@1, R@5 and R@10. Guessing gives R@1 of {t['chance_R@1']:.1f} and {i['chance_R@1']:.1f}.")
     for way, what in ((t, "captions describe no picture of the split"), (i, "pictures have no caption")):
         if way["without_answer"]:
             out.append(f"  {way['without_answer']:,} {what}: no queries, but they stay candidates.")
@@ -223,10 +224,10 @@ def main():
     parser.add_argument("--ckpt", required=True, help="a checkpoint")
     parser.add_argument("--data", required=True, help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures")
+    parser.add_argument("--split", default="test", help="(default: test)")
+    parser.add_argument("--batch-size", type=int, default=128, help="pictures or captions embedded at a time (default: 128)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the towers; recall itself is always computed in fp32 (default: fp32)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     if args.batch_size < 1 or args.workers < 0:
@@ -237,7 +238,7 @@ def main():
     device, rank, _ = start_processes()
     model, _ = checkpoint.load(args.ckpt, device)
     split = data.open_split(args.data, args.split, args.data_root, model.cfg.context_length)
-    if not split.texts:
+    if split.endless:
         raise data.BadInput(f"{split.name} is endless: evaluate on valid or test")
     autocast, precision = precision_of(args.precision, device)
     result = retrieval_recall(*embed_split(model, split, device, autocast, args.batch_size, args.workers), split.positives)
@@ -246,7 +247,8 @@ def main():
         print(table(result, args.data, args.split, model_name, args.ckpt))
         if args.json:
             report = {"ckpt": str(args.ckpt), "model": model_name, "data": args.data, "split": args.split, "precision": precision, **result}
-            checkpoint.write_text(args.json, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
+            text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
+            checkpoint.write(args.json, lambda f: f.write(text.encode()))
 
 
 if __name__ == "__main__":

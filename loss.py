@@ -6,7 +6,8 @@
     I, T     image_embed    (N, D)    unit vectors
     s        scale          ()        exp(logit_scale), the inverse temperature
     S        logits         (N, N)    s I Tᵀ
-    Y        truth          (N, N)    1 where pairs i and j have the same picture or the same caption, else 0; without repeats in the batch, the identity
+    Y        truth          (N, N)    1 where pairs i and j have the same picture or the same caption, else 0; without repeats in the batch, the identity.
+                                      (A caption that describes picture i but stands beside another of its pictures in the batch counts as 0.)
 
     loss = 1/2N Σ_i  -Σ_j Yr_ij log softmax_j(S_ij)   picture -> caption, Yr = rows of Y divided by their sums
          + 1/2N Σ_j  -Σ_i Yc_ij log softmax_i(S_ij)   caption -> picture, Yc = columns of Y divided by their sums
@@ -54,7 +55,7 @@ def contrastive_loss(image_embed, text_embed, scale, image_ids=None, text_ids=No
     own = torch.arange(B, device=image_embed.device) + (dist.get_rank() * B if N > B else 0)
     same = own[:, None] == torch.arange(N, device=image_embed.device)           # (B, N): Y's own rows; Y is symmetric, so they serve as its own columns too
     if image_ids is not None:
-        same = (image_ids[:, None] == gather(image_ids)) | (text_ids[:, None] == gather(text_ids))
+        same = same | (image_ids[:, None] == gather(image_ids)) | (text_ids[:, None] == gather(text_ids))
     truth = same.to(logits_image.dtype)
     truth = truth / truth.sum(dim=1, keepdim=True)
     return (F.cross_entropy(logits_image, truth, reduction="sum") + F.cross_entropy(logits_text, truth, reduction="sum")) / (2 * N)

@@ -65,6 +65,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} does not divide into {heads} heads")
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -242,6 +244,8 @@ class AttentionPool(nn.Module):
 
     def __init__(self, side: int, width: int, heads: int, embed_dim: int):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} does not divide into {heads} heads")
         self.heads = heads
         self.position_embed = nn.Parameter(torch.empty(1 + side * side, width))
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 train.py --stage 1                              # the same optimizer steps on 8 processes
     python train.py --stage 2 --init runs/stage1/last.pt
     python train.py --stage finetune --data coco-cn --init my.pt --out runs/coco-cn
-    python train.py --stage 2 --data /path/to/folder --model vit-b-16           # your own pictures, from scratch
+    python train.py --stage 2 --data /path/to/folder --out runs/own             # your own pictures, from scratch
 
 Stage 1 trains the text tower against the frozen vision tower; stage 2 and fine-tuning train both. --batch-size is the global batch, over all processes.
 The same command run again continues where the run stopped. In --out: last.pt (to continue from), best.pt (highest recall on the valid split), metrics.jsonl,
@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -45,17 +46,15 @@ TINY = {
     "2":        {"lr": 2e-3, "batch_size": 256, "epochs": 12.0, "warmup": 50},
     "finetune": {"lr": 5e-4, "batch_size": 256, "epochs": 20.0, "warmup": 50},
 }
-RANGES = {"batch_size": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
+RANGES = {"batch_size": (2, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
           "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "log_every": (1, 1e9)}
-FREE = {"out", "data", "data_root", "workers", "log_every", "save_every"}                # may differ when a run continues: they do not change the result (the data's contents have a fingerprint)
+# May differ when a run continues, for they do not change the result. (The data may have moved: captions and picture names have a fingerprint.)
+FREE = {"out", "data", "data_root", "workers", "log_every", "save_every", "grad_checkpointing"}
 
 
 def main():
     args = parse_args()
     device, rank, world = start_processes()
-    if args.batch_size and args.batch_size % world:
-        raise data.BadInput(f"--batch-size {args.batch_size} does not divide by {world} processes; {max(1, args.batch_size // world) * world} does")
-
     # where the run starts: its own snapshot, else --init, else random weights
     last = Path(args.out) / "last.pt"
     source = last if last.exists() else args.init
@@ -63,6 +62,8 @@ def main():
     config = CONFIGS[args.model or "tiny"] if args.model or not state else checkpoint.config_of(state)
     args.model = checkpoint.name_of(config)
     fill_in(args, config)
+    if args.batch_size % world:
+        raise data.BadInput(f"--batch-size {args.batch_size} does not divide by {world} processes; {max(1, args.batch_size // world) * world} does")
 
     # data
     train_split = data.open_split(args.data, "train", args.data_root, config.context_length)
@@ -77,8 +78,6 @@ def main():
     # model: the same weights on every process
     torch.manual_seed(args.seed)
     model = CLIP(config)
-    if state:
-        checkpoint.load_into(model, state, source)
     if args.stage == "1":
         model.freeze_vision()
     model.set_grad_checkpointing(args.grad_checkpointing)
@@ -90,12 +89,14 @@ def main():
     settings = vars(args) | {"precision": precision, "total_steps": total, "train_data": train_split.fingerprint(), "valid_data": valid_split.fingerprint()}
     run = Run(Path(args.out), settings, rank, model, optimizer, scaler)
     first_step = run.resume(state) if source == last else 0
-    run.say(description(args, model, train_split, valid_split, total, precision, device, world, first_step))
+    if state:
+        checkpoint.load_into(model, state, source)
+    run.say(description(args, model, train_split, valid_split, total, precision, device, world, first_step, source))
     if first_step == total:
-        return run.say(f"nothing to do: {run.summary(total)}")
+        return run.say(f"nothing to do: {run.summary(total)}. To train on from there: --init {last} with another --out")
     validate = lambda step: run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=args.workers), valid_split.positives))
     run.start(first_step)
-    signals = catch_signals()
+    signals = catch_signals(rank == 0)
     if first_step == 0:
         validate(0)
         run.snapshot(0)
@@ -111,12 +112,12 @@ def main():
         meter.losses.append(train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast))
 
         due = lambda every: step == total or (every and step % every == 0)
-        stopping = summed(torch.tensor(float(len(signals)))) > 0                # a signal to any process stops all of them after the same step
         if due(args.log_every):
             run.log(meter.record(step, lr, model))
         if due(args.valid_every):
             with meter.paused():
                 validate(step)
+        stopping = summed(torch.tensor(float(len(signals)))) > 0                # a signal to any process stops all of them after the same step
         if due(args.valid_every) or due(args.save_every) or stopping:
             run.snapshot(step)
         if stopping and step < total:
@@ -167,7 +168,7 @@ def prepare(pixels, ids, args, step, rank, world):
         pixels = data.augment(pixels, draws.chunk(world)[rank], **data.AUGMENT[args.augment])
     if args.mask_tokens:
         draws = torch.rand(args.batch_size, ids.shape[1], generator=generator).chunk(world)[rank].to(ids.device)
-        ids = torch.where((draws < args.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [CLS], [SEP]
+        ids = torch.where((draws < args.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [UNK], [CLS], [SEP]
     return data.normalize(pixels), ids
 
 
@@ -207,23 +208,24 @@ class Run:
     def __init__(self, out, settings, rank, model, optimizer, scaler):
         self.out, self.settings, self.first = out, settings, rank == 0
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.best = -1.0                                                        # highest score on the valid split so far
+        self.best, self.best_step = -1.0, 0                                     # highest score on the valid split so far, and when
 
     def say(self, line):
         if self.first:
             print(line, flush=True)
 
     def resume(self, state):
-        """Continue from a snapshot, whose weights the model has already -> optimizer steps done. Refuses, with the difference named, when the settings are not the same."""
+        """Continue from a snapshot (all but the model's weights) -> optimizer steps done. Refuses, with the difference named, when the settings are not the same."""
         if "optimizer" not in state:
             raise data.BadInput(f"{self.out / 'last.pt'} is no training snapshot, so nothing can continue from it; choose another --out")
-        for name in sorted((self.settings.keys() | state["settings"].keys()) - FREE):
-            now, before = self.settings.get(name), state["settings"].get(name)
-            if now != before:
-                raise data.BadInput(f"{self.out} holds a run with {name} {before}, now it is {now}; continue it with the same settings, choose another --out, or start a new run from it: --init {self.out / 'last.pt'}")
+        before, now = state["settings"], self.settings
+        changed = [f"{name} {before.get(name)}, now it is {now.get(name)}" for name in sorted((before.keys() | now.keys()) - FREE) if before.get(name) != now.get(name)]
+        if changed:
+            raise data.BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
+                                f"or start a new run from it: --init {self.out / 'last.pt'} --out {self.out}-2")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.best = state["best"]
+        self.best, self.best_step = state["best"], state["best_step"]
         return state["step"]
 
     def start(self, step):
@@ -235,14 +237,15 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.out / "lock", "w")                                # held until this process ends, however it ends
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # not flock: the readers would inherit it and may outlive a killed run
         except OSError:
             raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
-        checkpoint.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
+        write = lambda name, text: checkpoint.write(self.out / name, lambda f: f.write(text.encode()))
+        write("settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         path, kept = self.out / "metrics.jsonl", []
         if path.exists() and step:
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if logged_step(line) <= step]
-        checkpoint.write_text(path, "".join(line + "\n" for line in kept))
+        write("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def log(self, record):
         """One line for the reader, the same figures in metrics.jsonl."""
@@ -262,20 +265,20 @@ class Run:
         self._append({"step": step, "valid": recall, "score": score})
         if score > self.best and self.first:
             checkpoint.save(self.out / "best.pt", self.model, step=step, recall=recall, settings=self.settings)
-        self.best = max(self.best, score)
+        if score > self.best:
+            self.best, self.best_step = score, step
 
     def summary(self, total):
         """What the finished run leaves, and whether it learned anything."""
-        best = checkpoint.read(self.out / "best.pt")["step"] if self.first else None
-        return (f"finished. {self.out / 'best.pt'}: highest recall on the valid split, after step {best} of {total}" + ("" if best else " (that is the START: training did not raise the recall)")
-                + f"; {self.out / 'last.pt'}: the last weights")
+        return (f"finished. {self.out / 'best.pt'}: highest recall on the valid split, after step {self.best_step} of {total}"
+                + ("" if self.best_step else " (that is the START: training did not raise the recall)") + f"; {self.out / 'last.pt'}: the last weights")
 
     def snapshot(self, step):
         """Write last.pt; never with weights that are not numbers, so what is there can always be continued."""
         if self.first:
-            if not all(p.isfinite().all() for p in self.model.parameters()):
+            if not all(x.isfinite().all() for x in self.model.state_dict().values()):
                 raise data.BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
-            checkpoint.save(self.out / "last.pt", self.model, step=step, best=self.best, settings=self.settings,
+            checkpoint.save(self.out / "last.pt", self.model, step=step, best=self.best, best_step=self.best_step, settings=self.settings,
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
 
     def _append(self, record):
@@ -332,12 +335,15 @@ def memory_mib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def catch_signals():
-    """SIGTERM and SIGINT (Ctrl-C) no longer end the process: they fill the list that is returned, and the loop stops after its step. A second one ends it at once."""
+def catch_signals(first):
+    """SIGTERM and SIGINT (Ctrl-C) no longer end the process: they fill the list that is returned, and the loop stops after its step. A second one of the same kind ends it at once
+    (of the same kind, since Ctrl-C under torchrun brings one of each)."""
     caught = []
 
     def catch(number, _):
         caught.append(number)
+        if first:
+            os.write(2, b"stopping after this step; press again to stop at once, without saving\n")
         signal.signal(number, signal.SIG_DFL)
 
     for s in (signal.SIGTERM, signal.SIGINT):
@@ -348,18 +354,18 @@ def catch_signals():
 # ---------------------------------------------------------------------------------------------------------------- command line
 
 
-def description(args, model, train_split, valid_split, total, precision, device, world, first_step):
+def description(args, model, train_split, valid_split, total, precision, device, world, first_step, source):
     """The first lines of a run: what trains, on what, with which settings."""
     lines, count = [], lambda params: f"{sum(p.numel() for p in params):,}"
     if args.data == "demo":
         lines.append("Training on the painted demo data set. For the real thing pass --data coco-cn, flickr30k-cn or a folder, and --model vit-b-16 or another size.")
     lines.append(f"stage {args.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
-                 f"starts from {args.init or 'random weights'}")
+                 f"starts from {source or 'random weights'}")
     if args.stage == "1" and not args.init:
         lines.append("note: the frozen vision tower has random weights; stage 1 is meant to start from a trained one (--init)")
     lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
     if args.batch_size > len(train_split):
-        lines.append(f"warning: --batch-size {args.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs")
+        lines.append(f"warning: --batch-size {args.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs; a smaller one, with more --epochs, learns more")
     if len(valid_split.image_ids) < 50:
         lines.append(f"warning: {len(valid_split.image_ids)} pictures in {valid_split.name} are too few to choose a checkpoint well; 100 or more are better")
     lines.append(f"{total:,} steps of {args.batch_size:,} pairs; {world} process{'es' if world > 1 else ''}, {device.type}, {precision}" + (f"; continues after step {first_step:,}" if first_step else ""))
@@ -368,7 +374,9 @@ def description(args, model, train_split, valid_split, total, precision, device,
 
 
 def parse_args(argv=None):
-    defaults = "\n".join(f"defaults of stage {stage}: tiny {TINY[stage]}, other models {STAGES[stage]}" for stage in STAGES)
+    row = lambda stage, model, values: f"  {stage:8}  {model:12}" + "".join(f"  {value:>10}" for value in values)
+    defaults = "\n".join(["defaults:", row("stage", "model", ("--" + k.replace("_", "-") for k in STAGES["1"]))]
+                         + [row(stage, model, sets[stage].values()) for stage in STAGES for model, sets in (("tiny", TINY), ("other models", STAGES))])
     parser = argparse.ArgumentParser(description="Train CE-CLIP.", epilog=f"{__doc__}\n{defaults}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(STAGES), required=True, help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init, else tiny)")
@@ -381,18 +389,20 @@ def parse_args(argv=None):
     parser.add_argument("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs")
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--warmup", type=int, help="steps to reach it (at most half the run)")
-    parser.add_argument("--weight-decay", type=float, default=0.001)
-    parser.add_argument("--augment", choices=list(data.AUGMENT), default="none", help="photo: crops and mild colours; drawing: bends, turns and recolours")
-    parser.add_argument("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weight-decay", type=float, default=0.001, help="of matrices and tables (default: %(default)s)")
+    parser.add_argument("--augment", choices=list(data.AUGMENT), default="none", help="(default: none) photo: small shifts and stretches, mild colours; drawing: bends, turns and recolours")
+    parser.add_argument("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
     parser.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures, for each training process")
+    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures, for each training process (default: 1)")
     parser.add_argument("--valid-every", type=int, default=0, help="steps between validations (default: a tenth of the run)")
-    parser.add_argument("--save-every", type=int, default=0, help="steps between snapshots, beside those at each validation")
-    parser.add_argument("--log-every", type=int, default=10, help="steps between lines")
+    parser.add_argument("--save-every", type=int, default=0, help="steps between snapshots, beside those at each validation (default: none)")
+    parser.add_argument("--log-every", type=int, default=10, help="steps between lines (default: 10)")
     args = parser.parse_args(argv)
     args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
+    if Path(args.out).exists() and not Path(args.out).is_dir():
+        raise data.BadInput(f"--out {args.out}: it is a file; name a folder for the run")
     if args.model and args.model not in CONFIGS:
         raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     for name, (low, high) in RANGES.items():

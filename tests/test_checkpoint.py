@@ -62,18 +62,30 @@ def change(state, how):
         tensors["extra"] = torch.zeros(1)
     elif how == "renamed":
         tensors["text.norm.gain"] = tensors.pop("text.norm.weight")
-    else:
+    elif how == "reshaped":
         tensors["text.norm.weight"] = torch.zeros(7)
+    else:
+        tensors["text.norm.weight"] = torch.zeros(48).half() if how == "half precision" else "48"
 
 
 @pytest.mark.parametrize("how, message", [("missing", "text.norm.weight is missing"), ("unknown", "extra is unknown"), ("renamed", "text.norm.gain is unknown"),
-                                          ("reshaped", r"text.norm.weight is \(7,\), not \(48,\)")])
+                                          ("reshaped", r"text.norm.weight is \(7,\) float32, not \(48,\) float32"),
+                                          ("half precision", r"text.norm.weight is \(48,\) float16"), ("no tensor", "text.norm.weight is a str")])
 def test_one_wrong_tensor_is_named(tmp_path, how, message):
     checkpoint.save(tmp_path / "a.pt", build(VIT))
     state = torch.load(tmp_path / "a.pt")
     change(state, how)
     torch.save(state, tmp_path / "a.pt")
     with pytest.raises(BadInput, match=message):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("change", [{"vision_heads": 0}, {"embed_dim": -1}, {"text_width": "wide"}, {"colour": "red"}])
+def test_configs_that_describe_no_model(tmp_path, change):
+    checkpoint.save(tmp_path / "a.pt", build(VIT))
+    state = torch.load(tmp_path / "a.pt")
+    torch.save({**state, "config": state["config"] | change}, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="a.pt: "):
         checkpoint.load(tmp_path / "a.pt")
 
 
@@ -89,6 +101,6 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_changes_nothing(tmp
     checkpoint.save(tmp_path / "a.pt", build(RESNET))
     model = build(VIT)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(BadInput, match="another architecture"):
+    with pytest.raises(BadInput, match="do not fit the architecture"):
         checkpoint.load_into(model, checkpoint.read(tmp_path / "a.pt"), "a.pt")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

@@ -37,7 +37,7 @@ def test_both_base64_alphabets_and_no_final_newline(tmp_path):
     path = tmp_path / "d/train_imgs.tsv"
     assert "+" in path.read_text() and "/" in path.read_text()
     plain = [np.array(open_split(tmp_path / "d", "train").picture(i)) for i in range(40)]
-    path.write_text(path.read_text().replace("+", "-").replace("/", "_").rstrip("\n"))
+    path.write_text(path.read_text().replace("+", "-").replace("/", "_").replace("\n", "\n\n", 1).rstrip("\n"))           # blank lines say nothing
     urlsafe = open_split(tmp_path / "d", "train")
     assert all(np.array_equal(np.array(urlsafe.picture(i)), plain[i]) for i in range(40))
 
@@ -62,7 +62,7 @@ def test_folder_with_captions(tmp_path, kind):
     assert split.image_ids == ["a 猫.png", "sub/b.png"] and split.texts == ["一只猫，坐着", "一条狗", "一只橘猫"] and split.positives == [[0], [1], [0]]
     assert split.picture(1).size == (20, 12)
     assert open_split(tmp_path / "own", "test").texts == ["一只鸟"]
-    with pytest.raises(BadInput, match="no split 'valid'; mark rows with a column `split`; it has test, train"):
+    with pytest.raises(BadInput, match="no split 'valid'; it has test, train; the column `split`"):
         open_split(tmp_path / "own", "valid")
 
 
@@ -73,10 +73,16 @@ def test_folder_without_a_split_column_divides_by_picture(tmp_path):
     assert 280 < len(names["train"]) < 350 and 20 < len(names["valid"]) < 70 and 20 < len(names["test"]) < 70
 
 
+def test_one_sentence_in_several_rows_describes_several_pictures(tmp_path):
+    write_folder(tmp_path / "own", [("a.png", "一只猫", "train"), ("b.png", " 一只猫 ", "train"), ("b.png", "猫", "train")], columns="image,caption,split")
+    split = open_split(tmp_path / "own", "train")
+    assert split.texts == ["一只猫", "猫"] and split.positives == [[0, 1], [1]] and len(split) == 3
+
+
 def test_caption_files_as_spreadsheets_write_them(tmp_path):
     """Byte-order mark, CRLF, capital headings with blanks, rows of empty cells, Windows paths."""
     write_folder(tmp_path / "own", [("sub/a.png", "x")])
-    (tmp_path / "own/captions.csv").write_bytes("\ufeffImage, Caption ,split\r\nsub\\a.png ,一只猫,Train\r\n,,\r\n\r\n".encode())
+    (tmp_path / "own/captions.csv").write_bytes("\ufeffImage, Caption ,split\r\nsub\\a.png ,一只猫,Train\r\n,,,\r\n\r\n".encode())
     split = open_split(tmp_path / "own", "train")
     assert split.image_ids == ["sub/a.png"] and split.texts == ["一只猫"] and split.picture(0).size == (20, 12)
 
@@ -100,7 +106,7 @@ def nth(line, new):
 DAMAGE = {
     "picture line without a tab": (edit("train_imgs.tsv", nth(3, "3 abc")), "train_imgs.tsv, line 3: expected `number<TAB>base64 picture`"),
     "picture id that is no number": (edit("train_imgs.tsv", nth(2, "x\tabc")), "train_imgs.tsv, line 2: expected"),
-    "blank picture line": (edit("train_imgs.tsv", nth(5, "")), "train_imgs.tsv, line 5: expected"),
+    "blank picture line": (edit("train_imgs.tsv", nth(5, "")), "train_texts.jsonl, line 5: image_id 5 is not in train_imgs.tsv"),
     "picture id twice": (edit("train_imgs.tsv", nth(4, "2\tabc")), "train_imgs.tsv, line 4: picture id 2 stands in line 2 already"),
     "caption line that is not JSON": (edit("train_texts.jsonl", nth(6, '{"text_id": 6,')), "train_texts.jsonl, line 6: not JSON"),
     "caption line that is no object": (edit("train_texts.jsonl", nth(6, "[1, 2]")), "train_texts.jsonl, line 6: expected an object"),
@@ -112,7 +118,7 @@ DAMAGE = {
     "no captions": (edit("train_texts.jsonl", lambda _: ""), "little/train: the split is empty (12 pictures, 0 captions)"),
     "no pictures": (lambda folder: [(folder / n).write_text("") for n in ("train_imgs.tsv", "train_texts.jsonl")], "the split is empty"),
     "captions missing": (lambda folder: (folder / "train_texts.jsonl").unlink(), "train_texts.jsonl is missing beside train_imgs.tsv"),
-    "split missing": (lambda folder: (folder / "train_imgs.tsv").unlink(), "no split 'train': train_imgs.tsv is missing; it has test, valid"),
+    "split missing": (lambda folder: (folder / "train_imgs.tsv").unlink(), "no split 'train': train_imgs.tsv is missing; it has valid, test"),
     "captions not in UTF-8": (lambda folder: (folder / "train_texts.jsonl").write_bytes(b'{"text": "\xff"}'), "train_texts.jsonl, line 1: not UTF-8"),
 }
 
@@ -138,11 +144,13 @@ def test_a_picture_that_does_not_decode_is_named_by_its_id(tsv_folder, content, 
 
 @pytest.mark.parametrize("rows, message", [
     ("image,caption\nno.png,猫\n", "captions.csv, line 2: there is no picture"),
-    ("picture,text\na.png,猫\n", "captions.csv, line 1: expected the column names image,caption; found picture,text"),
-    ("", "captions.csv, line 1: expected the column names image,caption; found nothing"),
-    ('image,caption\na.png,"一只猫\na.png,狗\n', "captions.csv, line 2: unexpected end of data; every"),
+    ("picture,text\na.png,猫\n", "captions.csv, line 1: expected the column names image,caption (with a comma between them); found picture,text"),
+    ("", "captions.csv, line 1: expected the column names image,caption (with a comma between them); found nothing"),
+    ('image,caption\na.png,"一只猫\na.png,狗\n', "captions.csv, line 2: not CSV (unexpected end of data); every"),
     ("image,caption,split\na.png,猫,train\n./a.png,狗,test\n", "captions.csv, line 3: picture a.png is in the split test here and in train above"),
     ("image,caption\na.png,\n", "captions.csv, line 2: expected an `image` and a `caption`"),
+    ("image,caption,split\na.png,猫,train\na.png,狗,\n", "captions.csv, line 3: `split` is empty here but given in the rows above"),
+    ("image,caption\ra.png,猫\r", "captions.csv, line 1: not CSV (new-line"),
     ("image,caption\na.png,一只猫,坐着\n", 'captions.csv, line 2: more columns than the first line names; put a caption that has commas in "quotes"'),
 ])
 def test_damaged_caption_files(tmp_path, rows, message):
@@ -153,8 +161,13 @@ def test_damaged_caption_files(tmp_path, rows, message):
     assert message in str(caught.value)
 
 
+def test_messages_are_one_line_and_a_workers_message_is_unwrapped():
+    assert str(BadInput("a.jsonl, line 3: 第一行\n第二行\u2028?")) == "a.jsonl, line 3: 第一行 第二行 ?"
+    assert str(BadInput("Caught BadInput in DataLoader worker process 0.\nTraceback …\ndata.BadInput: picture 3 cannot be read\n")) == "picture 3 cannot be read"
+
+
 def test_unknown_places(tmp_path):
-    for name, message in (("imagenet", "known data set"), ("flickr30k-cn", "no folder"), (str(tmp_path), "neither \\*_imgs.tsv")):
+    for name, message in (("imagenet", "known data set"), ("flickr30k-cn", "no folder"), (str(tmp_path), r"nor \*_imgs.tsv")):
         with pytest.raises(BadInput, match=message):
             open_split(name, "train", tmp_path / "root")
 
@@ -164,7 +177,7 @@ def test_command_line(tsv_folder, tmp_path):
     assert "train    endless; 8,192 pairs an epoch" in script("data.py", "demo")
     script("data.py", "demo", "--draw", tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (804, 536)
-    assert script("data.py", tsv_folder, "--draw", tmp_path / "sheet.png").count("第") == 12
+    assert script("data.py", tsv_folder, "--draw", tmp_path / "sheet.png").count("picture 2") == 12
     assert "endless" in refused("data.py", "demo", "--split", "train", "--draw", tmp_path / "sheet.png")
     assert "neither a folder" in refused("data.py", "nothing-here")
 

@@ -38,6 +38,7 @@ def test_hand_worked_several_captions_per_picture_and_pictures_per_caption():
     assert result["image_to_text"]["R@1"] == pytest.approx(100 * 2 / 3)         # picture 0 -> 0 right; picture 1 -> 1 wrong; picture 2 -> 2 right
     assert result["text_to_image"]["R@5"] == result["image_to_text"]["R@10"] == 100.0
     assert result["text_to_image"]["MR"] == pytest.approx((50 + 100 + 100) / 3)
+    assert result["text_to_image"]["chance_R@1"] == pytest.approx(100 * (1 + 1 + 2 + 1) / 3 / 4)
 
 
 def test_equal_similarities_rank_in_candidate_order():

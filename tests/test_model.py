@@ -154,14 +154,14 @@ def _gradients(rank, world, cfg, dtype):
 
 @pytest.mark.parametrize("cfg, dtype, tolerance", [(VIT, torch.float32, 1e-6), (VIT, torch.float64, 1e-13), (RESNET, torch.float64, 1e-13)], ids=["vit-fp32", "vit-fp64", "resnet-fp64"])
 def test_gradients_of_two_processes_sum_to_those_of_one(cfg, dtype, tolerance, tmp_path):
-    """Towers and logit_scale, magnitude included, relative to the largest gradient; loss and BatchNorm statistics too. (BatchNorm loses digits in fp32: so fp64.)"""
+    """Magnitude included, relative to each tower's gradient; loss and BatchNorm statistics too. (ResNet in fp64: in fp32 one process alone is 7e-6 away from the truth.)"""
     whole, statistics = on_processes(_gradients, 1, tmp_path / "one", cfg, dtype)[0]
     halves = on_processes(_gradients, 2, tmp_path / "two", cfg, dtype)
-    largest = max(g.abs().max() for g in whole.values())
-    for name, gradient in whole.items():
-        difference = (halves[0][0][name] + halves[1][0][name] - gradient).abs().max()
-        assert difference <= tolerance * largest, (name, difference.item(), largest.item())
-    assert (halves[0][0]["logit_scale"] + halves[1][0]["logit_scale"]).item() == pytest.approx(whole["logit_scale"].item(), rel=10 * tolerance)
+    for part in ("vision.", "text.", "text_projection", "logit_scale", "loss"):
+        names = [n for n in whole if n.startswith(part)]
+        joined = torch.cat([whole[n].flatten() for n in names])
+        summed = torch.cat([(halves[0][0][n] + halves[1][0][n]).flatten() for n in names])
+        assert (summed - joined).norm() <= tolerance * joined.norm(), (part, ((summed - joined).norm() / joined.norm()).item())
     for name, value in statistics.items():
         for _, other in halves:
             torch.testing.assert_close(other[name], value, rtol=1e-6, atol=1e-9)

@@ -128,7 +128,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tsv_folder, undisturbed):
 
 
 def test_other_settings_are_refused_by_name(tsv_folder, undisturbed):
-    for more, message in ((["--lr", "0.5"], "lr 0.002, now it is 0.5"), (["--seed", "7"], "seed 0, now it is 7"), (["--stage", "1"], "lr 0.002, now it is 0.001")):
+    for more, message in ((["--lr", "0.5"], "lr 0.002, now it is 0.5"), (["--seed", "7"], "seed 0, now it is 7"), (["--stage", "1"], "lr 0.002, now it is 0.001"), (["--model", "vit-b-32"], "model tiny, now it is vit-b-32")):
         assert message in refused(*arguments(tsv_folder, undisturbed, *more))
     assert "nothing to do: finished." in script(*arguments(tsv_folder, undisturbed, "--workers", 1, "--log-every", 3))
 
@@ -156,11 +156,12 @@ def test_wrong_arguments_give_one_line(more, message, tmp_path):
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     checkpoint.save(tmp_path / "vit.pt", build(VIT))
-    assert "another architecture" in refused("train.py", "--stage", 2, "--model", "tiny", "--init", tmp_path / "vit.pt", "--out", tmp_path / "run")
+    assert "do not fit the architecture tiny" in refused("train.py", "--stage", 2, "--model", "tiny", "--init", tmp_path / "vit.pt", "--out", tmp_path / "run")
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     assert "--batch-size 7 does not divide by 2 processes; 6 does" in script("train.py", "--stage", 1, "--batch-size", 7, "--out", tmp_path / "run", processes=2, ok=False)
+    assert "--batch-size 256 does not divide by 3 processes; 255 does" in script("train.py", "--stage", 1, "--out", tmp_path / "run", processes=3, ok=False)
 
 
 def test_a_picture_that_does_not_decode_stops_the_run_with_its_id(tsv_folder, tmp_path):
