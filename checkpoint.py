@@ -35,8 +35,7 @@ def write(path, fill):
 
 def read(path):
     """The dictionary in a checkpoint file. Never executes code from the file (weights_only); raises BadInput when it is missing, damaged or not ours."""
-    path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BadInput(f"{path}: there is no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -130,13 +130,13 @@ class TsvSplit(Split):
         path = folder / f"{split}_texts.jsonl"
         for number, record in read_jsonl(path):
             text, text_id, image_ids = record.get("text"), record.get("text_id"), record.get("image_ids")
-            if not isinstance(text, str) or not isinstance(text_id, int) or not isinstance(image_ids, list):
+            if not isinstance(text, str) or type(text_id) is not int or not isinstance(image_ids, list):                # (True is an int to isinstance)
                 raise BadInput(f'{path}, line {number}: expected {{"text_id": number, "text": "…", "image_ids": [numbers]}}, found {json.dumps(record, ensure_ascii=False)[:80]}')
             check_text(text, path, number)
             if line_of.setdefault(text_id, number) != number:
                 raise BadInput(f"{path}, line {number}: text_id {text_id} stands in line {line_of[text_id]} already; ids must be unique")
             for image_id in image_ids:
-                if not isinstance(image_id, int) or image_id not in index_of:
+                if type(image_id) is not int or image_id not in index_of:
                     raise BadInput(f"{path}, line {number}: image_id {image_id!r} is not in {self.path.name}")
             texts.append(text)
             positives.append([index_of[image_id] for image_id in dict.fromkeys(image_ids)])
@@ -198,7 +198,7 @@ def caption_rows(path):
         image, caption, split = row.get("image"), row.get("caption"), row.get("split") or ""
         if not all(isinstance(x, str) for x in (image, caption, split)) or not image.strip() or not caption.strip():
             raise BadInput(f"{path}, line {number}: expected an `image` and a `caption`, found {json.dumps(row, ensure_ascii=False)[:80]}")
-        check_text(caption, path, number)
+        check_text(image + caption + split, path, number)
         image = posixpath.normpath(image.strip().replace("\\", "/"))            # Windows writes paths with backslashes
         split = split.strip().lower()
         if marked not in (None, bool(split)):
@@ -217,7 +217,7 @@ def check_text(text, path, number):
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadInput(f"{path}, line {number}: the caption holds a broken character (a lone surrogate): {text.encode('utf-8', 'replace').decode()[:60]}") from None
+        raise BadInput(f"{path}, line {number}: the text holds a broken character (a lone surrogate): {text.encode('utf-8', 'replace').decode()[:60]}") from None
 
 
 def hashed_split(image):
@@ -232,8 +232,8 @@ def read_jsonl(path):
         if line.strip():
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}): {line.strip()[:60]}") from None
+            except (ValueError, RecursionError) as error:                       # not JSON, or numbers too long or lists too deep to be meant
+                raise BadInput(f"{path}, line {number}: not JSON ({error}): {line.strip()[:60]}") from None
             if not isinstance(record, dict):
                 raise BadInput(f"{path}, line {number}: expected an object {{…}}, found {line.strip()[:60]}")
             yield number, record
@@ -244,8 +244,8 @@ def read_csv(path):
     reader, start = csv.reader((line for _, line in utf8_lines(path)), strict=True), 1
     try:
         columns = [name.strip().lower() for name in next(reader, [])]
-        if not {"image", "caption"} <= set(columns):
-            raise BadInput(f"{path}, line 1: expected the column names image,caption (with a comma between them); found {','.join(columns) or 'nothing'}")
+        if not {"image", "caption"} <= set(columns) or len(set(columns)) < len(columns):
+            raise BadInput(f"{path}, line 1: expected the column names image,caption (with a comma between them, each once); found {','.join(columns) or 'nothing'}")
         while True:
             start = reader.line_num + 1                                         # a row may go over several lines: its first one is the one to look at
             row = next(reader, None)
@@ -591,7 +591,7 @@ def draw_sheet(split, path):
         sheet.paste(split.picture(i).resize((128, 128)), (place % 6 * 134, place // 6 * 134))
     try:
         sheet.save(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:                            # KeyError: a format that Pillow reads but cannot write
         raise BadInput(f"--draw {path}: cannot be written ({error})") from None
     for place, i in enumerate(chosen):
         print(f"row {place // 6 + 1}, column {place % 6 + 1}: picture {split.image_ids[i]}: {caption_of[i]}")

@@ -230,9 +230,9 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
-    if args.batch_size < 1 or args.workers < 0:
-        raise data.BadInput(f"--batch-size {args.batch_size} --workers {args.workers}: at least 1 and 0")
-    if args.json and not Path(args.json).resolve().parent.is_dir():
+    if not 1 <= args.batch_size <= 1e6 or not 0 <= args.workers <= 512:
+        raise data.BadInput(f"--batch-size {args.batch_size} --workers {args.workers}: out of range, 1 to 1e6 and 0 to 512")
+    if args.json is not None and not Path(args.json).resolve().parent.is_dir():
         raise data.BadInput(f"--json {args.json}: there is no such folder to write to")
 
     device, rank, _ = start_processes()

@@ -319,6 +319,8 @@ class BertEncoder(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
+        if not 2 < cfg.context_length <= cfg.text_positions:
+            raise ValueError(f"a context length of {cfg.context_length} does not fit {cfg.text_positions} positions")
         self.grad_checkpointing = False
         self.word_embed = nn.Embedding(cfg.vocab_size, cfg.text_width)
         self.position_embed = nn.Embedding(cfg.text_positions, cfg.text_width)

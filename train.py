@@ -58,7 +58,7 @@ def main():
     # where the run starts: its own snapshot, else --init, else random weights
     last = Path(args.out) / "last.pt"
     source = last if last.exists() else args.init
-    state = checkpoint.read(source) if source else None
+    state = checkpoint.read(source) if source is not None else None
     config = CONFIGS[args.model or "tiny"] if args.model or not state else checkpoint.config_of(state)
     args.model = checkpoint.name_of(config)
     fill_in(args, config)
@@ -216,13 +216,15 @@ class Run:
 
     def resume(self, state):
         """Continue from a snapshot (all but the model's weights) -> optimizer steps done. Refuses, with the difference named, when the settings are not the same."""
-        if "optimizer" not in state:
-            raise data.BadInput(f"{self.out / 'last.pt'} is no training snapshot, so nothing can continue from it; choose another --out")
+        last = self.out / "last.pt"
+        missing = {"settings", "optimizer", "scaler", "best", "best_step", "step"} - state.keys()
+        if missing:
+            raise data.BadInput(f"{last} is no training snapshot (it lacks {', '.join(sorted(missing))}), so nothing can continue from it; choose another --out")
         before, now = state["settings"], self.settings
         changed = [f"{name} {before.get(name)}, now it is {now.get(name)}" for name in sorted((before.keys() | now.keys()) - FREE) if before.get(name) != now.get(name)]
         if changed:
             raise data.BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
-                                f"or start a new run from it: --init {self.out / 'last.pt'} --out {self.out}-2")
+                                f"or start a new run from it: --init {last} --out {self.out}-2")
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.best, self.best_step = state["best"], state["best_step"]
@@ -244,7 +246,7 @@ class Run:
         write("settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         path, kept = self.out / "metrics.jsonl", []
         if path.exists() and step:
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if logged_step(line) <= step]
+            kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if logged_step(line) <= step]
         write("metrics.jsonl", "".join(line + "\n" for line in kept))
 
     def log(self, record):
@@ -291,7 +293,7 @@ def logged_step(line):
     """The step of a line of metrics.jsonl; infinity for a line that a crash has cut."""
     try:
         return json.loads(line)["step"]
-    except json.JSONDecodeError:
+    except (ValueError, TypeError, KeyError):
         return math.inf
 
 
@@ -403,7 +405,7 @@ def parse_args(argv=None):
     args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise data.BadInput(f"--out {args.out}: it is a file; name a folder for the run")
-    if args.model and args.model not in CONFIGS:
+    if args.model is not None and args.model not in CONFIGS:
         raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)

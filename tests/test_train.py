@@ -146,6 +146,7 @@ def test_a_damaged_snapshot_is_refused(tsv_folder, undisturbed):
     (["--model", "vit-b-17"], "not a known model (rn50, vit-b-32, vit-b-16, vit-l-14, vit-l-14-336, vit-h-14, tiny)"),
     (["--data", "nowhere"], "neither a folder nor a known data set"),
     (["--init", "nowhere.pt"], "nowhere.pt: there is no such checkpoint"),
+    (["--init", ""], ": there is no such checkpoint"),
     (["--batch-size", "0"], "--batch-size 0: out of range"),
     (["--mask-tokens", "1.5"], "--mask-tokens 1.5: out of range"),
 ])
