@@ -599,12 +599,17 @@ def draw_sheet(split, path):
 
 
 def run(main):
-    """Run a script's main. Warnings become one line each, without Python's source line; BadInput and failed reads or writes become one line and exit status 1."""
+    """Run a script's main. Warnings become one line each, without Python's source line; BadInput, failed reads or writes and lost readers become one line and exit status 1."""
+    sys.stdout.reconfigure(errors="backslashreplace")                           # a terminal that knows no Chinese shows \u732b, and the run goes on
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
     try:
         main()
     except (BadInput, OSError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        sys.exit("error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command")
     except KeyboardInterrupt:
         sys.exit(130)
 
