@@ -26,6 +26,7 @@ import posixpath
 import random
 import struct
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -585,6 +586,8 @@ def draw_sheet(split, path):
         raise BadInput(f"{split.name} is endless: draw valid or test")
     caption_of = {i: text for text, images in reversed(list(zip(split.texts, split.positives))) for i in images}    # each picture's first caption
     chosen = [i for i in range(len(split.image_ids)) if i in caption_of]
+    if not chosen:
+        raise BadInput(f"{split.name}: no caption names a picture, so there is nothing to draw")
     chosen = chosen[:: max(1, len(chosen) // 24)][:24]
     sheet = Image.new("RGB", (min(6, len(chosen)) * 134, -(-len(chosen) // 6) * 134), "white")
     for place, i in enumerate(chosen):
@@ -599,19 +602,29 @@ def draw_sheet(split, path):
 
 
 def run(main):
-    """Run a script's main. Warnings become one line each, without Python's source line; BadInput, failed reads or writes and lost readers become one line and exit status 1."""
+    """Run a script's main. Warnings become one line each, without Python's source line; BadInput, failed reads or writes, and lost readers or partners become one line and
+    exit status 1. Under torchrun a mistake that all processes meet is told by the first alone.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")                           # a terminal that knows no Chinese shows \u732b, and the run goes on
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
     try:
         main()
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {error}")
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        sys.exit("error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command")
     except KeyboardInterrupt:
         sys.exit(130)
+    except (BadInput, OSError) as error:
+        message = f"error: {error}"
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            message = "error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command"
+        elif "onnection" in str(error):                                         # gloo: "Connection closed by peer", "Connection reset by peer", …
+            message = "error: the connection to another process of this run broke; the error line of that process says why"
+        else:
+            raise
+    else:
+        return
+    if int(os.environ.get("RANK", 0)):
+        time.sleep(3)                                                           # if the first process failed too, torchrun ends this one meanwhile
+    sys.exit(message)
 
 
 if __name__ == "__main__":

@@ -232,8 +232,8 @@ def main():
     args = parser.parse_args()
     if not 1 <= args.batch_size <= 1e6 or not 0 <= args.workers <= 512:
         raise data.BadInput(f"--batch-size {args.batch_size} --workers {args.workers}: out of range, 1 to 1e6 and 0 to 512")
-    if args.json is not None and not Path(args.json).resolve().parent.is_dir():
-        raise data.BadInput(f"--json {args.json}: there is no such folder to write to")
+    if args.json is not None and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
+        raise data.BadInput(f"--json {args.json!r}: name a file in a folder that is there")
 
     device, rank, _ = start_processes()
     model, _ = checkpoint.load(args.ckpt, device)
@@ -245,7 +245,7 @@ def main():
     if rank == 0:
         model_name = checkpoint.name_of(model.cfg)
         print(table(result, args.data, args.split, model_name, args.ckpt))
-        if args.json:
+        if args.json is not None:
             report = {"ckpt": str(args.ckpt), "model": model_name, "data": args.data, "split": args.split, "precision": precision, **result}
             text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
             checkpoint.write(args.json, lambda f: f.write(text.encode()))

@@ -55,70 +55,61 @@ FREE = {"out", "data", "data_root", "workers", "log_every", "save_every", "grad_
 def main():
     args = parse_args()
     device, rank, world = start_processes()
+
     # where the run starts: its own snapshot, else --init, else random weights
     last = Path(args.out) / "last.pt"
     source = last if last.exists() else args.init
     state = checkpoint.read(source) if source is not None else None
     config = CONFIGS[args.model or "tiny"] if args.model or not state else checkpoint.config_of(state)
-    args.model = checkpoint.name_of(config)
-    fill_in(args, config)
-    if args.batch_size % world:
-        raise data.BadInput(f"--batch-size {args.batch_size} does not divide by {world} processes; {max(1, args.batch_size // world) * world} does")
 
-    # data
-    train_split = data.open_split(args.data, "train", args.data_root, config.context_length)
-    valid_split = data.open_split(args.data, "valid", args.data_root, config.context_length)
-    if not len(train_split):
-        raise data.BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
-    total = args.max_steps or math.ceil(args.epochs * len(train_split) / args.batch_size)
-    args.epochs = None if args.max_steps else args.epochs
-    args.valid_every = args.valid_every or max(1, total // 10)
-    args.warmup = min(args.warmup, total // 2)
+    # data and settings
+    train_split, valid_split = (data.open_split(args.data, split, args.data_root, config.context_length) for split in ("train", "valid"))
+    autocast, precision = precision_of(args.precision, device)
+    settings = resolve(args, config, train_split, valid_split, precision, world)
+    total = settings.total_steps
 
     # model: the same weights on every process
-    torch.manual_seed(args.seed)
+    torch.manual_seed(settings.seed)
     model = CLIP(config)
-    if args.stage == "1":
+    if settings.stage == "1":
         model.freeze_vision()
-    model.set_grad_checkpointing(args.grad_checkpointing)
+    model.set_grad_checkpointing(settings.grad_checkpointing)
     model.to(device).train()
-    autocast, precision = precision_of(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # not enabled, it passes everything through
-    optimizer = make_optimizer(model, args.weight_decay)
+    optimizer = make_optimizer(model, settings.weight_decay)
 
-    settings = vars(args) | {"precision": precision, "total_steps": total, "train_data": train_split.fingerprint(), "valid_data": valid_split.fingerprint()}
-    run = Run(Path(args.out), settings, rank, model, optimizer, scaler)
+    run = Run(last.parent, vars(settings), rank, model, optimizer, scaler)
     first_step = run.resume(state) if source == last else 0
     if state:
         checkpoint.load_into(model, state, source)
-    run.say(description(args, model, train_split, valid_split, total, precision, device, world, first_step, source))
+    run.say(description(settings, model, train_split, valid_split, device, world, first_step, source))
     if first_step == total:
         return run.say(f"nothing to do: {run.summary(total)}. To train on from there: --init {last} with another --out")
-    validate = lambda step: run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=args.workers), valid_split.positives))
+    validate = lambda step: run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=settings.workers), valid_split.positives))
     run.start(first_step)
     signals = catch_signals(rank == 0)
     if first_step == 0:
         validate(0)
         run.snapshot(0)
 
-    batches = data.Batches(len(train_split), args.batch_size, args.seed, first_step, total, rank, world)
-    loader = data.training_loader(train_split, config.image_size, batches, args.workers, pin_memory=device.type == "cuda")
-    meter = Meter(first_step, total, args.batch_size, device)
+    batches = data.Batches(len(train_split), settings.batch_size, settings.seed, first_step, total, rank, world)
+    loader = data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda")
+    meter = Meter(first_step, total, settings.batch_size, device)
     for step, batch in enumerate(loader, first_step + 1):                       # `step` optimizer steps are done at the end of this round
-        lr = set_lr(optimizer, learning_rate(step - 1, args.lr, args.warmup, total))
-        torch.manual_seed(random_seed(args.seed, step, rank))                   # for dropout: a function of (seed, step, process), so never stored
+        lr = set_lr(optimizer, learning_rate(step - 1, settings.lr, settings.warmup, total))
+        torch.manual_seed(random_seed(settings.seed, step, rank))                   # for dropout: a function of (seed, step, process), so never stored
         pixels, ids, image_keys, text_keys = (x.to(device, non_blocking=True) for x in batch)
-        pixels, ids = prepare(pixels, ids, args, step, rank, world)
+        pixels, ids = prepare(pixels, ids, settings, step, rank, world)
         meter.losses.append(train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast))
 
         due = lambda every: step == total or (every and step % every == 0)
-        if due(args.log_every):
+        if due(settings.log_every):
             run.log(meter.record(step, lr, model))
-        if due(args.valid_every):
+        if due(settings.valid_every):
             with meter.paused():
                 validate(step)
         stopping = summed(torch.tensor(float(len(signals)))) > 0                # a signal to any process stops all of them after the same step
-        if due(args.valid_every) or due(args.save_every) or stopping:
+        if due(settings.valid_every) or due(settings.save_every) or stopping:
             run.snapshot(step)
         if stopping and step < total:
             run.say(f"stopped by a signal after step {step}; the same command continues from there")
@@ -156,19 +147,19 @@ def sum_gradients(model, bucket=2**25):
             g.copy_(part.view_as(g))
 
 
-def prepare(pixels, ids, args, step, rank, world):
+def prepare(pixels, ids, settings, step, rank, world):
     """uint8 pictures -> augmented and normalised, some tokens -> [MASK], on the same device.
 
     The random numbers of a pair depend on (seed, step, its place in the global batch): each process draws those of the whole batch and takes its own.
     """
-    generator = torch.Generator().manual_seed(random_seed(args.seed, step, -1))
+    generator = torch.Generator().manual_seed(random_seed(settings.seed, step, -1))
     pixels = pixels.float() / 255
-    if data.AUGMENT[args.augment]:
-        draws = 2 * torch.rand(args.batch_size, data.DRAWS, generator=generator) - 1
-        pixels = data.augment(pixels, draws.chunk(world)[rank], **data.AUGMENT[args.augment])
-    if args.mask_tokens:
-        draws = torch.rand(args.batch_size, ids.shape[1], generator=generator).chunk(world)[rank].to(ids.device)
-        ids = torch.where((draws < args.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [UNK], [CLS], [SEP]
+    if data.AUGMENT[settings.augment]:
+        draws = 2 * torch.rand(settings.batch_size, data.DRAWS, generator=generator) - 1
+        pixels = data.augment(pixels, draws.chunk(world)[rank], **data.AUGMENT[settings.augment])
+    if settings.mask_tokens:
+        draws = torch.rand(settings.batch_size, ids.shape[1], generator=generator).chunk(world)[rank].to(ids.device)
+        ids = torch.where((draws < settings.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [UNK], [CLS], [SEP]
     return data.normalize(pixels), ids
 
 
@@ -356,22 +347,22 @@ def catch_signals(first):
 # ---------------------------------------------------------------------------------------------------------------- command line
 
 
-def description(args, model, train_split, valid_split, total, precision, device, world, first_step, source):
+def description(settings, model, train_split, valid_split, device, world, first_step, source):
     """The first lines of a run: what trains, on what, with which settings."""
     lines, count = [], lambda params: f"{sum(p.numel() for p in params):,}"
-    if args.data == "demo":
+    if settings.data == "demo":
         lines.append("Training on the painted demo data set. For the real thing pass --data coco-cn, flickr30k-cn or a folder, and --model vit-b-16 or another size.")
-    lines.append(f"stage {args.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
+    lines.append(f"stage {settings.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
                  f"starts from {source or 'random weights'}")
-    if args.stage == "1" and not args.init:
+    if settings.stage == "1" and not settings.init:
         lines.append("note: the frozen vision tower has random weights; stage 1 is meant to start from a trained one (--init)")
     lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
-    if args.batch_size > len(train_split):
-        lines.append(f"warning: --batch-size {args.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs; a smaller one, with more --epochs, learns more")
+    if settings.batch_size > len(train_split):
+        lines.append(f"warning: --batch-size {settings.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs; a smaller one, with more --epochs, learns more")
     if len(valid_split.image_ids) < 50:
         lines.append(f"warning: {len(valid_split.image_ids)} pictures in {valid_split.name} are too few to choose a checkpoint well; 100 or more are better")
-    lines.append(f"{total:,} steps of {args.batch_size:,} pairs; {world} process{'es' if world > 1 else ''}, {device.type}, {precision}" + (f"; continues after step {first_step:,}" if first_step else ""))
-    lines.append("settings: " + " ".join(f"{k}={v}" for k, v in vars(args).items()))
+    lines.append(f"{settings.total_steps:,} steps of {settings.batch_size:,} pairs; {world} process{'es' if world > 1 else ''}, {device.type}, {settings.precision}" + (f"; continues after step {first_step:,}" if first_step else ""))
+    lines.append("settings: " + " ".join(f"{k}={v}" for k, v in vars(settings).items()))
     return "\n".join(lines)
 
 
@@ -414,11 +405,21 @@ def parse_args(argv=None):
     return args
 
 
-def fill_in(args, config):
-    """Flags that were not given take the stage's defaults."""
-    for name, value in (TINY if config == CONFIGS["tiny"] else STAGES)[args.stage].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+def resolve(args, config, train_split, valid_split, precision, world):
+    """Every setting of the run: the flags that were given, the stage's defaults for the others, and what follows from both. Raises BadInput when they cannot be followed."""
+    defaults = (TINY if config == CONFIGS["tiny"] else STAGES)[args.stage]
+    settings = argparse.Namespace(**{name: defaults.get(name) if value is None else value for name, value in vars(args).items()})
+    if settings.batch_size % world:
+        raise data.BadInput(f"--batch-size {settings.batch_size} does not divide by {world} processes; {max(1, settings.batch_size // world) * world} does")
+    if not len(train_split):
+        raise data.BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
+    settings.model, settings.precision = checkpoint.name_of(config), precision
+    settings.total_steps = args.max_steps or math.ceil(settings.epochs * len(train_split) / settings.batch_size)
+    settings.epochs = None if args.max_steps else settings.epochs
+    settings.valid_every = args.valid_every or max(1, settings.total_steps // 10)
+    settings.warmup = min(settings.warmup, settings.total_steps // 2)
+    settings.train_data, settings.valid_data = train_split.fingerprint(), valid_split.fingerprint()
+    return settings
 
 
 if __name__ == "__main__":

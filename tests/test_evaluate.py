@@ -122,7 +122,8 @@ def test_command_line_on_one_and_two_processes(tiny_checkpoint, tsv_folder, tmp_
     (["--ckpt", "CKPT", "--data", "coco-cn", "--data-root", "nowhere"], "there is no folder nowhere/COCO-CN"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "dev"], "no split 'dev'; it has train, valid, test"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "train"], "endless"),
-    (["--ckpt", "CKPT", "--data", "demo", "--json", "nowhere/a.json"], "there is no such folder"),
+    (["--ckpt", "CKPT", "--data", "demo", "--json", "nowhere/a.json"], "name a file in a folder that is there"),
+    (["--ckpt", "CKPT", "--data", "demo", "--json", ""], "name a file in a folder that is there"),
     (["--ckpt", "CKPT", "--data", "demo", "--batch-size", "0"], "--batch-size 0"),
 ])
 def test_wrong_arguments_give_one_line(tiny_checkpoint, arguments, message):

@@ -52,4 +52,4 @@ def test_published_row_of_every_flag_is_read():
         source = (ROOT / name).read_text(encoding="utf-8")
         for flag in re.findall(r'add_argument\("--([a-z-]+)"', source):
             attribute = flag.replace("-", "_")
-            assert f"args.{attribute}" in source or name == "train.py" and f'"{attribute}"' in source, f"{name} --{flag}"
+            assert f"args.{attribute}" in source or f"settings.{attribute}" in source or name == "train.py" and f'"{attribute}"' in source, f"{name} --{flag}"

@@ -161,7 +161,8 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    assert "--batch-size 7 does not divide by 2 processes; 6 does" in script("train.py", "--stage", 1, "--batch-size", 7, "--out", tmp_path / "run", processes=2, ok=False)
+    output = script("train.py", "--stage", 1, "--batch-size", 7, "--out", tmp_path / "run", processes=2, ok=False)
+    assert output.count("error: --batch-size 7 does not divide by 2 processes; 6 does") == 1        # not once per process
     assert "--batch-size 256 does not divide by 3 processes; 255 does" in script("train.py", "--stage", 1, "--out", tmp_path / "run", processes=3, ok=False)
 
 
@@ -169,6 +170,15 @@ def test_a_picture_that_does_not_decode_stops_the_run_with_its_id(tsv_folder, tm
     path = tsv_folder / "train_imgs.tsv"
     path.write_text(path.read_text().replace("\tiVBOR", "\tiVBOX"))
     assert "cannot be read" in refused("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, "--batch-size", 6, "--workers", 1, "--out", tmp_path / "run")
+
+
+def test_a_mistake_that_one_process_meets_is_told_by_it(tsv_folder, tmp_path):
+    path = tsv_folder / "valid_imgs.tsv"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[1] = lines[1].replace("\tiVBOR", "\tiVBOX")                           # the second picture: read by the second process
+    path.write_text("".join(lines))
+    output = script("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, *QUICK, "--out", tmp_path / "run", processes=2, ok=False)
+    assert output.count("error: little/valid: picture 102 cannot be read") == 1 and "in embed_split" not in output
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tsv_folder, tmp_path):
