@@ -5,6 +5,7 @@
 
 A checkpoint is a dictionary: format, config (the sizes of model.Config), model (its tensors); a training snapshot adds what the run needs to continue.
 """
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -26,11 +27,16 @@ def write(path, fill):
     """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, it is flushed to the disk, then renamed."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        fill(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as f:
+            fill(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:                                    # torch.save turns "disk full" into a RuntimeError about its archive
+        with contextlib.suppress(OSError):
+            part.unlink()                                                       # a full disk needs the room
+        raise BadInput(f"{path}: cannot be written ({error.__context__ or error}); what stood there before is unchanged") from None
 
 
 def read(path):

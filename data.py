@@ -60,7 +60,7 @@ class BadInput(Exception):
 class Split:
     """One split of a data set: T captions, I pictures, and which pictures each caption describes.
 
-    endless        whether each epoch has new pictures (the painted train split): then there are no fixed texts, image_ids, …, and sample() alone can be asked
+    endless        whether each epoch has new pictures (the painted train split): then there are no fixed texts, image_ids, …: only name, len(), sample() and fingerprint()
     name           for messages, e.g. "COCO-CN/test"
     texts          T captions
     positives      T lists of picture indices: positives[t] = the pictures that caption t describes; may be empty (such a caption is no query)
@@ -100,9 +100,12 @@ class Split:
         raise BadInput(f"{self.name}: picture {self.image_ids[i]} cannot be read ({reason}); replace or remove it")
 
     def fingerprint(self):
-        """A short text that changes when the captions, the pictures' names or their relation change."""
-        digest = hashlib.md5(json.dumps([self.texts, self.image_ids, self.positives], ensure_ascii=False).encode()).hexdigest()
-        return f"{len(self):,} pairs (hash {digest[:12]})"
+        """A short text that changes when the captions, the pictures' names, their relation or the first sample change."""
+        digest = hashlib.md5(json.dumps([self.texts, self.image_ids, self.positives], ensure_ascii=False).encode())
+        if len(self):
+            picture, ids, *_ = self.sample(0, 0)
+            digest.update(picture.tobytes() + ids.tobytes())
+        return f"{len(self):,} pairs (hash {digest.hexdigest()[:12]})"
 
     def sample(self, epoch, k):
         """Training pair k -> (picture, tokens (L,), picture key, caption key). Equal keys mean the same picture or the same sentence. Here all epochs are alike."""
@@ -141,7 +144,7 @@ class TsvSplit(Split):
                     raise BadInput(f"{path}, line {number}: image_id {image_id!r} is not in {self.path.name}")
             texts.append(text)
             positives.append([index_of[image_id] for image_id in dict.fromkeys(image_ids)])
-        super().__init__(f"{folder.name}/{split}", texts, list(index_of), positives, context_length)
+        super().__init__(f"{folder.resolve().name}/{split}", texts, list(index_of), positives, context_length)
 
     def _lines(self):
         """(number, start, end, the line's first 64 bytes) of every line, without reading the file into memory."""
@@ -178,7 +181,7 @@ class FolderSplit(Split):
                     images.append(i)
         if not described:
             raise BadInput(f"{folder}: no split {split!r}; it has {', '.join(sorted(present)) or 'no rows at all'}; the column `split` of the captions file names them (train, valid, test)")
-        super().__init__(f"{folder.name}/{split}", list(described), list(index_of), list(described.values()), context_length)
+        super().__init__(f"{folder.resolve().name}/{split}", list(described), list(index_of), list(described.values()), context_length)
 
     def picture_bytes(self, i):
         return (self.folder / self.image_ids[i]).read_bytes()
@@ -535,9 +538,9 @@ class PaintedSplit(Split):
     def __init__(self, split, context_length=52):
         if split not in self.SIZES:
             raise BadInput(f"demo: no split {split!r}; it has {', '.join(self.SIZES)}")
-        self.split, self.tokenizer, self.context_length = split, Tokenizer(f"demo/{split}"), context_length
-        self.endless, size = split == "train", self.SIZES[split]
+        self.split, self.endless, size = split, split == "train", self.SIZES[split]
         if self.endless:
+            self.tokenizer, self.context_length = Tokenizer("demo/train"), context_length
             self.name, self.texts, self.image_ids, self.positives, self.pairs = "demo/train", [], [], [], range(size)
             return
         rng, self.scenes = random.Random(f"demo {split}"), []
@@ -588,7 +591,8 @@ def draw_sheet(split, path):
     chosen = [i for i in range(len(split.image_ids)) if i in caption_of]
     if not chosen:
         raise BadInput(f"{split.name}: no caption names a picture, so there is nothing to draw")
-    chosen = chosen[:: max(1, len(chosen) // 24)][:24]
+    count = min(24, len(chosen))
+    chosen = [chosen[place * len(chosen) // count] for place in range(count)]
     sheet = Image.new("RGB", (min(6, len(chosen)) * 134, -(-len(chosen) // 6) * 134), "white")
     for place, i in enumerate(chosen):
         sheet.paste(split.picture(i).resize((128, 128)), (place % 6 * 134, place // 6 * 134))
@@ -614,7 +618,7 @@ def run(main):
     except (BadInput, OSError) as error:
         message = f"error: {error}"
     except RuntimeError as error:
-        if "DataLoader worker" in str(error):
+        if str(error).startswith("DataLoader worker"):
             message = "error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command"
         elif "onnection" in str(error):                                         # gloo: "Connection closed by peer", "Connection reset by peer", …
             message = "error: the connection to another process of this run broke; the error line of that process says why"

@@ -7,7 +7,7 @@
     picture (B, 3, R, R) -> ModifiedResNet or VisionTransformer -> image_embed (B, D)
     tokens  (B, L)       -> BertEncoder, token [CLS], projection -> text_embed  (B, D)
 
-Letters of shapes, in every file: B pictures or captions in this process's batch, N pairs in the global batch of all processes, L tokens, P patches (or positions
+Letters of shapes, in every file (where one means something else, the docstring says so): B pictures or captions in this process's batch, N pairs in the global batch of all processes, L tokens, P patches (or positions
 of a feature map), C channels (width), H heads, D width of the shared space, R picture side in pixels; I pictures and T captions in a split.
 
 Sources: CLIP (Radford et al. 2021, arXiv 2103.00020), BERT (Devlin et al. 2018, arXiv 1810.04805), ViT (Dosovitskiy et al. 2020, arXiv 2010.11929),
@@ -364,12 +364,12 @@ class CLIP(nn.Module):
         nn.init.normal_(self.text_projection, std=cfg.text_width**-0.5)
 
     def encode_image(self, pixels):
-        """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), float32 whatever the towers' precision."""
+        """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), at least float32 whatever the towers' precision."""
         with torch.no_grad() if self.vision_frozen else nullcontext():
             return F.normalize(at_least_float32(self.vision(pixels)), dim=-1)
 
     def encode_text(self, ids, groups=4):
-        """ids (B, L) int64, 0 = [PAD] -> unit vectors (B, D), float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1).
+        """ids (B, L) int64, 0 = [PAD] -> unit vectors (B, D), at least float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1).
 
         Captions differ much in length and [PAD] costs as much as a word: those of like length run together, each group as short as its longest caption.
         """

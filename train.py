@@ -48,7 +48,7 @@ TINY = {
 }
 RANGES = {"batch_size": (2, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
           "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "log_every": (1, 1e9)}
-# May differ when a run continues, for they do not change the result. (The data may have moved: captions and picture names have a fingerprint.)
+# May differ when a run continues, for they do not change the result. (The data may have moved: captions, picture names and the first picture have a fingerprint.)
 FREE = {"out", "data", "data_root", "workers", "log_every", "save_every", "grad_checkpointing"}
 
 
@@ -164,7 +164,7 @@ def prepare(pixels, ids, settings, step, rank, world):
 
 
 def make_optimizer(model, weight_decay):
-    """AdamW over what trains. Matrices and tables decay; gains, biases and the temperature do not. Betas as in CLIP: one pair for ViT, one for ResNet."""
+    """AdamW over what trains. Matrices and tables decay; vectors (gains, biases, the class token) and the temperature do not. Betas as in CLIP: one pair for ViT, one for ResNet."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay}, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0}]
     vit = isinstance(model.cfg.vision_layers, int)
@@ -231,7 +231,7 @@ class Run:
         self.lock = open(self.out / "lock", "w")                                # held until this process ends, however it ends
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # not flock: the readers would inherit it and may outlive a killed run
-        except OSError:
+        except (BlockingIOError, PermissionError):                              # held by another process (which of the two is up to the system)
             raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
         write = lambda name, text: checkpoint.write(self.out / name, lambda f: f.write(text.encode()))
         write("settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")

@@ -1,5 +1,6 @@
 """Checkpoints: a round trip, atomic writing, and refusal of everything that is not exactly right."""
 import pickle
+import resource
 
 import pytest
 import torch
@@ -27,6 +28,20 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(Exception):
         checkpoint.save(tmp_path / "a.pt", build(VIT), step=lambda: "cannot be written")
     assert (tmp_path / "a.pt").read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(tmp_path):
+    """A limit on the size of files stands in for the disk's end."""
+    checkpoint.save(tmp_path / "a.pt", build(VIT), step=1)
+    before = (tmp_path / "a.pt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(BadInput, match="a.pt: cannot be written .*; what stood there before is unchanged"):
+            checkpoint.save(tmp_path / "a.pt", build(VIT), step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "a.pt").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_truncated_files_give_one_line(tmp_path):
