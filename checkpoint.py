@@ -8,6 +8,7 @@ A checkpoint is a dictionary: format, config (the sizes of model.Config), model 
 import contextlib
 import dataclasses
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -44,6 +45,9 @@ def read(path):
     if not os.path.isfile(path):
         raise BadInput(f"{path}: there is no such checkpoint")
     try:
+        with zipfile.ZipFile(path) as archive:                                  # torch.load itself checks no checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile("a checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                  # torch raises many kinds for a damaged file
         raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else ({type(error).__name__})") from None
@@ -83,6 +87,9 @@ def load_into(model, state, path, assign=False):
     wrong += [f"{k} is {kind(theirs[k])}, not {kind(mine[k])}" for k in mine.keys() & theirs.keys() if kind(theirs[k]) != kind(mine[k])]
     if wrong:
         raise BadInput(f"{path}: the tensors do not fit the architecture {name_of(model.cfg)} (the file says {name_of(config_of(state))}): {sorted(wrong, key=str)[0]}")
+    broken = [k for k, x in theirs.items() if not x.isfinite().all()]
+    if broken:
+        raise BadInput(f"{path}: {broken[0]} holds NaN or infinity: the file is damaged, or the training that wrote it diverged")
     model.load_state_dict(theirs, assign=assign)
 
 

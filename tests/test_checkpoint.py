@@ -54,6 +54,15 @@ def test_truncated_files_give_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", build(VIT))
+    whole = bytearray((tmp_path / "a.pt").read_bytes())
+    whole[len(whole) // 2] ^= 4
+    (tmp_path / "a.pt").write_bytes(whole)
+    with pytest.raises(BadInput, match="a.pt: not a readable checkpoint"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
 class Code:
     def __reduce__(self):
         return (open, ("written-by-a-checkpoint", "w"))
@@ -79,13 +88,15 @@ def change(state, how):
         tensors["text.norm.gain"] = tensors.pop("text.norm.weight")
     elif how == "reshaped":
         tensors["text.norm.weight"] = torch.zeros(7)
+    elif how == "not finite":
+        tensors["text.norm.weight"][3] = float("nan")
     else:
         tensors["text.norm.weight"] = torch.zeros(48).half() if how == "half precision" else "48"
 
 
 @pytest.mark.parametrize("how, message", [("missing", "text.norm.weight is missing"), ("unknown", "extra is unknown"), ("renamed", "text.norm.gain is unknown"),
                                           ("reshaped", r"text.norm.weight is \(7,\) float32, not \(48,\) float32"),
-                                          ("half precision", r"text.norm.weight is \(48,\) float16"), ("no tensor", "text.norm.weight is a str")])
+                                          ("half precision", r"text.norm.weight is \(48,\) float16"), ("no tensor", "text.norm.weight is a str"), ("not finite", "text.norm.weight holds NaN")])
 def test_one_wrong_tensor_is_named(tmp_path, how, message):
     checkpoint.save(tmp_path / "a.pt", build(VIT))
     state = torch.load(tmp_path / "a.pt")
