@@ -79,9 +79,11 @@ def empty_model(state):
         return CLIP(config_of(state))
 
 
-def load_into(model, state, path, assign=False):
-    """Copy a checkpoint's tensors into the model, or with `assign` make them the model's own: all of them, each of the same shape and type, or BadInput and nothing changes."""
-    mine, theirs = model.state_dict(), state["model"]
+def load_into(model, state, path, parts=("",), assign=False):
+    """Copy a checkpoint's tensors into the model, or with `assign` make them the model's own: all whose names begin with one of `parts`, each of the same shape and type,
+    or BadInput and nothing changes.
+    """
+    mine, theirs = ({k: v for k, v in tensors.items() if str(k).startswith(parts)} for tensors in (model.state_dict(), state["model"]))
     kind = lambda x: f"{tuple(x.shape)} {x.dtype}".replace("torch.", "") if torch.is_tensor(x) else f"a {type(x).__name__}"
     wrong = [f"{k} is missing" for k in mine.keys() - theirs.keys()] + [f"{k} is unknown" for k in theirs.keys() - mine.keys()]
     wrong += [f"{k} is {kind(theirs[k])}, not {kind(mine[k])}" for k in mine.keys() & theirs.keys() if kind(theirs[k]) != kind(mine[k])]
@@ -90,7 +92,7 @@ def load_into(model, state, path, assign=False):
     broken = [k for k, x in theirs.items() if not x.isfinite().all()]
     if broken:
         raise BadInput(f"{path}: {broken[0]} holds NaN or infinity: the file is damaged, or the training that wrote it diverged")
-    model.load_state_dict(theirs, assign=assign)
+    model.load_state_dict(model.state_dict() | theirs, assign=assign)
 
 
 def name_of(config):

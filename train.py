@@ -1,7 +1,7 @@
 """Training: both pretraining stages and fine-tuning (paper, sections 3.1 and 3.2) - one script, one step function.
 
-    python train.py --stage 1                                                   # the painted data set, the tiny model
-    torchrun --nproc_per_node 8 train.py --stage 1                              # the same optimizer steps on 8 processes
+    python train.py --stage 1 --vision-weights vision.pt                        # the painted data set, the tiny model
+    torchrun --nproc_per_node 8 train.py --stage 1 --vision-weights vision.pt   # the same optimizer steps on 8 processes
     python train.py --stage 2 --init runs/stage1/last.pt
     python train.py --stage finetune --data coco-cn --init my.pt --out runs/coco-cn
     python train.py --stage 2 --data /path/to/folder --out runs/own             # your own pictures, from scratch
@@ -56,9 +56,9 @@ def main():
     args = parse_args()
     device, rank, world = start_processes()
 
-    # where the run starts: its own snapshot, else --init, else random weights
+    # where the run starts: its own snapshot, else --init or the vision tower of --vision-weights, else random weights
     last = Path(args.out) / "last.pt"
-    source = last if last.exists() else args.init
+    source = last if last.exists() else args.vision_weights if args.init is None else args.init
     state = checkpoint.read(source) if source is not None else None
     config = CONFIGS[args.model or "tiny"] if args.model or not state else checkpoint.config_of(state)
 
@@ -81,7 +81,7 @@ def main():
     run = Run(last.parent, vars(settings), rank, model, optimizer, scaler)
     first_step = run.resume(state) if source == last else 0
     if state:
-        checkpoint.load_into(model, state, source)
+        checkpoint.load_into(model, state, source, parts=("vision.", "logit_scale") if source == args.vision_weights else ("",))
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source))
     if first_step == total:
         return run.say(f"nothing to do: {run.summary(total)}. To train on from there: --init {last} with another --out")
@@ -354,8 +354,8 @@ def description(settings, model, train_split, valid_split, device, world, first_
         lines.append("Training on the painted demo data set. For the real thing pass --data coco-cn, flickr30k-cn or a folder, and --model vit-b-16 or another size.")
     lines.append(f"stage {settings.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
                  f"starts from {source or 'random weights'}")
-    if settings.stage == "1" and not settings.init:
-        lines.append("note: the frozen vision tower has random weights; stage 1 is meant to start from a trained one (--init)")
+    if settings.stage == "1" and settings.init is None and settings.vision_weights is None:
+        lines.append("note: the frozen vision tower has random weights, from which little can be learned; stage 1 is meant to start from a trained one (--vision-weights or --init)")
     lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
     if settings.batch_size > len(train_split):
         lines.append(f"warning: --batch-size {settings.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs; a smaller one, with more --epochs, learns more")
@@ -376,6 +376,7 @@ def parse_args(argv=None):
     parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder (default: demo)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--init", help="a checkpoint to start from")
+    parser.add_argument("--vision-weights", help="stage 1: a checkpoint whose vision tower (and temperature) to start from, with a fresh text tower")
     parser.add_argument("--out", help="folder of the run (default: runs/stage1, runs/stage2 or runs/finetune)")
     parser.add_argument("--batch-size", type=int, help="pairs per optimizer step, over all processes")
     parser.add_argument("--epochs", type=float, help="passes over the training pairs")
@@ -396,6 +397,8 @@ def parse_args(argv=None):
     args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise data.BadInput(f"--out {args.out}: it is a file; name a folder for the run")
+    if args.vision_weights is not None and (args.stage != "1" or args.init is not None):
+        raise data.BadInput(f"--vision-weights {args.vision_weights}: it is for stage 1, and not together with --init")
     if args.model is not None and args.model not in CONFIGS:
         raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     for name, (low, high) in RANGES.items():

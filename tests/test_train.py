@@ -54,6 +54,15 @@ def test_stage_1_leaves_the_vision_tower_alone_and_stage_2_changes_both(cfg, tmp
     assert len(optimizer["state"]) == sum(k.startswith("text") for k in start) + 1
 
 
+def test_stage_1_starts_from_a_vision_tower_and_a_fresh_text_tower(tmp_path, tsv_folder):
+    script("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 2, *QUICK, "--out", tmp_path / "before")
+    script("train.py", "--stage", 1, "--data", tsv_folder, "--max-steps", 1, "--seed", 5, "--vision-weights", tmp_path / "before/last.pt", *QUICK, "--out", tmp_path / "one")
+    before, one = tensors(tmp_path / "before/last.pt"), tensors(tmp_path / "one/last.pt")
+    assert {k for k in one if k.startswith("vision.")} <= same(before, one)
+    assert (before["text.word_embed.weight"] != one["text.word_embed.weight"]).float().mean() > 0.99
+    assert "for stage 1" in refused("train.py", "--stage", 2, "--vision-weights", tmp_path / "before/last.pt", "--out", tmp_path / "two")
+
+
 def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path):
     output = script("train.py", "--stage", 1, "--max-steps", 2, *QUICK, "--out", tmp_path)
     assert "--data coco-cn" in output.splitlines()[0] and "step      2/2" in output and "frozen vision tower has random weights" in output
