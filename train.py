@@ -97,7 +97,7 @@ def main():
     meter = Meter(first_step, total, settings.batch_size, device)
     for step, batch in enumerate(loader, first_step + 1):                       # `step` optimizer steps are done at the end of this round
         lr = set_lr(optimizer, learning_rate(step - 1, settings.lr, settings.warmup, total))
-        torch.manual_seed(random_seed(settings.seed, step, rank))                   # for dropout: a function of (seed, step, process), so never stored
+        torch.manual_seed(random_seed(settings.seed, step, rank))               # for dropout: a function of (seed, step, process), so never stored
         pixels, ids, image_keys, text_keys = (x.to(device, non_blocking=True) for x in batch)
         pixels, ids = prepare(pixels, ids, settings, step, rank, world)
         meter.losses.append(train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast))
@@ -159,7 +159,7 @@ def prepare(pixels, ids, settings, step, rank, world):
         pixels = data.augment(pixels, draws.chunk(world)[rank], **data.AUGMENT[settings.augment])
     if settings.mask_tokens:
         draws = torch.rand(settings.batch_size, ids.shape[1], generator=generator).chunk(world)[rank].to(ids.device)
-        ids = torch.where((draws < settings.mask_tokens) & (ids > SEP), MASK, ids)                      # never [PAD], [UNK], [CLS], [SEP]
+        ids = torch.where((draws < settings.mask_tokens) & (ids > SEP), MASK, ids)                  # never [PAD], [UNK], [CLS], [SEP]
     return data.normalize(pixels), ids
 
 
