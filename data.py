@@ -175,12 +175,10 @@ class FolderSplit(Split):
         for image, caption, belongs in caption_rows(caption_file(folder)):
             present.add(belongs)
             if belongs == split:
-                images, i = described.setdefault(caption, []), index_of.setdefault(image, len(index_of))
-                if i not in images:                                             # the same row twice says nothing new
-                    images.append(i)
+                described.setdefault(caption, {})[index_of.setdefault(image, len(index_of))] = None                  # as keys: the same row twice says nothing new
         if not described:
             raise BadInput(f"{folder}: no split {split!r}; it has {', '.join(sorted(present)) or 'no rows at all'}; the column `split` of the captions file names them (train, valid, test)")
-        super().__init__(f"{folder.resolve().name}/{split}", list(described), list(index_of), list(described.values()), context_length)
+        super().__init__(f"{folder.resolve().name}/{split}", list(described), list(index_of), [list(images) for images in described.values()], context_length)
 
     def picture_bytes(self, i):
         return (self.folder / self.image_ids[i]).read_bytes()

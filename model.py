@@ -369,7 +369,7 @@ class CLIP(nn.Module):
             return F.normalize(at_least_float32(self.vision(pixels)), dim=-1)
 
     def encode_text(self, ids, groups=4):
-        """ids (B, L) int64, 0 = [PAD] -> unit vectors (B, D), at least float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1).
+        """ids (B, L) int64, 0 = [PAD] at the end -> unit vectors (B, D), at least float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1).
 
         Captions differ much in length and [PAD] costs as much as a word: those of like length run together, each group as short as its longest caption.
         """
