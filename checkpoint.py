@@ -1,22 +1,59 @@
-"""The only door for weights: snapshots out, atomically; checkpoints in, checked.
+"""The only door for weights: every released format in, checked; two formats out; training snapshots, atomically.
 
     import checkpoint
-    model, transform = checkpoint.load("runs/own/best.pt")       # evaluation mode, float32, and the picture transform that fits it
+    model, transform = checkpoint.load("clip_cn_vit-b-16.pt")    # any file or folder below: evaluation mode, float32, and the picture transform that fits it
+    model, transform = checkpoint.load("cn-clip-vit-b-16")       # by name: downloads once (see NAMES)
+    checkpoint.export(model, "own.pt", format="cn-clip")         # or "huggingface": a folder for transformers' ChineseCLIPModel
 
-A checkpoint is a dictionary: format, config (the sizes of model.Config), model (its tensors); a training snapshot adds what the run needs to continue.
+    python checkpoint.py cn-clip-vit-b-16                        # download it, check it, say what it is
+    python checkpoint.py runs/own/best.pt --export own-hf --format huggingface
+
+What is read (the format is told by the content, the sizes by the tensors' shapes):
+
+    ours                    {"format", "config", "model"}; a training snapshot adds what the run needs to continue
+    Chinese-CLIP            .pt {"state_dict": {"module.visual…", "module.bert…"}}, also after FlashAttention, or the bare state dict
+    Hugging Face            ChineseCLIPModel: a folder with config.json and .safetensors or .bin, whole or in shards
+    OpenAI CLIP             its vision tower alone, for stage 1: TorchScript archive or state dict
+    BERT, RoBERTa, RBT3     alone, for stage 1: Hugging Face .safetensors or .bin
+
+A tensor of the file is either used, or on a short list of what is left out (SKIPPED), or the file is refused with the tensor's name. No code of a file ever runs.
 """
+import argparse
 import contextlib
 import dataclasses
+import json
+import math
+import mmap
 import os
+import pickle
+import re
+import shutil
 import zipfile
+from collections import Counter
 from pathlib import Path
+from statistics import mode
 
 import torch
+import torch.nn.functional as F
 
+import data
 from data import BadInput, Transform
 from model import CLIP, CONFIGS, Config
+from tokenizer import VOCAB
 
 FORMAT = "ce-clip 1"
+
+# Released weights (Hugging Face, OFA-Sys). They are downloaded into CE_CLIP_CACHE (default ~/.cache/ce-clip), from the mirror HF_ENDPOINT where that is set.
+NAMES = {
+    "cn-clip-rn50":         "chinese-clip-rn50/resolve/main/clip_cn_rn50.pt",
+    "cn-clip-vit-b-16":     "chinese-clip-vit-base-patch16/resolve/main/clip_cn_vit-b-16.pt",
+    "cn-clip-vit-l-14":     "chinese-clip-vit-large-patch14/resolve/main/clip_cn_vit-l-14.pt",
+    "cn-clip-vit-l-14-336": "chinese-clip-vit-large-patch14-336px/resolve/main/clip_cn_vit-l-14-336.pt",
+    "cn-clip-vit-h-14":     "chinese-clip-vit-huge-patch14/resolve/main/clip_cn_vit-h-14.pt",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- write our own
 
 
 def save(path, model, **extra):
@@ -40,32 +77,68 @@ def write(path, fill):
         raise BadInput(f"{path}: cannot be written ({error.__context__ or error}); what stood there before is unchanged") from None
 
 
-def read(path):
-    """The dictionary in a checkpoint file. Never executes code from the file (weights_only); raises BadInput when it is missing, damaged or not ours."""
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: there is no such checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:                                  # torch.load itself checks no checksums
-            if archive.testzip():
-                raise zipfile.BadZipFile("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                                  # torch raises many kinds for a damaged file
-        raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else ({type(error).__name__})") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not isinstance(state.get("config"), dict) or not isinstance(state.get("model"), dict):
+# ---------------------------------------------------------------------------------------------------------------- read
+
+
+def load(source, device="cpu", image_size=None):
+    """A file, a folder or a name of NAMES -> (model in evaluation mode and float32, transform: PIL picture -> (3, R, R)).
+
+    `image_size` asks for another picture side than the weights were trained with. Raises BadInput when a tensor is missing, unknown, of another shape or not finite.
+    The tensors stay in the file's pages (mmap) until they are changed: while the model lives, replace the file by renaming, never by overwriting it.
+    """
+    state = read(source)
+    if image_size:
+        state = resized(state, image_size)
+    model = empty_model(state)
+    load_into(model, state, source, assign=True)
+    return model.eval().to(device), Transform(model.cfg.image_size)
+
+
+def read(source, only="", mapped=True):
+    """Any checkpoint -> {"config": sizes, "model": tensors under our names, …}, checked. Our own files keep their other entries; foreign ones get "layout" and "skipped".
+
+    `only` "vision": the vision tower and the temperature. `only` "text": BERT without the projection; "config" then holds the sizes of that tower alone.
+    `mapped`: tensors stay in the file's pages, which several processes share; otherwise they are read into memory.
+    """
+    path = find(source)
+    content = open_folder(path, mapped) if path.is_dir() else open_file(path, mapped)
+    return read_own(content, path, only) if content.get("format") == FORMAT else read_foreign(content, path, only)
+
+
+# What `only` means: which of our tensors, by the beginning of their names; and which sizes a text tower has
+PARTS = {"": ("",), "vision": ("vision.", "logit_scale"), "text": ("text.",)}
+TEXT_SIZES = ("text_layers", "text_width", "text_heads", "text_dropout", "vocab_size", "text_positions")
+
+
+def read_own(state, path, only):
+    config, tensors = state.get("config"), state.get("model")
+    if not isinstance(config, dict) or not isinstance(tensors, dict):
         raise BadInput(f"{path}: not a checkpoint of this project (it needs the entries format = {FORMAT!r}, config, model)")
     try:
-        empty_model(state)
-    except Exception as error:                                                  # a config can be wrong in as many ways
+        expected = empty_model(state).state_dict()
+    except Exception as error:                                                  # a config can be wrong in many ways
         raise BadInput(f"{path}: its config does not describe a model of this version ({type(error).__name__}: {error})") from None
-    return state
+    check(tensors, expected, path, config_of(state))
+    if only == "text":
+        config = {size: config[size] for size in TEXT_SIZES}
+    return state | {"config": config, "model": {key: x for key, x in tensors.items() if key.startswith(PARTS[only])}}
 
 
-def load(path, device="cpu"):
-    """-> (model in evaluation mode and float32, transform: PIL picture -> (3, R, R))."""
-    state = read(path)
-    model = empty_model(state)
-    load_into(model, state, path, assign=True)
-    return model.eval().to(device), Transform(model.cfg.image_size)
+def read_towers(vision, text, config=None):
+    """The start of stage 1: the vision tower (and the temperature) of one checkpoint, the text tower of another. Either may be None; load_into then leaves that tower as it is.
+
+    The sizes are those of the files; those of a tower without a file come from `config`, or else from the row of CONFIGS with that vision tower.
+    """
+    if vision is None and config is None:
+        raise BadInput(f"--text-weights {text}: which vision tower goes with it? Pass --vision-weights or --model")
+    states = [(only, read(source, only)) for only, source in (("vision", vision), ("text", text)) if source is not None]
+    merged = {"config": dataclasses.asdict(config) if config else {}, "model": {}, "parts": (), "skipped": []}
+    for only, state in states:
+        merged["config"] |= state["config"]
+        merged["model"] |= state["model"]
+        merged["parts"] += PARTS[only]
+        merged["skipped"] += state.get("skipped", [])
+    return merged
 
 
 def config_of(state):
@@ -79,22 +152,557 @@ def empty_model(state):
         return CLIP(config_of(state))
 
 
-def load_into(model, state, path, parts=("",), assign=False):
-    """Copy a checkpoint's tensors into the model, or with `assign` make them the model's own: all whose names begin with one of `parts`, each of the same shape and type,
-    or BadInput and nothing changes.
+def load_into(model, state, path, assign=False):
+    """Copy a checkpoint's tensors into the model, or with `assign` make them the model's own. For a model that differs in the picture size alone, position embeddings are
+    resized. BadInput, and nothing changes, when the tensors are those of another architecture.
     """
-    mine, theirs = ({k: v for k, v in tensors.items() if str(k).startswith(parts)} for tensors in (model.state_dict(), state["model"]))
-    kind = lambda x: f"{tuple(x.shape)} {x.dtype}".replace("torch.", "") if torch.is_tensor(x) else f"a {type(x).__name__}"
-    wrong = [f"{k} is missing" for k in mine.keys() - theirs.keys()] + [f"{k} is unknown" for k in theirs.keys() - mine.keys()]
-    wrong += [f"{k} is {kind(theirs[k])}, not {kind(mine[k])}" for k in mine.keys() & theirs.keys() if kind(theirs[k]) != kind(mine[k])]
-    if wrong:
-        raise BadInput(f"{path}: the tensors do not fit the architecture {name_of(model.cfg)} (the file says {name_of(config_of(state))}): {sorted(wrong, key=str)[0]}")
-    broken = [k for k, x in theirs.items() if not x.isfinite().all()]
+    config = config_of(state)
+    if config.patch_size == model.cfg.patch_size and "vision." in "".join(state["model"]):
+        state = resized(state, model.cfg.image_size)
+    mine = {key: x for key, x in model.state_dict().items() if key.startswith(state.get("parts", ("",)))}
+    compare(state["model"], mine, f"{path}: the tensors do not fit the architecture {name_of(model.cfg)} (the file says {name_of(config)})")
+    model.load_state_dict(model.state_dict() | state["model"], assign=assign)
+
+
+def resized(state, image_size):
+    """The same weights for pictures of another size: the grid of position embeddings is interpolated; its first row (class token or mean position) stays."""
+    config = config_of(state)
+    step = config.patch_size or 32                                              # a ResNet halves its map five times
+    if image_size == config.image_size:
+        return state
+    if not 0 < image_size <= 4096 or image_size % step:
+        raise BadInput(f"a picture size of {image_size} does not fit: this model takes multiples of {step}, up to 4096")
+    key = "vision.position_embed" if config.patch_size else "vision.attention_pool.position_embed"
+    table, side, new = state["model"][key], config.image_size // step, image_size // step
+    grid = table[1:].view(1, side, side, -1).permute(0, 3, 1, 2)                                    # (1, C, side, side)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)                 # as Chinese-CLIP does
+    table = torch.cat([table[:1], grid.permute(0, 2, 3, 1).reshape(new * new, -1)])                 # (1 + new², C)
+    return state | {"config": state["config"] | {"image_size": image_size}, "model": state["model"] | {key: table}}
+
+
+def check(theirs, expected, path, config):
+    """A file's tensors, one by one, against what its sizes ask for."""
+    compare(theirs, expected, f"{path}: not a whole model ({name_of(config)})")
+    broken = [key for key, x in theirs.items() if not x.isfinite().all()]
     if broken:
         raise BadInput(f"{path}: {broken[0]} holds NaN or infinity: the file is damaged, or the training that wrote it diverged")
-    model.load_state_dict(model.state_dict() | theirs, assign=assign)
+
+
+def compare(theirs, expected, message):
+    """Every tensor is there, none besides, each of its shape and type; else BadInput, naming up to three."""
+    wrong = [f"{key} is missing" for key in expected.keys() - theirs.keys()] + [f"{key} is unknown" for key in theirs.keys() - expected.keys()]
+    wrong += [f"{key} is {kind(theirs[key])}, not {kind(expected[key])}" for key in expected.keys() & theirs.keys() if kind(theirs[key]) != kind(expected[key])]
+    if wrong:
+        raise BadInput(f"{message}: {'; '.join(sorted(wrong)[:3])}" + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+
+
+def kind(x):
+    """Shape and type of a plain tensor, in words; for anything else, what it is."""
+    if not torch.is_tensor(x):
+        return f"a {type(x).__name__}"
+    odd = [] if x.layout == torch.strided and not x.is_quantized else [x.layout]
+    return " ".join(map(str, [tuple(x.shape), x.dtype, *odd])).replace("torch.", "")
 
 
 def name_of(config):
     """The table's name of a config, or "custom"."""
     return next((name for name, known in CONFIGS.items() if known == config), "custom")
+
+
+# ---------------------------------------------------------------------------------------------------------------- foreign names
+#
+# What our keys are called elsewhere, one table per tower and layout: replace the left by the right, in this order. <a|b|c>: our one matrix of queries, keys and values is
+# three there. Import and export read the same tables, so neither can drift from the other.
+
+CLIP_VIT = {                                                                    # OpenAI CLIP, Chinese-CLIP
+    "vision.blocks.": "visual.transformer.resblocks.",
+    ".norm1.": ".ln_1.",
+    ".attention.qkv.": ".attn.in_proj_",
+    ".attention.out.": ".attn.out_proj.",
+    ".norm2.": ".ln_2.",
+    ".mlp.0.": ".mlp.c_fc.",
+    ".mlp.2.": ".mlp.c_proj.",
+    "vision.patch_embed.": "visual.conv1.",
+    "vision.class_token": "visual.class_embedding",
+    "vision.position_embed": "visual.positional_embedding",
+    "vision.norm_pre.": "visual.ln_pre.",
+    "vision.norm_post.": "visual.ln_post.",
+    "vision.projection": "visual.proj",
+}
+CLIP_RESNET = {                                                                 # the same; vision.blocks.7. -> visual.layer3.0. comes before (class Layout)
+    **{f"vision.stem.{i}.{j}.": f"visual.{name}{i + 1}." for i in range(3) for j, name in enumerate(("conv", "bn"))},
+    ".shortcut.1.": ".downsample.0.",
+    ".shortcut.2.": ".downsample.1.",
+    "vision.attention_pool.": "visual.attnpool.",
+    "attnpool.position_embed": "attnpool.positional_embedding",
+    "attnpool.query.": "attnpool.q_proj.",
+    "attnpool.key.": "attnpool.k_proj.",
+    "attnpool.value.": "attnpool.v_proj.",
+    "attnpool.out.": "attnpool.c_proj.",
+}
+HUB_VIT = {                                                                     # transformers, Hugging Face
+    "vision.blocks.": "vision_model.encoder.layers.",
+    ".norm1.": ".layer_norm1.",
+    ".attention.qkv.": ".self_attn.<q|k|v>_proj.",
+    ".attention.out.": ".self_attn.out_proj.",
+    ".norm2.": ".layer_norm2.",
+    ".mlp.0.": ".mlp.fc1.",
+    ".mlp.2.": ".mlp.fc2.",
+    "vision.patch_embed.": "vision_model.embeddings.patch_embedding.",
+    "vision.class_token": "vision_model.embeddings.class_embedding",
+    "vision.position_embed": "vision_model.embeddings.position_embedding.weight",
+    "vision.norm_pre.": "vision_model.pre_layrnorm.",                           # so spelt
+    "vision.norm_post.": "vision_model.post_layernorm.",
+    "vision.projection": "visual_projection.weight",
+}
+BERT = {                                                                        # everywhere, after a prefix
+    "text.blocks.": "encoder.layer.",
+    ".attention.qkv.": ".attention.self.<query|key|value>.",
+    ".attention.out.": ".attention.output.dense.",
+    ".norm1.": ".attention.output.LayerNorm.",
+    ".mlp.0.": ".intermediate.dense.",
+    ".mlp.2.": ".output.dense.",
+    ".norm2.": ".output.LayerNorm.",
+    "text.word_embed.": "embeddings.word_embeddings.",
+    "text.position_embed.": "embeddings.position_embeddings.",
+    "text.type_embed.": "embeddings.token_type_embeddings.",
+    "text.norm.": "embeddings.LayerNorm.",
+}
+FLASH = {                                                                       # what Chinese-CLIP's FlashAttention calls otherwise: right sides of the tables above
+    ".attn.in_proj_": ".attn.Wqkv.",
+    ".attention.self.<query|key|value>.": ".attention.self.Wqkv.",
+    ".attention.output.dense.": ".attention.self.out_proj.",
+}
+TRANSPOSED = ("visual_projection.weight", "text_projection.weight")             # weights of a Linear (D, C) at transformers; matrices (C, D) in ours, as in CLIP
+
+# What is left out of a file, by the beginning of its key: BERT's pooler and counters; of the other tower, everything; BERT's pretraining heads
+POOLER = ("bert.pooler.", "text_model.pooler.", "bert.embeddings.position_ids", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+SKIPPED = {
+    "": POOLER,
+    "vision": (*POOLER, "bert.", "text_model.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",
+               "input_resolution", "context_length", "vocab_size"),
+    "text": (*POOLER, "pooler.", "embeddings.position_ids", "cls.", "visual.", "vision_model.", "visual_projection.", "text_projection", "logit_scale"),
+}
+
+
+class Layout:
+    """How someone else's file names our tensors."""
+
+    def __init__(self, name, text_prefix="bert.", resnet=None, flash=False):
+        """`resnet`: blocks in each of the four groups, None for a ViT."""
+        self.name, self.resnet = name, resnet
+        self.vision = HUB_VIT if name == "Hugging Face" else CLIP_VIT
+        if resnet:
+            places = [f"visual.layer{group}.{i}." for group, blocks in enumerate(resnet, 1) for i in range(blocks)]
+            self.vision = {f"vision.blocks.{k}.": place for k, place in enumerate(places)} | CLIP_RESNET
+        self.text = {ours: theirs if ours.startswith(".") else text_prefix + theirs for ours, theirs in BERT.items()}
+        if flash:
+            self.vision, self.text = ({ours: FLASH.get(theirs, theirs) for ours, theirs in table.items()} for table in (self.vision, self.text))
+        self.rest = {"text_projection": "text_projection.weight"} if name == "Hugging Face" else {}
+
+    def names(self, key):
+        """Our key -> its keys there: one, or three."""
+        for ours, theirs in {"vision": self.vision, "text": self.text}.get(key.split(".")[0], self.rest).items():
+            key = key.replace(ours, theirs)
+        head, _, tail = key.partition("<")
+        choices, _, tail = tail.partition(">")
+        return [head + choice + tail for choice in choices.split("|")]
+
+    def to_theirs(self, tensors):
+        """Tensors under our names -> under theirs."""
+        theirs = {}
+        for key, x in tensors.items():
+            names = self.names(key)
+            theirs |= zip(names, [x.T] if names[0] in TRANSPOSED else x.chunk(len(names)) if len(names) > 1 else [x])
+        return theirs
+
+    def to_ours(self, tensors, keys):
+        """Tensors under their names -> those of our `keys`, in float32."""
+        ours = {}
+        for key in keys:
+            pieces = [tensors[name].T if name in TRANSPOSED else tensors[name] for name in self.names(key)]
+            x = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
+            ours[key] = x.float() if x.is_floating_point() else x
+        return ours
+
+
+def layout_of(keys):
+    """Tell the layout by the keys."""
+    has = lambda pattern: any(re.search(pattern, key) for key in keys)
+    if has(r"^vision_model\."):
+        return Layout("Hugging Face", "text_model.")
+    if has(r"^visual\."):
+        groups = tuple(depth(keys, f"visual.layer{group}.") for group in (1, 2, 3, 4))
+        return Layout("Chinese-CLIP" if has(r"^bert\.") else "OpenAI CLIP", resnet=groups if any(groups) else None, flash=has(r"\.Wqkv\."))
+    if has(r"^(bert\.)?embeddings\."):
+        return Layout("BERT", "bert." if has(r"^bert\.") else "")
+    raise BadInput("its tensors are not those of Chinese-CLIP, ChineseCLIPModel, OpenAI CLIP or BERT")
+
+
+def depth(keys, prefix):
+    """How many blocks stand under `prefix`: what most tensors of a block say, so that a missing or misnamed one is noticed as such."""
+    leaves = Counter(key.removeprefix(prefix).partition(".")[2] for key in keys if key.startswith(prefix))
+    return mode(leaves.values()) if leaves else 0
+
+
+def read_foreign(content, path, only):
+    """Someone else's tensors -> config and tensors of ours, when each of them is where it must be."""
+    tensors = content.get("state_dict", content)
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise BadInput(f"{path}: not a checkpoint: it holds no table of named tensors")
+    modern = lambda key: key.removeprefix("module.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    tensors = {modern(key): x.detach() if torch.is_tensor(x) else x for key, x in tensors.items()}
+    try:
+        layout = layout_of(tensors)
+        for tower, lacking, flag in (("vision", "BERT", "text"), ("text", "OpenAI CLIP", "vision")):
+            if only in ("", tower) and layout.name == lacking:
+                raise BadInput(f"it is a file of {layout.name}, without a {'Chinese ' * (tower == 'text')}{tower} tower; stage 1 takes it as --{flag}-weights")
+        sizes = sizes_of(tensors, layout, hub_config(path, layout, only), only)
+        # the rest comes from the first row of the table that agrees with what the tensors say
+        row = next((row for row in CONFIGS.values() if all(getattr(row, k) == v for k, v in sizes.items())), CONFIGS["vit-b-16"])
+        config = dataclasses.replace(row, **sizes)
+        expected = {key: x for key, x in empty_model({"config": dataclasses.asdict(config)}).state_dict().items() if key.startswith(PARTS[only])}
+    except (BadInput, ValueError) as error:                                     # ValueError: of the model, when sizes do not go together
+        raise BadInput(f"{path}: {error}") from None
+    theirs = layout.to_theirs(expected)
+    skipped = {key: prefix for key in tensors.keys() - theirs.keys() for prefix in SKIPPED[only] if key.startswith(prefix)}
+    tensors = {key: x for key, x in tensors.items() if key not in skipped}
+    theirs = {key: x.to(tensors[key].dtype) if torch.is_tensor(tensors.get(key)) and tensors[key].dtype in HALVES else x for key, x in theirs.items()}
+    check(tensors, theirs, path, config)
+    return {"config": {k: v for k, v in dataclasses.asdict(config).items() if only != "text" or k in TEXT_SIZES}, "model": layout.to_ours(tensors, expected),
+            "layout": layout.name, "skipped": [f"{prefix}* ({n})" for prefix, n in Counter(skipped.values()).items()]}
+
+
+HALVES = (torch.float16, torch.bfloat16)                                        # welcome in foreign files; they become float32
+
+
+def sizes_of(tensors, layout, hub, only):
+    """Fields of Config, read off the shapes (of one tower with `only`), and from config.json what shapes cannot tell. Where several tensors tell a size, most decide:
+    the one that differs is named afterwards.
+    """
+    def size(axis, *keys):
+        """The length of an axis of our tensors `keys`, which stand here under other names."""
+        found = [tensors.get(layout.names(key)[0]) for key in keys]
+        lengths = [x.shape[axis] for x in found if torch.is_tensor(x) and x.ndim > max(axis, 0)]
+        if not lengths:
+            x = tensors.get(layout.names(keys[0])[0])
+            raise BadInput(f"{layout.names(keys[0])[0]} is " + ("missing" if x is None else kind(x) + ", which cannot be"))
+        return mode(lengths)
+
+    sizes, norms = {}, lambda tower, layers: [f"{tower}.blocks.{i}.norm{n}.weight" for i in range(layers) for n in (1, 2)]
+    if only != "text":
+        side = lambda key: math.isqrt(size(0, key) - 1)                         # a table of 1 + side² positions
+        if layout.resnet:
+            width = size(0, "vision.stem.2.0.weight", "vision.stem.2.1.weight", "vision.stem.2.1.bias")
+            sizes |= {"vision_layers": layout.resnet, "vision_width": width, "patch_size": None, "image_size": 32 * side("vision.attention_pool.position_embed")}
+            embed = [size(0, "vision.attention_pool.out.weight", "vision.attention_pool.out.bias")]
+        else:
+            layers, patch = depth(tensors, layout.vision["vision.blocks."]), size(-1, "vision.patch_embed.weight")
+            width = size(0, "vision.norm_pre.weight", "vision.norm_post.weight", *norms("vision", layers))
+            sizes |= {"vision_layers": layers, "vision_width": width, "patch_size": patch, "image_size": patch * side("vision.position_embed")}
+            embed = [size(0 if layout.rest else 1, "vision.projection")]
+        sizes["vision_heads"] = hub.get("vision_heads") or known_heads(width, {c.vision_width: c.vision_heads for c in CONFIGS.values() if bool(c.patch_size) != bool(layout.resnet)})
+    if only != "vision":
+        layers = depth(tensors, layout.text["text.blocks."])
+        width = size(0, "text.norm.weight", "text.norm.bias", *norms("text", layers))
+        sizes |= {"text_layers": layers, "text_width": width, "vocab_size": size(0, "text.word_embed.weight"), "text_positions": size(0, "text.position_embed.weight")}
+        sizes["text_heads"] = hub.get("text_heads") or known_heads(width, {c.text_width: c.text_heads for c in CONFIGS.values()})
+        sizes |= {"text_dropout": hub["text_dropout"]} if "text_dropout" in hub else {}
+        if sizes["vocab_size"] != CONFIGS["vit-b-16"].vocab_size:
+            raise BadInput(f"{layout.names('text.word_embed.weight')[0]} has {sizes['vocab_size']:,} rows, but the tokenizer {CONFIGS['vit-b-16'].vocab_size:,} tokens")
+    if only == "":
+        embed.append(size(0 if layout.rest else 1, "text_projection"))
+    if only != "text":
+        rows = [c.embed_dim for c in CONFIGS.values() if all(getattr(c, k) == v for k, v in sizes.items())]
+        sizes["embed_dim"] = mode(embed + rows)
+    return sizes
+
+
+def known_heads(width, table):
+    if width not in table:
+        raise BadInput(f"shapes do not tell the heads of a tower {width} wide; add its sizes to CONFIGS in model.py")
+    return table[width]
+
+
+def hub_config(path, layout, only):
+    """What config.json beside Hugging Face weights says of things that shapes do not tell -> fields of Config. BadInput for activations and norms that ours do not have."""
+    folder = path if path.is_dir() else path.parent
+    if layout.name not in ("Hugging Face", "BERT"):
+        return {}
+    vocab = folder / "vocab.txt"
+    if only != "vision" and vocab.exists() and vocab.read_text(encoding="utf-8", errors="replace").split() != VOCAB.read_text(encoding="utf-8").split():
+        raise BadInput(f"its {vocab.name} is not the vocabulary of tokenizer/vocab.txt: these weights were trained with other tokens")
+    if not (folder / "config.json").exists():
+        return {}
+    config = read_json(folder / "config.json")
+    whole, fields = layout.name == "Hugging Face", {}
+    for tower, activation, epsilon in (("vision", "quick_gelu", 1e-5), ("text", "gelu", 1e-12)):
+        if only in ("", tower):
+            part = config.get(f"{tower}_config") if whole else config
+            if not isinstance(part, dict):
+                raise BadInput(f"its config.json has no {tower}_config")
+            for key, value in (("hidden_act", activation), ("layer_norm_eps", epsilon)):
+                if part.get(key, value) != value:
+                    raise BadInput(f"its config.json says {key} {part[key]} for the {tower} tower; {value} is what there is here")
+            heads, dropout = part.get("num_attention_heads"), part.get("hidden_dropout_prob")
+            fields |= {f"{tower}_heads": heads} if isinstance(heads, int) else {}
+            fields |= {"text_dropout": dropout} if tower == "text" and isinstance(dropout, float) else {}
+    return fields
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def find(source):
+    """A path, or a name of NAMES, whose file is downloaded once -> path."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if str(source) not in NAMES:
+        raise BadInput(f"{source}: there is no such checkpoint. Name a file, a folder, or one of {', '.join(NAMES)}")
+    place = NAMES[str(source)]
+    cache = Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
+    return data.download(data.hub_url(f"OFA-Sys/{place}"), cache / place.rpartition("/")[2])
+
+
+def open_file(path, mapped=True):
+    """The dictionary in a file, whatever wrote it. Executes nothing from it. BadInput when it is damaged or no dictionary."""
+    try:
+        with open(path, "rb") as f:
+            start = f.read(9)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():                                           # torch.load itself checks no checksums
+                    raise zipfile.BadZipFile("a checksum is wrong")
+                scripted = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
+                content = read_torchscript(archive) if scripted else torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        elif start[8:] == b"{":
+            content = read_safetensors(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)   # the format of torch before 1.6, in which BERTs of that time are
+    except pickle.UnpicklingError as error:
+        if "global" in str(error).lower():                                      # of torch's weights-only unpickler, and of ours
+            raise BadInput(f"{path}: it holds more than tensors and plain values, and reading that could run code: refused") from None
+        raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else (UnpicklingError)") from None
+    except Exception as error:                                                  # many kinds for a damaged file
+        raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a table of named tensors")
+    return content
+
+
+def open_folder(path, mapped=True):
+    """The tensors of a Hugging Face folder: one file, or shards listed in an index."""
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    file = next((path / name for name in names if (path / name).exists()), None)
+    if file is None:
+        raise BadInput(f"{path}: a folder without {' or '.join(names[::2])}; name the file")
+    if file.suffix != ".json":
+        return open_file(file, mapped)
+    shard_of, tensors = read_json(file).get("weight_map"), {}
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) and name == os.path.basename(name) for name in shard_of.values()):
+        raise BadInput(f"{file}: its weight_map does not map tensors to files of the folder")
+    for name in sorted(set(shard_of.values())):
+        if not (path / name).is_file():
+            raise BadInput(f"{path / name}: missing, but listed in {file.name}")
+        shard = open_file(path / name, mapped)
+        wrong = sorted(map(str, shard.keys() ^ {key for key, where in shard_of.items() if where == name}))
+        if wrong:
+            raise BadInput(f"{path / name}: {wrong[0]} is {'not listed for it in' if wrong[0] in shard else 'missing, but listed in'} {file.name}")
+        tensors |= shard
+    return tensors
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+# https://huggingface.co/docs/safetensors: 8 bytes n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the numbers
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(path):
+    """-> {name: tensor in the file's pages}. Raises when the bytes are not exactly those that the header announces."""
+    with open(path, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        header = json.loads(f.read(n))
+        pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)               # changes stay in memory
+    header.pop("__metadata__", None)
+    tensors, end = {}, 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, stop) = SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} does not lie where the header says")
+        buffer, offset = (pages, 8 + n + begin) if (8 + n + begin) % dtype.itemsize == 0 else (bytearray(pages[8 + n + begin : 8 + n + stop]), 0)
+        tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=offset).view(shape) if stop > begin else torch.empty(shape, dtype=dtype)
+        end = stop
+    if 8 + n + end != len(pages):
+        raise ValueError("the file does not end where the header says")
+    return tensors
+
+
+def write_safetensors(f, tensors):
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names = {dtype: name for name, dtype in SAFETENSORS.items()}
+    for name, x in tensors.items():
+        header[name] = {"dtype": names[x.dtype], "shape": list(x.shape), "data_offsets": [end, end := end + x.numel() * x.itemsize]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                             # so that the numbers begin at a multiple of 8
+    f.write(len(text).to_bytes(8, "little") + text)
+    for x in tensors.values():
+        f.write(x.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+class Module:
+    """Stands for a module of a TorchScript archive, whose class would come from the archive's own code."""
+
+
+def read_torchscript(archive):
+    """The tensors of a TorchScript archive, without the code in it -> {name: tensor}: data.pkl describes nested modules; numbers lie in data/0, data/1, …"""
+    root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rpartition("/")[0]
+    dtypes = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "LongStorage": torch.int64,
+              "IntStorage": torch.int32, "BoolStorage": torch.bool}
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module, name):
+            if module.startswith("__torch__"):
+                return Module
+            if module == "torch" and name in dtypes:
+                return dtypes[name]
+            if module.startswith("torch.jit._pickle"):
+                return lambda value, *_: value                                  # lists of numbers and the like, which are no weights
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+                return lambda storage, offset, shape, stride, *_: torch.as_strided(storage, shape, stride, offset)
+            if (module, name) == ("collections", "OrderedDict"):
+                return dict
+            raise pickle.UnpicklingError(f"global {module}.{name}")
+
+        def persistent_load(self, ids):
+            _, dtype, name, _, count = ids
+            return torch.frombuffer(bytearray(archive.read(f"{root}/data/{name}")), dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
+
+    tensors, waiting = {}, [("", Unpickler(archive.open(f"{root}/data.pkl")).load())]
+    while waiting:
+        prefix, module = waiting.pop()
+        for name, value in vars(module).items():
+            if torch.is_tensor(value):
+                tensors[prefix + name] = value
+            elif isinstance(value, Module):
+                waiting.append((f"{prefix}{name}.", value))
+    return tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------- write for others
+
+
+# What cn_clip calls the sizes that it knows: vision_model_name, text_model_name
+PEER_NAMES = {"rn50": ("RN50", "RBT3-chinese"), "vit-b-32": ("ViT-B-32", "RoBERTa-wwm-ext-base-chinese"), "vit-b-16": ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese"),
+              "vit-l-14": ("ViT-L-14", "RoBERTa-wwm-ext-base-chinese"), "vit-l-14-336": ("ViT-L-14-336", "RoBERTa-wwm-ext-base-chinese"),
+              "vit-h-14": ("ViT-H-14", "RoBERTa-wwm-ext-large-chinese")}
+
+
+def export(model, path, format="cn-clip"):
+    """Write a model for other tools, whole or not at all, and never over something -> a line that says how it is opened there.
+
+    "cn-clip": a .pt file for cn_clip (load_from_name, and --resume of its training). "huggingface": a folder for transformers (ChineseCLIPModel and
+    ChineseCLIPProcessor, from_pretrained); ViT only, for it has no ResNet.
+    """
+    path, cfg, name = Path(path), model.cfg, name_of(model.cfg)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise BadInput(f"{path}: is there already; choose another place")
+    if not path.resolve().parent.is_dir():
+        raise BadInput(f"{path}: its folder {path.resolve().parent} does not exist")
+    if cfg.vocab_size != CONFIGS["vit-b-16"].vocab_size:
+        raise BadInput(f"a model with {cfg.vocab_size} tokens is not for other tools: their vocabulary has {CONFIGS['vit-b-16'].vocab_size:,}")
+    ours = {key: x.detach().cpu().float() if x.is_floating_point() else x.cpu() for key, x in model.state_dict().items()}
+    if format == "cn-clip":
+        return export_cn_clip(ours, path, cfg, name)
+    if format == "huggingface":
+        return export_huggingface(ours, path, cfg)
+    raise BadInput(f"format {format!r}: cn-clip or huggingface")
+
+
+def export_cn_clip(ours, path, cfg, name):
+    if path.is_dir():
+        raise BadInput(f"{path}: is a folder; cn-clip weights are one file")
+    layout = Layout("Chinese-CLIP", resnet=None if cfg.patch_size else cfg.vision_layers)
+    # cn_clip splits the width into heads of 64 (80 in ViT-H); a file cannot say otherwise, and with other heads the same weights mean something else
+    if name == "custom" and (cfg.vision_width * (1 if cfg.patch_size else 32), cfg.text_width) != (64 * cfg.vision_heads, 64 * cfg.text_heads):
+        raise BadInput(f"cn_clip has heads of width 64; this model has others ({cfg.vision_heads} and {cfg.text_heads} heads)")
+    tensors = {f"module.{key}": x.clone(memory_format=torch.contiguous_format) for key, x in layout.to_theirs(ours).items()}    # clone: views would be written with their whole matrix
+    write(path, lambda f: torch.save({"epoch": 0, "step": 0, "name": name, "state_dict": tensors}, f))
+    if name not in PEER_NAMES:
+        return f"{path}: in the format of cn_clip, which has no name for these sizes (checkpoint.load opens it)"
+    vision, text = PEER_NAMES[name]
+    return f'{path}: cn_clip.clip.load_from_name("{path}", vision_model_name="{vision}", text_model_name="{text}", input_resolution={cfg.image_size})'
+
+
+def export_huggingface(ours, path, cfg):
+    if not cfg.patch_size:
+        raise BadInput("transformers has no ChineseCLIPModel with a ResNet; export it as cn-clip")
+    tower = lambda width, layers, heads: {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
+    config = {
+        "architectures": ["ChineseCLIPModel"], "model_type": "chinese_clip", "torch_dtype": "float32", "projection_dim": cfg.embed_dim,
+        "logit_scale_init_value": ours["logit_scale"].item(),
+        "vision_config": tower(cfg.vision_width, cfg.vision_layers, cfg.vision_heads) | {
+            "model_type": "chinese_clip_vision_model", "image_size": cfg.image_size, "patch_size": cfg.patch_size, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+            "projection_dim": cfg.embed_dim},
+        "text_config": tower(cfg.text_width, cfg.text_layers, cfg.text_heads) | {
+            "model_type": "chinese_clip_text_model", "vocab_size": cfg.vocab_size, "max_position_embeddings": cfg.text_positions, "type_vocab_size": 2, "hidden_act": "gelu",
+            "layer_norm_eps": 1e-12, "hidden_dropout_prob": cfg.text_dropout, "attention_probs_dropout_prob": cfg.text_dropout, "pad_token_id": 0},
+    }
+    processor = {
+        "processor_class": "ChineseCLIPProcessor", "image_processor_type": "ChineseCLIPImageProcessor", "feature_extractor_type": "ChineseCLIPFeatureExtractor",
+        "do_resize": True, "size": {"height": cfg.image_size, "width": cfg.image_size}, "resample": 3, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": data.CLIP_MEAN, "image_std": data.CLIP_STD,
+        "do_convert_rgb": True,
+    }
+    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": cfg.context_length, "cls_token": "[CLS]", "sep_token": "[SEP]",
+                 "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
+    part = path.with_name(path.name + ".part")                                  # the folder appears under its name when everything is in it
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir()
+        for name, content in (("config.json", config), ("preprocessor_config.json", processor), ("tokenizer_config.json", tokenizer)):
+            write(part / name, lambda f, content=content: f.write((json.dumps(content, indent=2) + "\n").encode()))
+        write(part / "vocab.txt", lambda f: f.write(VOCAB.read_bytes()))
+        write(part / "model.safetensors", lambda f: write_safetensors(f, Layout("Hugging Face", "text_model.").to_theirs(ours)))
+        os.replace(part, path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return f'{path}: transformers.ChineseCLIPModel.from_pretrained("{path}"), ChineseCLIPProcessor.from_pretrained("{path}")'
+
+
+# ---------------------------------------------------------------------------------------------------------------- command line
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Check a checkpoint and say what it is; or write it for other tools.")
+    parser.add_argument("source", help=f"a file, a folder, or one of {', '.join(NAMES)}")
+    parser.add_argument("--image-size", type=int, help="pictures of another size: position embeddings are resized")
+    parser.add_argument("--export", metavar="PATH", help="write the model there")
+    parser.add_argument("--format", choices=("cn-clip", "huggingface"), default="cn-clip", help="of --export: a .pt file for cn_clip, or a folder for transformers (default: cn-clip)")
+    args = parser.parse_args()
+    state = read(args.source)
+    if args.image_size is not None:
+        state = resized(state, args.image_size)
+    model = empty_model(state)
+    print(f"{args.source}: {state.get('layout', 'CE-CLIP')}, {name_of(model.cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"pictures of {model.cfg.image_size} x {model.cfg.image_size}, temperature {1 / state['model']['logit_scale'].exp():.4f}")
+    if state.get("skipped"):
+        print(f"left out: {', '.join(state['skipped'])}")
+    if args.export is not None:
+        load_into(model, state, args.source, assign=True)
+        print(export(model, args.export, args.format))
+
+
+if __name__ == "__main__":
+    data.run(main)

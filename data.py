@@ -16,7 +16,9 @@ import argparse
 import base64
 import colorsys
 import csv
+import fcntl
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -24,8 +26,12 @@ import mmap
 import os
 import posixpath
 import random
+import re
 import sys
 import time
+import urllib.error
+import urllib.parse
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -309,8 +315,8 @@ def open_split(data, split, data_root="data", context_length=52) -> Split:
 # ---------------------------------------------------------------------------------------------------------------- pictures -> tensors
 
 # CLIP's statistics of its training pictures, per RGB channel, of values in 0..1
-MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+MEAN, STD = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
 
 
 def to_rgb(picture):
@@ -561,6 +567,106 @@ class PaintedSplit(Split):
         ids = self.tokenizer([describe(scene, rng)], self.context_length)[0].numpy()
         meaning = int.from_bytes(hashlib.md5(describe(scene).encode()).digest()[:7], "big")         # the same scene in other words has the same key
         return paint(scene, rng), ids, number, meaning
+
+
+# ---------------------------------------------------------------------------------------------------------------- from the web
+
+
+def hub_url(place):
+    """The address of a file of the Hugging Face hub, or of the mirror that HF_ENDPOINT names. (Proxies: https_proxy, as everywhere.)"""
+    return f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{place}"
+
+
+def download(url, path, tries=5):
+    """A file from the web, verified, whole or not at all -> path. A file that is there is not asked for again; a download that was cut goes on where it stopped, `tries` times at
+    once, and when called again. Several processes may ask at the same time: one loads, the others wait. Raises BadInput when the file cannot be had.
+    """
+    path = Path(path)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as lock:
+        fcntl.lockf(lock, fcntl.LOCK_EX)                                        # let go when the file is closed, or the process dies
+        if path.exists():
+            return path
+        failed = 0
+        while True:
+            try:
+                size, tag = remote_file(url)
+                part = path.with_name(f"{path.name}.{hashlib.md5(f'{tag} {size}'.encode()).hexdigest()[:8]}.part")     # of this version of the file
+                before = part.stat().st_size if part.exists() else 0
+                if before != size:
+                    fetch_rest(url, part, before, size)
+                break
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
+                hopeless = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 416, 429)
+                failed += 1
+                if failed == tries or hopeless:
+                    raise BadInput(f"{url}: cannot be downloaded ({getattr(error, 'reason', None) or error}). Run it again to go on from there; HF_ENDPOINT names a mirror, "
+                                   "https_proxy a proxy; or load the file by other means and pass its path") from None
+                time.sleep(min(30, 2**failed))
+        if re.fullmatch("[0-9a-f]{64}", tag) and sha256_of(part) != tag:
+            part.unlink()
+            raise BadInput(f"{url}: what arrived is not what the server announced (SHA-256); it was deleted. Run it again")
+        os.replace(part, path)
+    return path
+
+
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):
+        return None
+
+
+def remote_file(url):
+    """-> (size in bytes, tag of this version; for large files of the hub that is the SHA-256). The hub tells both where it redirects to its storage."""
+    opener = urllib.request.build_opener(_StayHere)
+    for _ in range(6):
+        try:
+            headers = opener.open(urllib.request.Request(url, method="HEAD", headers={"Accept-Encoding": "identity"}), timeout=30).headers
+        except urllib.error.HTTPError as error:
+            if error.code not in (301, 302, 303, 307, 308):
+                raise
+            headers = error.headers
+            if "X-Linked-Size" not in headers:                                  # moved
+                url = urllib.parse.urljoin(url, headers["Location"])
+                continue
+        size = headers["X-Linked-Size"] or headers["Content-Length"] or ""
+        if not size.isdecimal():
+            raise BadInput(f"{url}: the server does not say how large the file is, so it could not be verified")
+        return int(size), (headers["X-Linked-ETag"] or headers["ETag"] or "").removeprefix("W/").strip('"')
+    raise BadInput(f"{url}: redirected without end")
+
+
+def fetch_rest(url, part, have, size):
+    """Append what is still missing to `part`. Raises ConnectionError when the connection ends too early."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "Accept-Encoding": "identity"} if have < size else {})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        if answer.status != 206 or not (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
+            have = 0                                                            # the server sends the whole
+        with open(part, "r+b" if have else "wb") as f:
+            f.seek(have)
+            f.truncate()
+            start, tick = time.time(), 0.0
+            first = have
+            while have < size and (block := answer.read(min(2**20, size - have))):
+                f.write(block)
+                have += len(block)
+                if sys.stderr.isatty() and (time.time() - tick > 0.5 or have == size):
+                    tick = time.time()
+                    left = (size - have) * (tick - start) / (have - first)
+                    print(f"\r{part.name.rsplit('.', 2)[0]}: {have / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {left:,.0f} s left   ", end="" if have < size else "\n", file=sys.stderr, flush=True)
+            f.flush()
+            os.fsync(f.fileno())
+    if have < size:
+        raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
+
+
+def sha256_of(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line

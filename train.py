@@ -56,10 +56,16 @@ def main():
     args = parse_args()
     device, rank, world = start_processes()
 
-    # where the run starts: its own snapshot, else --init or the vision tower of --vision-weights, else random weights
+    # where the run starts: its own snapshot, else --init, else the towers of --vision-weights and --text-weights, else random weights
     last = Path(args.out) / "last.pt"
-    source = last if last.exists() else args.vision_weights if args.init is None else args.init
-    state = checkpoint.read(source) if source is not None else None
+    towers = [source for source in (args.vision_weights, args.text_weights) if source is not None]
+    source = last if last.exists() else " + ".join(towers) if towers else args.init
+    if source == last:
+        state = checkpoint.read(last, mapped=False)                             # into memory, for that file will be replaced
+    elif towers:
+        state = checkpoint.read_towers(args.vision_weights, args.text_weights, CONFIGS.get(args.model))
+    else:
+        state = checkpoint.read(source) if source is not None else None
     config = CONFIGS[args.model or "tiny"] if args.model or not state else checkpoint.config_of(state)
 
     # data and settings
@@ -81,8 +87,9 @@ def main():
     run = Run(last.parent, vars(settings), rank, model, optimizer, scaler)
     first_step = run.resume(state) if source == last else 0
     if state:
-        checkpoint.load_into(model, state, source, parts=("vision.", "logit_scale") if source == args.vision_weights else ("",))
-    run.say(description(settings, model, train_split, valid_split, device, world, first_step, source))
+        checkpoint.load_into(model, state, source)
+    run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state or {}))
+    del state
     if first_step == total:
         return run.say(f"nothing to do: {run.summary(total)}. To train on from there: --init {last} with another --out")
     validate = lambda step: run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=settings.workers), valid_split.positives))
@@ -347,13 +354,15 @@ def catch_signals(first):
 # ---------------------------------------------------------------------------------------------------------------- command line
 
 
-def description(settings, model, train_split, valid_split, device, world, first_step, source):
+def description(settings, model, train_split, valid_split, device, world, first_step, source, state):
     """The first lines of a run: what trains, on what, with which settings."""
     lines, count = [], lambda params: f"{sum(p.numel() for p in params):,}"
     if settings.data == "demo":
         lines.append("Training on the painted demo data set. For the real thing pass --data coco-cn, flickr30k-cn or a folder, and --model vit-b-16 or another size.")
     lines.append(f"stage {settings.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
                  f"starts from {source or 'random weights'}")
+    if state.get("skipped"):
+        lines.append(f"left out of {source}: {', '.join(state['skipped'])}")
     if settings.stage == "1" and settings.init is None and settings.vision_weights is None:
         lines.append("note: the frozen vision tower has random weights, from which little can be learned; stage 1 is meant to start from a trained one (--vision-weights or --init)")
     lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
@@ -375,8 +384,9 @@ def parse_args(argv=None):
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init, else tiny)")
     parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder (default: demo)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
-    parser.add_argument("--init", help="a checkpoint to start from")
-    parser.add_argument("--vision-weights", help="stage 1: a checkpoint whose vision tower (and temperature) to start from, with a fresh text tower")
+    parser.add_argument("--init", help="a checkpoint to start from: a file, a folder, or the name of released weights (see checkpoint.py)")
+    parser.add_argument("--vision-weights", help="a checkpoint whose vision tower and temperature to start from: OpenAI CLIP or any Chinese CLIP")
+    parser.add_argument("--text-weights", help="a checkpoint whose text tower to start from: BERT, RoBERTa, RBT3 of Hugging Face or any Chinese CLIP (default: a fresh one)")
     parser.add_argument("--out", help="folder of the run (default: runs/stage1, runs/stage2 or runs/finetune)")
     parser.add_argument("--batch-size", type=int, help="pairs per optimizer step, over all processes")
     parser.add_argument("--epochs", type=float, help="passes over the training pairs")
@@ -397,8 +407,8 @@ def parse_args(argv=None):
     args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise data.BadInput(f"--out {args.out}: it is a file; name a folder for the run")
-    if args.vision_weights is not None and (args.stage != "1" or args.init is not None):
-        raise data.BadInput(f"--vision-weights {args.vision_weights}: it is for stage 1, and not together with --init")
+    if args.init is not None and (args.vision_weights is not None or args.text_weights is not None):
+        raise data.BadInput(f"--init {args.init}: it brings both towers, so neither --vision-weights nor --text-weights go with it")
     if args.model is not None and args.model not in CONFIGS:
         raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     for name, (low, high) in RANGES.items():
