@@ -23,11 +23,11 @@ import contextlib
 import dataclasses
 import json
 import math
-import mmap
 import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -101,7 +101,7 @@ def read(source, only="", mapped=True):
     `mapped`: tensors stay in the file's pages, which several processes share; otherwise they are read into memory.
     """
     path = find(source)
-    content = open_folder(path, mapped) if path.is_dir() else open_file(path, mapped)
+    content = open_folder(path) if path.is_dir() else open_file(path, mapped)
     return read_own(content, path, only) if content.get("format") == FORMAT else read_foreign(content, path, only)
 
 
@@ -317,11 +317,12 @@ class Layout:
         return theirs
 
     def to_ours(self, tensors, keys):
-        """Tensors under their names -> those of our `keys`, in float32."""
+        """Tensors under their names, which are used up (memory!) -> those of our `keys`, in float32."""
         ours = {}
         for key in keys:
-            pieces = [tensors[name].T if name in TRANSPOSED else tensors[name] for name in self.names(key)]
-            x = torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
+            pieces = [tensors.pop(name).detach() for name in self.names(key)]
+            x = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            x = (x.T if self.names(key)[0] in TRANSPOSED else x).contiguous()
             ours[key] = x.float() if x.is_floating_point() else x
         return ours
 
@@ -351,7 +352,7 @@ def read_foreign(content, path, only):
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise BadInput(f"{path}: not a checkpoint: it holds no table of named tensors")
     modern = lambda key: key.removeprefix("module.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-    tensors = {modern(key): x.detach() if torch.is_tensor(x) else x for key, x in tensors.items()}
+    tensors = {modern(key): tensors.pop(key) for key in list(tensors)}          # moved: `content` must not keep alive what to_ours has used up
     try:
         layout = layout_of(tensors)
         for tower, lacking, flag in (("vision", "BERT", "text"), ("text", "OpenAI CLIP", "vision")):
@@ -366,7 +367,8 @@ def read_foreign(content, path, only):
         raise BadInput(f"{path}: {error}") from None
     theirs = layout.to_theirs(expected)
     skipped = {key: prefix for key in tensors.keys() - theirs.keys() for prefix in SKIPPED[only] if key.startswith(prefix)}
-    tensors = {key: x for key, x in tensors.items() if key not in skipped}
+    for key in skipped:
+        del tensors[key]
     theirs = {key: x.to(tensors[key].dtype) if torch.is_tensor(tensors.get(key)) and tensors[key].dtype in HALVES else x for key, x in theirs.items()}
     check(tensors, theirs, path, config)
     return {"config": {k: v for k, v in dataclasses.asdict(config).items() if only != "text" or k in TEXT_SIZES}, "model": layout.to_ours(tensors, expected),
@@ -478,8 +480,10 @@ def open_file(path, mapped=True):
                 content = read_torchscript(archive) if scripted else torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         elif start[8:] == b"{":
             content = read_safetensors(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)   # the format of torch before 1.6, in which BERTs of that time are
+        else:                                                                   # the format of torch before 1.6, in which BERTs of that time are
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")                               # about odd pickles, which fail anyway
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():                                      # of torch's weights-only unpickler, and of ours
             raise BadInput(f"{path}: it holds more than tensors and plain values, and reading that could run code: refused") from None
@@ -491,21 +495,23 @@ def open_file(path, mapped=True):
     return content
 
 
-def open_folder(path, mapped=True):
-    """The tensors of a Hugging Face folder: one file, or shards listed in an index."""
+def open_folder(path):
+    """The tensors of a Hugging Face folder: one file, or shards listed in an index. Read into memory, for a quarter of them, queries, keys and values, is joined afterwards, and would
+    be there twice if it stayed in the files' pages, too.
+    """
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     file = next((path / name for name in names if (path / name).exists()), None)
     if file is None:
         raise BadInput(f"{path}: a folder without {' or '.join(names[::2])}; name the file")
     if file.suffix != ".json":
-        return open_file(file, mapped)
+        return open_file(file, mapped=False)
     shard_of, tensors = read_json(file).get("weight_map"), {}
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) and name == os.path.basename(name) for name in shard_of.values()):
         raise BadInput(f"{file}: its weight_map does not map tensors to files of the folder")
     for name in sorted(set(shard_of.values())):
         if not (path / name).is_file():
             raise BadInput(f"{path / name}: missing, but listed in {file.name}")
-        shard = open_file(path / name, mapped)
+        shard = open_file(path / name, mapped=False)
         wrong = sorted(map(str, shard.keys() ^ {key for key, where in shard_of.items() if where == name}))
         if wrong:
             raise BadInput(f"{path / name}: {wrong[0]} is {'not listed for it in' if wrong[0] in shard else 'missing, but listed in'} {file.name}")
@@ -528,22 +534,22 @@ SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
 
 
 def read_safetensors(path):
-    """-> {name: tensor in the file's pages}. Raises when the bytes are not exactly those that the header announces."""
+    """-> {name: tensor}. Raises when the bytes are not exactly those that the header announces."""
     with open(path, "rb") as f:
         n = int.from_bytes(f.read(8), "little")
         header = json.loads(f.read(n))
-        pages = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)               # changes stay in memory
-    header.pop("__metadata__", None)
-    tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, (begin, stop) = SAFETENSORS[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{name} does not lie where the header says")
-        buffer, offset = (pages, 8 + n + begin) if (8 + n + begin) % dtype.itemsize == 0 else (bytearray(pages[8 + n + begin : 8 + n + stop]), 0)
-        tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=math.prod(shape), offset=offset).view(shape) if stop > begin else torch.empty(shape, dtype=dtype)
-        end = stop
-    if 8 + n + end != len(pages):
-        raise ValueError("the file does not end where the header says")
+        header.pop("__metadata__", None)
+        tensors, end = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            x = torch.empty(entry["shape"], dtype=SAFETENSORS[entry["dtype"]])
+            if entry["data_offsets"] != [end, end + x.nbytes]:
+                raise ValueError(f"{name} does not lie where the header says")
+            end += f.readinto(x.view(-1).view(torch.uint8).numpy()) if x.nbytes else 0
+            if end != entry["data_offsets"][1]:
+                raise ValueError("the file ends too early")
+            tensors[name] = x
+        if f.read(1):
+            raise ValueError("the file goes on after its last tensor")
     return tensors
 
 

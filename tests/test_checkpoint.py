@@ -1,13 +1,30 @@
-"""Checkpoints: a round trip, atomic writing, and refusal of everything that is not exactly right."""
+"""Checkpoints: a round trip, atomic writing, every released format in and two out, and refusal of everything that is not exactly right."""
+import dataclasses
+import hashlib
+import http.server
+import json
 import pickle
+import random
 import resource
+import subprocess
+import sys
+import threading
+import time
+import zipfile
 
+import peers
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import ROOT, refused, script
+from PIL import Image
 from test_model import RESNET, VIT, batch, build
 
 import checkpoint
+import data
 from data import BadInput
+from model import CLIP, CONFIGS
+from tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("cfg", [VIT, RESNET], ids=["vit", "resnet"])
@@ -71,9 +88,10 @@ class Code:
 def test_code_in_a_file_is_never_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"format": checkpoint.FORMAT, "model": Code()}, "a.pt")
-    (tmp_path / "b.pt").write_bytes(pickle.dumps(Code()))
-    for name in ("a.pt", "b.pt"):
-        with pytest.raises(BadInput, match="not a readable checkpoint"):
+    (tmp_path / "b.pt").write_bytes(pickle.dumps(Code(), protocol=2))
+    (tmp_path / "c.pt").write_bytes(pickle.dumps(Code()))
+    for name, message in (("a.pt", "could run code: refused"), ("b.pt", "could run code: refused"), ("c.pt", "not a readable checkpoint")):
+        with pytest.raises(BadInput, match=message):
             checkpoint.load(name)
     assert not (tmp_path / "written-by-a-checkpoint").exists()
 
@@ -115,12 +133,16 @@ def test_configs_that_describe_no_model(tmp_path, change):
         checkpoint.load(tmp_path / "a.pt")
 
 
-def test_foreign_and_missing_files(tmp_path):
-    torch.save({"state_dict": {}}, tmp_path / "a.pt")
-    with pytest.raises(BadInput, match="not a checkpoint of this project"):
-        checkpoint.load(tmp_path / "a.pt")
-    with pytest.raises(BadInput, match="there is no such checkpoint"):
+def test_files_that_are_no_checkpoints(tmp_path):
+    for content, message in (({"state_dict": {}}, "its tensors are not those of"), ({"a": 1}, "its tensors are not those of"), ([1, 2], "it holds a list"),
+                             ({"format": checkpoint.FORMAT}, "not a checkpoint of this project"), ({"state_dict": 3}, "no table of named tensors"), ({3: torch.ones(1)}, "no table of named")):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(BadInput, match=f"a.pt: .*{message}"):
+            checkpoint.load(tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="there is no such checkpoint. Name a file, a folder, or one of cn-clip-rn50"):
         checkpoint.load(tmp_path / "b.pt")
+    with pytest.raises(BadInput, match="a folder without model.safetensors or pytorch_model.bin"):
+        checkpoint.load(tmp_path)
 
 
 def test_a_checkpoint_of_another_architecture_is_refused_and_changes_nothing(tmp_path):
@@ -130,3 +152,418 @@ def test_a_checkpoint_of_another_architecture_is_refused_and_changes_nothing(tmp
     with pytest.raises(BadInput, match="do not fit the architecture"):
         checkpoint.load_into(model, checkpoint.read(tmp_path / "a.pt"), "a.pt")
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------------------------------------------------------- other people's files
+
+EVERY_FORMAT = pytest.mark.parametrize("make, write, only", peers.FILES.values(), ids=peers.FILES)
+WHOLE = pytest.mark.parametrize("make, write", [(make, write) for make, write, only in peers.FILES.values() if not only], ids=[k for k, v in peers.FILES.items() if not v[2]])
+
+
+@WHOLE
+def test_whole_models_of_others_load(make, write, tmp_path, small_sizes):
+    """The format is told by the content, the sizes by the shapes; embeddings are checked in test_parity.py, here that nothing of the file is lost or changed."""
+    tensors = make()
+    model, transform = checkpoint.load(write(tensors, tmp_path))
+    cfg = peers.VIT if model.cfg.patch_size else peers.RESNET
+    assert model.cfg == cfg and transform.size == cfg.image_size and not model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    theirs = {k: v for k, v in tensors.items() if not k.startswith(checkpoint.SKIPPED[""])}
+    back = checkpoint.layout_of(tensors).to_theirs(model.state_dict())
+    assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in back)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("how", ["missing", "renamed", "reshaped", "added", "not finite", "no tensor"])
+def test_one_wrong_tensor_in_any_format_is_named(make, write, only, how, tmp_path, small_sizes):
+    tensors, rng = dict(make()), random.Random(how)
+    used = sorted(k for k in tensors if not k.startswith(checkpoint.SKIPPED[only]))
+    if how == "no tensor" and write in (peers.safetensors_file, peers.sharded_folder, peers.torchscript_file):
+        pytest.skip("such a file cannot hold anything else")
+    for key in {used[0], used[-1], *rng.sample(used, 5)}:
+        changed, named = dict(tensors), key
+        if how == "missing":
+            del changed[key]
+        elif how == "renamed":
+            changed[key + "s"] = changed.pop(key)
+        elif how == "reshaped":
+            changed[key] = changed[key].flatten()[1:] if changed[key].numel() > 1 else changed[key].reshape(1)
+        elif how == "added":
+            changed[named := key + "s"] = torch.zeros(1)
+        elif how == "not finite" and changed[key].is_floating_point():
+            changed[key] = torch.full_like(changed[key], float("nan"))
+        elif how == "no tensor":
+            changed[key] = "a string"
+        if how != "not finite" or changed[key].is_floating_point():
+            with pytest.raises(BadInput) as caught:
+                checkpoint.read(write(changed, tmp_path), only)
+            assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+@EVERY_FORMAT
+def test_a_file_cut_anywhere_gives_one_line(make, write, only, tmp_path, small_sizes):
+    path, rng = write(make(), tmp_path), random.Random(0)
+    path = path / "model-00002-of-00002.safetensors" if path.is_dir() else path
+    whole = path.read_bytes()
+    for place in [0, 1, 7, 8, 9, 100, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(50))]:
+        path.write_bytes(whole[:place])
+        with pytest.raises(BadInput) as caught:
+            checkpoint.read(tmp_path if write is peers.sharded_folder else path, only)
+        assert path.name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_towers_file_is_no_whole_model(tmp_path, small_sizes):
+    for name, message in (("openai", "OpenAI CLIP, without a Chinese text tower; stage 1 takes it as --vision-weights"), ("bert-bin", "BERT, without a vision tower; stage 1 takes it as --text-weights")):
+        make, write, _ = peers.FILES[name]
+        with pytest.raises(BadInput, match=message):
+            checkpoint.load(write(make(), tmp_path))
+    with pytest.raises(BadInput, match="BERT, without a vision tower"):
+        checkpoint.read(write(make(), tmp_path), "vision")
+
+
+def test_half_precision_becomes_float32(tmp_path, small_sizes):
+    tensors = peers.half(peers.cn_clip_model(peers.RESNET).state_dict())
+    model, _ = checkpoint.load(peers.cn_clip_file(tensors, tmp_path))
+    assert model.text_projection.dtype == torch.float32 and torch.equal(model.text_projection, tensors["text_projection"].float())
+
+
+def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, small_sizes):
+    tensors = peers.cn_clip_model(peers.VIT).state_dict()
+    for odd, what in ((torch.zeros(192, dtype=torch.int8), "int8"), (torch.zeros(192).to_sparse(), "sparse"), (torch.zeros(192, dtype=torch.complex64), "complex64"), (torch.zeros(192).to(torch.float8_e4m3fn), "float8")):
+        with pytest.raises(BadInput, match=f"visual.ln_pre.weight is .*{what}"):
+            checkpoint.load(peers.cn_clip_file(tensors | {"visual.ln_pre.weight": odd}, tmp_path))
+
+
+def test_pooler_and_position_ids_are_left_out_and_said(tmp_path, small_sizes):
+    extra = {"bert.pooler.dense.weight": torch.ones(64, 64), "bert.pooler.dense.bias": torch.ones(64), "bert.embeddings.position_ids": torch.arange(64)}
+    path = peers.cn_clip_file(peers.cn_clip_model(peers.VIT).state_dict() | extra, tmp_path)
+    assert checkpoint.read(path)["skipped"] == ["bert.pooler.* (2)", "bert.embeddings.position_ids* (1)"]
+
+
+def test_heads_that_shapes_do_not_tell(tmp_path):
+    path = peers.cn_clip_file(peers.cn_clip_model(peers.VIT).state_dict(), tmp_path)
+    with pytest.raises(BadInput, match="shapes do not tell the heads of a tower 192 wide; add its sizes to CONFIGS"):
+        checkpoint.load(path)
+
+
+def test_another_vocabulary_is_refused(tmp_path, small_sizes):
+    with pytest.raises(BadInput, match="bert.embeddings.word_embeddings.weight has 30,000 rows, but the tokenizer 21,128 tokens"):
+        checkpoint.load(peers.cn_clip_file(peers.cn_clip_model(dataclasses.replace(peers.VIT, vocab_size=30000)).state_dict(), tmp_path))
+    peers.hub_model(peers.VIT).save_pretrained(tmp_path / "hub")
+    (tmp_path / "hub/vocab.txt").write_text("[PAD]\n一\n")
+    with pytest.raises(BadInput, match="its vocab.txt is not the vocabulary of tokenizer/vocab.txt"):
+        checkpoint.load(tmp_path / "hub")
+
+
+@pytest.mark.parametrize("change, message", [({"hidden_act": "gelu"}, "says hidden_act gelu for the vision tower"), ({"layer_norm_eps": 1e-6}, "says layer_norm_eps 1e-06"), (None, "has no vision_config")])
+def test_a_folder_whose_config_asks_for_another_network_is_refused(change, message, tmp_path):
+    peers.hub_model(peers.VIT).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"] = config["vision_config"] | change if change else None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match=message):
+        checkpoint.load(tmp_path)
+
+
+def test_a_folder_tells_its_heads_itself(tmp_path):
+    """No row of CONFIGS has these widths: config.json does it. Whole, and in shards as transformers writes them."""
+    model = peers.hub_model(dataclasses.replace(peers.VIT, vision_heads=6))
+    for folder, limit in ((tmp_path / "whole", "1GB"), (tmp_path / "shards", "500KB")):
+        model.save_pretrained(folder, max_shard_size=limit)
+        assert checkpoint.load(folder)[0].cfg.vision_heads == 6
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+
+
+@pytest.mark.parametrize("harm, message", [
+    (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "model-00001-of-00002.safetensors: missing, but listed in model.safetensors.index.json"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("{"), "not readable as JSON"),
+    (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "holds a list"),
+    (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.bin"}}'), "does not map tensors to files of the folder"),
+    (lambda f: (f / "model.safetensors.index.json").write_text((f / "model.safetensors.index.json").read_text().replace('"logit_scale": "model-00001', '"logit_scale": "model-00002')), "logit_scale is"),
+])
+def test_damaged_shards(harm, message, tmp_path, small_sizes):
+    make, write, _ = peers.FILES["hub-shards"]
+    write(make(), tmp_path)
+    harm(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        checkpoint.load(tmp_path)
+
+
+def test_code_in_a_torchscript_archive_is_never_run(tmp_path, monkeypatch, small_sizes):
+    """Neither a class that its pickle names, nor a method that torch.jit.load would run."""
+    monkeypatch.chdir(tmp_path)
+    make, write, _ = peers.FILES["openai-torchscript"]
+    path = write(make(), tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, pickle.dumps(Code()) if name.endswith("/data.pkl") else content)
+    with pytest.raises(BadInput, match="could run code: refused"):
+        checkpoint.read(tmp_path / "evil.pt", "vision")
+    assert not (tmp_path / "written-by-a-checkpoint").exists()
+    monkeypatch.setattr(torch.jit, "load", None)                                # the reading of good ones does without it
+    checkpoint.read(path, "vision")
+
+
+@pytest.mark.parametrize("cfg", [peers.VIT, peers.RESNET], ids=["vit", "resnet"])
+def test_another_picture_size_resizes_the_position_embeddings(cfg, tmp_path, small_sizes):
+    peer = peers.cn_clip_model(cfg)
+    path = peers.cn_clip_file(peer.state_dict(), tmp_path)
+    size = cfg.image_size * 2
+    model, transform = checkpoint.load(path, image_size=size)
+    assert model.cfg == dataclasses.replace(cfg, image_size=size) and transform.size == size
+    model.encode_image(torch.zeros(1, 3, size, size))
+    if cfg.patch_size:                                                          # the peer resizes a ViT's alone
+        from cn_clip.clip.model import resize_pos_embed
+        tensors = dict(peer.state_dict())
+        resize_pos_embed(tensors, peers.cn_clip_model(dataclasses.replace(cfg, image_size=size)))
+        assert torch.equal(model.vision.position_embed, tensors["visual.positional_embedding"])
+    else:
+        old, new = peer.visual.attnpool.positional_embedding, model.vision.attention_pool.position_embed
+        assert torch.equal(new[0], old[0]) and torch.equal(new[[1, 4, -4, -1]], old[[1, 2, 3, 4]])     # align_corners: the corners stay
+    with pytest.raises(BadInput, match="a picture size of 50 does not fit: this model takes multiples of"):
+        checkpoint.load(path, image_size=50)
+
+
+def test_stage_1_takes_its_towers_from_two_files(tmp_path, small_sizes):
+    files = {}
+    for name in ("openai", "bert-old"):
+        make, write, _ = peers.FILES[name]
+        (tmp_path / name).mkdir()
+        files[name] = write(make(), tmp_path / name)
+    state = checkpoint.read_towers(files["openai"], files["bert-old"])
+    assert checkpoint.config_of(state) == peers.VIT and {s.split(" ")[0] for s in state["skipped"]} >= {"transformer.*", "cls.*", "bert.pooler.*"}
+    model = CLIP(peers.VIT)
+    projection = model.text_projection.clone()
+    checkpoint.load_into(model, state, "towers")
+    clip, bert = peers.openai_clip_model(peers.VIT).float(), peers.bert_model(peers.VIT)
+    pixels, ids = peers.batch(peers.VIT)
+    ids = ids[:, :40]
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(pixels), F.normalize(clip.encode_image(pixels), dim=-1), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.eval().text(ids)[:, 0], bert.bert(ids, ids.ne(0)).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(model.text_projection, projection) and torch.equal(model.logit_scale, clip.logit_scale)
+    with pytest.raises(BadInput, match="which vision tower goes with it"):
+        checkpoint.read_towers(None, files["bert-old"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- for other tools
+
+
+def test_round_trip_through_both_formats_is_bit_identical(tmp_path, small_sizes):
+    first = peers.cn_clip_file(peers.cn_clip_model(peers.VIT).state_dict(), tmp_path)
+    checkpoint.export(checkpoint.load(first)[0], tmp_path / "hub", "huggingface")
+    checkpoint.export(checkpoint.load(tmp_path / "hub")[0], tmp_path / "last.pt", "cn-clip")
+    before, after = (torch.load(path)["state_dict"] for path in (first, tmp_path / "last.pt"))
+    assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) and after[k].is_contiguous() for k in before)
+    assert checkpoint.load(tmp_path / "hub")[0].cfg == peers.VIT
+    assert (tmp_path / "last.pt").stat().st_size < 1.01 * sum(4 * x.numel() for x in after.values()) + 50_000      # no tensor drags a bigger one along
+
+
+def test_cn_clip_opens_its_export(tmp_path):
+    from cn_clip.clip import load_from_name
+
+    for name in ("rn50", "vit-b-16"):
+        torch.manual_seed(0)
+        model = CLIP(CONFIGS[name]).eval()
+        said = checkpoint.export(model, tmp_path / f"{name}.pt", "cn-clip")
+        peer, _ = eval(said.removeprefix(f"{tmp_path / name}.pt: cn_clip.clip."), {"load_from_name": load_from_name})
+        for key, x in checkpoint.Layout("Chinese-CLIP", resnet=None if name == "vit-b-16" else (3, 4, 6, 3)).to_theirs(model.state_dict()).items():
+            torch.testing.assert_close(peer.state_dict()[key], x, rtol=1e-3, atol=1e-6)             # it casts to half precision in between
+
+
+def test_transformers_opens_its_export_with_processor(tmp_path, small_sizes):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = CLIP(peers.VIT).eval()
+    checkpoint.export(model, tmp_path / "hub", "huggingface")
+    hub, processor = transformers.ChineseCLIPModel.from_pretrained(tmp_path / "hub"), transformers.ChineseCLIPProcessor.from_pretrained(tmp_path / "hub")
+    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 60).convert("RGB")
+    texts = ["一只猫", "明月松间照，清泉石上流", "A Cat"]
+    inputs = processor(text=texts, images=picture, return_tensors="pt", padding=True)
+    ids = Tokenizer()(texts)
+    assert torch.equal(F.pad(inputs["input_ids"], (0, 52 - inputs["input_ids"].shape[1])), ids)
+    torch.testing.assert_close(inputs["pixel_values"][0], data.Transform(32)(picture), rtol=0, atol=0.02)      # torchvision resizes there, Pillow here: a grey level
+    with torch.no_grad():
+        out = hub(**inputs)
+        torch.testing.assert_close(out.image_embeds, model.encode_image(inputs["pixel_values"]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.text_embeds, model.encode_text(ids), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.logits_per_text, model.logit_scale.exp() * out.text_embeds @ out.image_embeds.T, rtol=1e-4, atol=1e-4)
+
+
+def test_export_refuses_what_others_could_not_read(tmp_path, small_sizes):
+    (tmp_path / "there.pt").write_text("precious")
+    for model, path, format, message in (
+        (CLIP(peers.VIT), "there.pt", "cn-clip", "is there already"),
+        (CLIP(peers.VIT), "", "huggingface", "is there already"),
+        (CLIP(peers.VIT), "no/where.pt", "cn-clip", "does not exist"),
+        (CLIP(peers.RESNET), "a", "huggingface", "transformers has no ChineseCLIPModel with a ResNet"),
+        (CLIP(dataclasses.replace(peers.VIT, vision_heads=6)), "a.pt", "cn-clip", "cn_clip has heads of width 64"),
+        (CLIP(VIT), "a.pt", "cn-clip", "a model with 200 tokens is not for other tools"),
+        (CLIP(peers.VIT), "a.pt", "onnx", "cn-clip or huggingface"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            checkpoint.export(model, tmp_path / path, format)
+    assert (tmp_path / "there.pt").read_text() == "precious" and [p.name for p in tmp_path.iterdir()] == ["there.pt"]
+
+
+def test_an_export_that_fails_half_way_leaves_nothing(tmp_path, small_sizes):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        for format in ("cn-clip", "huggingface"):
+            with pytest.raises(BadInput, match="cannot be written"):
+                checkpoint.export(CLIP(peers.VIT), tmp_path / "out", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line(tmp_path):
+    """Sizes of the table, so that it works in a process of its own."""
+    make, write, _ = peers.FILES["cn-clip"]
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "own.pt", CLIP(CONFIGS["tiny"]))
+    assert "own.pt: CE-CLIP, tiny, 4,918,361 parameters, pictures of 64 x 64, temperature 0.0700" in script("checkpoint.py", tmp_path / "own.pt")
+    assert "has no name for these sizes" in script("checkpoint.py", tmp_path / "own.pt", "--export", tmp_path / "peer.pt")
+    assert "peer.pt: Chinese-CLIP, tiny, 4,918,361 parameters" in script("checkpoint.py", tmp_path / "peer.pt")
+    assert "pictures of 96 x 96" in script("checkpoint.py", tmp_path / "peer.pt", "--image-size", 96)
+    assert "is there already" in refused("checkpoint.py", tmp_path / "own.pt", "--export", tmp_path / "peer.pt")
+    assert "there is no such checkpoint" in refused("checkpoint.py", tmp_path / "other.pt")
+    before, after = checkpoint.load(tmp_path / "own.pt")[0], checkpoint.load(tmp_path / "peer.pt")[0]
+    assert before.cfg == after.cfg and all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))
+
+
+# ---------------------------------------------------------------------------------------------------------------- by name
+
+
+REAL_SLEEP = time.sleep
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A little hub: /…/resolve/… redirects to /storage and tells size and SHA-256, as Hugging Face does; the storage knows ranges, and cuts connections when told to."""
+
+    def do_HEAD(self):
+        self.server.asked.append(("HEAD", self.path, None))
+        if "/moved/" in self.path:
+            return self.head(307, Location=self.path.replace("/moved/", "/OFA-Sys/"))
+        if self.path.rpartition("/")[2] != "clip_cn_rn50.pt":
+            return self.head(404)
+        self.head(302, Location="/storage", **{"X-Linked-Size": str(len(self.server.content)), "X-Linked-ETag": f'"{self.server.tag}"'})
+
+    def do_GET(self):
+        if self.path != "/storage":
+            return self.head(302, Location="/storage")
+        span = self.headers.get("Range")
+        self.server.asked.append(("GET", self.path, span))
+        first = int(span.removeprefix("bytes=").rstrip("-")) if span and self.server.ranges else 0
+        body = self.server.content[first:]
+        extra = {"Content-Range": f"bytes {first}-{len(self.server.content) - 1}/{len(self.server.content)}"} if span and self.server.ranges else {}
+        self.head(206 if extra else 200, **{"Content-Length": str(len(body)), **extra})
+        self.wfile.write(body[: self.server.cuts.pop(0)] if self.server.cuts else body)
+        self.wfile.flush()
+        self.server.pause.wait(60)
+
+    def head(self, code, **headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.content = random.Random(0).randbytes(3_000_000)
+        server.tag, server.asked, server.cuts, server.ranges, server.pause = hashlib.sha256(server.content).hexdigest(), [], [], True, threading.Event()
+        server.pause.set()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(data.time, "sleep", lambda _: None)
+        yield server
+        server.shutdown()
+
+
+def finished(folder):
+    return sorted(p.name for p in folder.iterdir() if p.suffix not in (".lock", ".part")) if folder.exists() else []
+
+
+def test_a_name_downloads_once(hub, tmp_path, small_sizes):
+    path = peers.cn_clip_file(peers.cn_clip_model(peers.RESNET).state_dict(), tmp_path)
+    hub.content = path.read_bytes()
+    hub.tag = hashlib.sha256(hub.content).hexdigest()
+    for _ in range(2):
+        model, _ = checkpoint.load("cn-clip-rn50")
+    assert model.cfg == peers.RESNET and [what for what, _, _ in hub.asked] == ["HEAD", "GET"]
+    assert finished(tmp_path / "cache") == ["clip_cn_rn50.pt"] and (tmp_path / "cache/clip_cn_rn50.pt").read_bytes() == hub.content
+
+
+def test_a_cut_connection_goes_on_where_it_stopped(hub, tmp_path):
+    hub.cuts = [1_000_000, 1_500_000]
+    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
+    assert [span for what, _, span in hub.asked if what == "GET"] == ["bytes=0-", "bytes=1000000-", "bytes=2500000-"]
+
+
+def test_a_download_that_failed_for_good_is_continued_by_the_next_call(hub, tmp_path):
+    hub.cuts = [500_000, 0, 0, 0, 0]
+    with pytest.raises(BadInput, match="cannot be downloaded .*500,000 of 3,000,000 bytes.*HF_ENDPOINT names a mirror"):
+        checkpoint.find("cn-clip-rn50")
+    assert finished(tmp_path / "cache") == []
+    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content and hub.asked[-1][2] == "bytes=500000-"
+
+
+def test_a_server_without_ranges_sends_the_whole_again(hub, tmp_path):
+    hub.ranges, hub.cuts = False, [1_000_000]
+    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
+
+
+def test_a_part_of_another_version_is_not_continued(hub, tmp_path):
+    hub.cuts = [1_000_000, 0, 0, 0, 0]
+    with pytest.raises(BadInput):
+        checkpoint.find("cn-clip-rn50")
+    hub.content = random.Random(1).randbytes(2_000_000)
+    hub.tag = hashlib.sha256(hub.content).hexdigest()
+    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
+
+
+def test_what_does_not_have_the_announced_hash_is_deleted(hub, tmp_path):
+    hub.tag = "0" * 64
+    with pytest.raises(BadInput, match="not what the server announced"):
+        checkpoint.find("cn-clip-rn50")
+    assert finished(tmp_path / "cache") == [] and not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_a_file_that_is_not_there_fails_at_once(hub):
+    with pytest.raises(BadInput, match="clip_cn_vit-b-16.pt: cannot be downloaded .*Not Found"):
+        checkpoint.find("cn-clip-vit-b-16")
+    assert len(hub.asked) == 1
+
+
+def test_moved_repositories_are_followed(hub, tmp_path):
+    assert data.download(data.hub_url("moved/clip_cn_rn50.pt"), tmp_path / "x.pt").read_bytes() == hub.content
+
+
+def test_processes_share_one_download(hub, tmp_path):
+    code = "import checkpoint; print(checkpoint.find('cn-clip-rn50'))"
+    racing = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert {p.communicate()[0].strip() for p in racing} == {str(tmp_path / "cache/clip_cn_rn50.pt")}
+    assert sum(what == "GET" for what, _, _ in hub.asked) == 1
+
+
+def test_killed_while_downloading_leaves_nothing_under_the_final_name(hub, tmp_path):
+    hub.cuts, hub.pause = [2_000_000], threading.Event()
+    child = subprocess.Popen([sys.executable, "-c", "import checkpoint; checkpoint.find('cn-clip-rn50')"], cwd=ROOT)
+    while not any((tmp_path / "cache").glob("*.part")) or next((tmp_path / "cache").glob("*.part")).stat().st_size < 1_000_000:
+        assert child.poll() is None
+        REAL_SLEEP(0.05)
+    child.kill()
+    child.wait()
+    hub.pause.set()
+    assert finished(tmp_path / "cache") == []
+    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content and int(hub.asked[-1][2][6:-1]) >= 1_000_000
+    assert finished(tmp_path / "cache") == ["clip_cn_rn50.pt"] and not list((tmp_path / "cache").glob("*.part"))

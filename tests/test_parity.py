@@ -1,0 +1,134 @@
+"""Against the published implementations, from the same weights: embeddings, loss, gradients, optimizer steps, ids and pixels. Full width; full depth for rn50 and vit-b-16."""
+import random
+import sys
+import types
+import warnings
+
+import numpy as np
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import checkpoint
+import data
+import train
+from loss import contrastive_loss
+from model import CONFIGS
+from tokenizer import Tokenizer
+
+SIZES = pytest.mark.parametrize("cfg", [CONFIGS["rn50"], CONFIGS["vit-b-16"], *(peers.SHALLOW[k] for k in ("vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"))],
+                                ids=["rn50", "vit-b-16", "vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"])
+
+
+def peer_loss(model, pixels, ids, monkeypatch):
+    """cn_clip's own loss function, on one process and the CPU."""
+    training = pytest.importorskip("cn_clip.training.train")
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self, *_, **__: self)
+    args = types.SimpleNamespace(accum_freq=1, mask_ratio=0, distillation=False, aggregate=False, local_device_rank=0, report_training_batch_acc=False)
+    return training.get_loss(model, pixels, ids, torch.nn.CrossEntropyLoss(), torch.nn.CrossEntropyLoss(), args)[0]
+
+
+def our_loss(model, pixels, ids):
+    keys = torch.arange(len(ids))
+    return contrastive_loss(*model(pixels, ids), keys, keys)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.0
+    return model
+
+
+def both(cfg, tmp_path):
+    """cn_clip's model, and ours from the file that it wrote."""
+    peer = peers.cn_clip_model(cfg)
+    ours, _ = checkpoint.load(peers.cn_clip_file(peer.state_dict(), tmp_path))
+    assert ours.cfg == cfg
+    return peer, without_dropout(ours)
+
+
+def assert_equal_tensors(ours, theirs, tolerance):
+    """Relative L2 distance of each tensor."""
+    distance = {k: ((ours[k] - theirs[k]).norm() / theirs[k].norm()).item() for k in theirs}
+    worst = max(distance, key=distance.get)
+    print(f"largest relative distance {distance[worst]:.1e} ({worst})")
+    assert ours.keys() == theirs.keys() and distance[worst] <= tolerance, (worst, distance[worst])
+
+
+def in_our_names(model, tensors):
+    """cn_clip's tensors (or gradients) under our names. (A loop of weights that are in the file's names must be ours one by one: this is the same table as loading.)"""
+    return checkpoint.layout_of(tensors).to_ours(dict(tensors), [k for k, _ in model.named_parameters()])
+
+
+@SIZES
+def test_embeddings_loss_and_gradients_equal_cn_clip(cfg, tmp_path, monkeypatch):
+    """Embeddings in evaluation mode; loss and gradients in training mode without dropout (rn50: BatchNorm over the batch, statistics too)."""
+    peer, ours = both(cfg, tmp_path)
+    pixels, ids = peers.batch(cfg)
+    with torch.no_grad():
+        image, text, scale = peer.eval()(pixels, ids)
+        our_image, our_text, our_scale = ours.eval()(pixels, ids)
+    torch.testing.assert_close(our_image, image, rtol=0, atol=1e-5)
+    torch.testing.assert_close(our_text, text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(our_scale, scale, rtol=1e-6, atol=0)
+    theirs, mine = peer_loss(peer.train(), pixels, ids, monkeypatch), our_loss(ours.train(), pixels, ids)
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
+    theirs.backward()
+    mine.backward()
+    assert_equal_tensors({k: p.grad for k, p in ours.named_parameters()}, in_our_names(ours, {k: p.grad for k, p in peer.named_parameters()}), 1e-4)
+
+
+@pytest.mark.parametrize("cfg", [CONFIGS["vit-b-16"], *(peers.SHALLOW[k] for k in ("vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"))], ids=["vit-b-16", "vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"])
+def test_embeddings_equal_transformers_both_ways(cfg, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    theirs = peers.hub_model(cfg)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, _ = checkpoint.load(tmp_path / "theirs")
+    checkpoint.export(ours, tmp_path / "ours", "huggingface")
+    back = transformers.ChineseCLIPModel.from_pretrained(tmp_path / "ours").eval()
+    pixels, ids = peers.batch(cfg)
+    with torch.no_grad():
+        image, text, _ = ours(pixels, ids)
+        for hub in (theirs, back):
+            out = hub(input_ids=ids, attention_mask=ids.ne(0), pixel_values=pixels)
+            torch.testing.assert_close(image, out.image_embeds, rtol=0, atol=1e-5)
+            torch.testing.assert_close(text, out.text_embeds, rtol=0, atol=1e-5)
+    assert all(torch.equal(x, back.state_dict()[k]) for k, x in theirs.state_dict().items())
+
+
+def peer_optimizer(model, lr):
+    """AdamW as cn_clip's main sets it up: its rule of names, its betas."""
+    exempt = lambda name: any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+    groups = [{"params": [p for n, p in model.named_parameters() if exempt(n)], "weight_decay": 0.0}, {"params": [p for n, p in model.named_parameters() if not exempt(n)], "weight_decay": 0.001}]
+    resnet = hasattr(model.visual, "attnpool")
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999 if resnet else 0.98), eps=1e-8 if resnet else 1e-6)
+
+
+@pytest.mark.parametrize("cfg", [peers.SHALLOW["vit-b-16"], CONFIGS["rn50"]], ids=["vit-b-16", "rn50"])
+def test_ten_steps_equal_cn_clip(cfg, tmp_path, monkeypatch):
+    """The same weights on the same batches: fp32, one process, no dropout, the warmup and cosine of each project. Its decay of some LayerNorm gains by accident is within the tolerance."""
+    steps, warmup, lr = 10, 3, 5e-5
+    peer, ours = both(cfg, tmp_path)
+    peer.train(), ours.train()
+    optimizers = peer_optimizer(peer, lr), train.make_optimizer(ours, 0.001)
+    schedule = pytest.importorskip("cn_clip.training.scheduler").cosine_lr(optimizers[0], lr, warmup, steps)
+    scaler, autocast = torch.amp.GradScaler("cpu", enabled=False), lambda: torch.autocast("cpu", enabled=False)
+    for step in range(steps):
+        pixels, ids = peers.batch(cfg, n=8, seed=step)
+        schedule(step)
+        optimizers[0].zero_grad()
+        theirs = peer_loss(peer, pixels, ids, monkeypatch)
+        theirs.backward()
+        optimizers[0].step()
+        peer.logit_scale.data.clamp_(0, 4.6052)
+        train.set_lr(optimizers[1], train.learning_rate(step, lr, warmup, steps))
+        assert optimizers[0].param_groups[0]["lr"] == pytest.approx(optimizers[1].param_groups[0]["lr"])
+        keys = torch.arange(len(ids))
+        mine = train.train_step(ours, pixels, ids, keys, keys, optimizers[1], scaler, autocast)
+        print(step, mine.item(), theirs.item())
+    assert_equal_tensors(dict(ours.named_parameters()), in_our_names(ours, dict(peer.named_parameters())), 1e-5)
