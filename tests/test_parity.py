@@ -1,6 +1,6 @@
 """Against the published implementations, from the same weights: embeddings, loss, gradients, optimizer steps, ids and pixels. Full width; full depth for rn50 and vit-b-16."""
+import dataclasses
 import random
-import sys
 import types
 import warnings
 
@@ -53,21 +53,32 @@ def both(cfg, tmp_path):
 
 
 def assert_equal_tensors(ours, theirs, tolerance):
-    """Relative L2 distance of each tensor."""
-    distance = {k: ((ours[k] - theirs[k]).norm() / theirs[k].norm()).item() for k in theirs}
+    """Relative L2 distance of each tensor. (The attention pool's key bias has no gradient but rounding: softmax does not see a constant.)"""
+    assert ours.keys() == theirs.keys()
+    distance = {k: ((ours[k] - theirs[k]).norm() / theirs[k].norm()).item() for k in theirs if not (k.endswith("key.bias") and theirs[k].norm() < 1e-6)}
     worst = max(distance, key=distance.get)
     print(f"largest relative distance {distance[worst]:.1e} ({worst})")
-    assert ours.keys() == theirs.keys() and distance[worst] <= tolerance, (worst, distance[worst])
+    assert distance[worst] <= tolerance, (worst, distance[worst])
 
 
 def in_our_names(model, tensors):
-    """cn_clip's tensors (or gradients) under our names. (A loop of weights that are in the file's names must be ours one by one: this is the same table as loading.)"""
+    """cn_clip's tensors or gradients under our names."""
     return checkpoint.layout_of(tensors).to_ours(dict(tensors), [k for k, _ in model.named_parameters()])
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {k: p.grad for k, p in model.named_parameters()}
 
 
 @SIZES
 def test_embeddings_loss_and_gradients_equal_cn_clip(cfg, tmp_path, monkeypatch):
-    """Embeddings in evaluation mode; loss and gradients in training mode without dropout (rn50: BatchNorm over the batch, statistics too)."""
+    """Embeddings in evaluation mode; loss and gradients in training mode without dropout (rn50: BatchNorm over the batch).
+
+    A ReLU network's fp32 gradient is itself certain to about 1e-3 only: rounding decides which near-zero activations count. So rn50 is compared in the peer's memory layout, whose
+    kernels round alike; in its own, channels last, it is compared in fp64 below.
+    """
     peer, ours = both(cfg, tmp_path)
     pixels, ids = peers.batch(cfg)
     with torch.no_grad():
@@ -76,11 +87,27 @@ def test_embeddings_loss_and_gradients_equal_cn_clip(cfg, tmp_path, monkeypatch)
     torch.testing.assert_close(our_image, image, rtol=0, atol=1e-5)
     torch.testing.assert_close(our_text, text, rtol=0, atol=1e-5)
     torch.testing.assert_close(our_scale, scale, rtol=1e-6, atol=0)
+    monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
     theirs, mine = peer_loss(peer.train(), pixels, ids, monkeypatch), our_loss(ours.train(), pixels, ids)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
-    theirs.backward()
-    mine.backward()
-    assert_equal_tensors({k: p.grad for k, p in ours.named_parameters()}, in_our_names(ours, {k: p.grad for k, p in peer.named_parameters()}), 1e-4)
+    assert_equal_tensors(gradients(ours, mine), in_our_names(ours, gradients(peer, theirs)), 1e-4)
+    assert all(torch.allclose(x, ours.state_dict()[k], rtol=1e-5, atol=1e-6) for k, x in statistics(peer, ours).items())
+
+
+def statistics(peer, ours):
+    """BatchNorm's running means and variances, under our names."""
+    keys = [k for k, _ in ours.named_buffers()]
+    return checkpoint.layout_of(peer.state_dict()).to_ours(dict(peer.state_dict()), keys)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_rn50_gradients_equal_cn_clip_in_fp64(training, tmp_path, monkeypatch):
+    """In its own memory layout. 1e-6 is far above what ReLUs leave uncertain in fp64 (about 1e-8)."""
+    peer, ours = (model.double().train(training) for model in both(CONFIGS["rn50"], tmp_path))
+    pixels, ids = peers.batch(CONFIGS["rn50"])
+    theirs, mine = peer_loss(peer, pixels.double(), ids, monkeypatch), our_loss(ours, pixels.double(), ids)
+    torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+    assert_equal_tensors({k: g.float() for k, g in gradients(ours, mine).items()}, in_our_names(ours, gradients(peer, theirs)), 1e-6)
 
 
 @pytest.mark.parametrize("cfg", [CONFIGS["vit-b-16"], *(peers.SHALLOW[k] for k in ("vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"))], ids=["vit-b-16", "vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"])
@@ -109,17 +136,19 @@ def peer_optimizer(model, lr):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999 if resnet else 0.98), eps=1e-8 if resnet else 1e-6)
 
 
-@pytest.mark.parametrize("cfg", [peers.SHALLOW["vit-b-16"], CONFIGS["rn50"]], ids=["vit-b-16", "rn50"])
-def test_ten_steps_equal_cn_clip(cfg, tmp_path, monkeypatch):
-    """The same weights on the same batches: fp32, one process, no dropout, the warmup and cosine of each project. Its decay of some LayerNorm gains by accident is within the tolerance."""
+@pytest.mark.parametrize("cfg, dtype", [(peers.SHALLOW["vit-b-32"], torch.float32), (dataclasses.replace(CONFIGS["rn50"], image_size=64, vision_layers=(1, 1, 1, 1)), torch.float64)], ids=["vit-b-32", "rn-fp64"])
+def test_ten_steps_equal_cn_clip(cfg, dtype, tmp_path, monkeypatch):
+    """The same weights on the same batches: one process, no dropout, the warmup and cosine of each project. The peer decays some LayerNorm gains by accident: within the tolerance.
+    (A ResNet in fp64, for the reason above: Adam makes whole steps of gradients that are rounding.)
+    """
     steps, warmup, lr = 10, 3, 5e-5
-    peer, ours = both(cfg, tmp_path)
-    peer.train(), ours.train()
+    peer, ours = (model.to(dtype).train() for model in both(cfg, tmp_path))
     optimizers = peer_optimizer(peer, lr), train.make_optimizer(ours, 0.001)
     schedule = pytest.importorskip("cn_clip.training.scheduler").cosine_lr(optimizers[0], lr, warmup, steps)
     scaler, autocast = torch.amp.GradScaler("cpu", enabled=False), lambda: torch.autocast("cpu", enabled=False)
     for step in range(steps):
         pixels, ids = peers.batch(cfg, n=8, seed=step)
+        pixels = pixels.to(dtype)
         schedule(step)
         optimizers[0].zero_grad()
         theirs = peer_loss(peer, pixels, ids, monkeypatch)
@@ -130,5 +159,5 @@ def test_ten_steps_equal_cn_clip(cfg, tmp_path, monkeypatch):
         assert optimizers[0].param_groups[0]["lr"] == pytest.approx(optimizers[1].param_groups[0]["lr"])
         keys = torch.arange(len(ids))
         mine = train.train_step(ours, pixels, ids, keys, keys, optimizers[1], scaler, autocast)
-        print(step, mine.item(), theirs.item())
-    assert_equal_tensors(dict(ours.named_parameters()), in_our_names(ours, dict(peer.named_parameters())), 1e-5)
+        torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=0)
+    assert_equal_tensors({k: p.float() for k, p in ours.named_parameters()}, in_our_names(ours, dict(peer.named_parameters())), 1e-5)
