@@ -458,7 +458,7 @@ def hub_config(path, layout, only):
 def find(source):
     """A path, or a name of NAMES, whose file is downloaded once -> path."""
     path = Path(source)
-    if path.exists():
+    if str(source) and path.exists():
         return path
     if str(source) not in NAMES:
         raise BadInput(f"{source}: there is no such checkpoint. Name a file, a folder, or one of {', '.join(NAMES)}")

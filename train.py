@@ -362,7 +362,7 @@ def description(settings, model, train_split, valid_split, device, world, first_
     lines.append(f"stage {settings.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
                  f"starts from {source or 'random weights'}")
     if state.get("skipped"):
-        lines.append(f"left out of {source}: {', '.join(state['skipped'])}")
+        lines.append(f"left out: {', '.join(state['skipped'])}")
     if settings.stage == "1" and settings.init is None and settings.vision_weights is None:
         lines.append("note: the frozen vision tower has random weights, from which little can be learned; stage 1 is meant to start from a trained one (--vision-weights or --init)")
     lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")

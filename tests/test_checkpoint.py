@@ -2,10 +2,12 @@
 import dataclasses
 import hashlib
 import http.server
+import itertools
 import json
 import pickle
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -345,6 +347,31 @@ def test_stage_1_takes_its_towers_from_two_files(tmp_path, small_sizes):
     assert torch.equal(model.text_projection, projection) and torch.equal(model.logit_scale, clip.logit_scale)
     with pytest.raises(BadInput, match="which vision tower goes with it"):
         checkpoint.read_towers(None, files["bert-old"])
+
+
+@pytest.mark.parametrize("kind", ["cn-clip", "huggingface"])
+def test_loading_vit_h_takes_little_more_memory_than_its_file(kind, tmp_path):
+    """958 M parameters, 3.8 GB of zeros: peak memory of the whole process, Python and torch included, at most 1.3 times the file."""
+    if shutil.disk_usage(tmp_path).free < 6e9:
+        pytest.skip("under 6 GB of disk are free: no room for vit-h-14")
+    with torch.device("meta"):
+        layout = checkpoint.Layout("Chinese-CLIP") if kind == "cn-clip" else checkpoint.Layout("Hugging Face", "text_model.")
+        shapes = {k: x.shape for k, x in layout.to_theirs(CLIP(CONFIGS["vit-h-14"]).state_dict()).items()}
+    if kind == "cn-clip":
+        file = source = tmp_path / "vit-h-14.pt"
+        torch.save({"state_dict": {f"module.{k}": torch.zeros(shape) for k, shape in shapes.items()}}, file)
+    else:
+        file, source, ends = tmp_path / "model.safetensors", tmp_path, list(itertools.accumulate((4 * shape.numel() for shape in shapes.values()), initial=0))
+        header = json.dumps({k: {"dtype": "F32", "shape": list(shapes[k]), "data_offsets": [a, b]} for k, a, b in zip(shapes, ends, ends[1:])}).encode()
+        with open(file, "wb") as f:
+            f.write(len(header).to_bytes(8, "little") + header)
+            f.truncate(8 + len(header) + ends[-1])                              # a hole in the file reads as zeros
+    code = f"import checkpoint, resource; model, _ = checkpoint.load({str(source)!r}); print(checkpoint.name_of(model.cfg), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    name, peak = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    ratio = int(peak) * (1 if sys.platform == "darwin" else 1024) / file.stat().st_size
+    print(f"{kind}: peak memory {ratio:.2f} times the file of {file.stat().st_size / 2**30:.2f} GiB")
+    file.unlink()
+    assert name == "vit-h-14" and ratio < 1.3
 
 
 # ---------------------------------------------------------------------------------------------------------------- for other tools

@@ -1,6 +1,8 @@
 """Against the published implementations, from the same weights: embeddings, loss, gradients, optimizer steps, ids and pixels. Full width; full depth for rn50 and vit-b-16."""
 import dataclasses
+import io
 import random
+import sys
 import types
 import warnings
 
@@ -16,7 +18,7 @@ import data
 import train
 from loss import contrastive_loss
 from model import CONFIGS
-from tokenizer import Tokenizer
+from tokenizer import CLS, MASK, SEP, UNK, VOCAB, Tokenizer
 
 SIZES = pytest.mark.parametrize("cfg", [CONFIGS["rn50"], CONFIGS["vit-b-16"], *(peers.SHALLOW[k] for k in ("vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"))],
                                 ids=["rn50", "vit-b-16", "vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"])
@@ -161,3 +163,113 @@ def test_ten_steps_equal_cn_clip(cfg, dtype, tmp_path, monkeypatch):
         mine = train.train_step(ours, pixels, ids, keys, keys, optimizers[1], scaler, autocast)
         torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=0)
     assert_equal_tensors({k: p.float() for k, p in ours.named_parameters()}, in_our_names(ours, dict(peer.named_parameters())), 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- ids and pixels
+
+
+# What captions may hold, and more: (first, last code point), how often
+RANGES = [((0x4E00, 0x9FFF), 12), ((0x20, 0x7E), 6), ((0x30, 0x39), 2), ((0x3400, 0x4DBF), 1), ((0x20000, 0x2A6DF), 1), ((0x2A700, 0x2EBEF), 2), ((0x30000, 0x323AF), 1), ((0xF900, 0xFAFF), 1),
+          ((0x2F800, 0x2FA1F), 1), ((0x2E80, 0x2FDF), 1), ((0x3000, 0x30FF), 2), ((0xFF00, 0xFFEF), 2), ((0xA0, 0x24F), 3), ((0x1E00, 0x1EFF), 2), ((0x300, 0x36F), 1), ((0x370, 0x4FF), 1),
+          ((0xE00, 0xE7F), 1), ((0xAC00, 0xD7A3), 1), ((0x2000, 0x206F), 2), ((0x2100, 0x2BFF), 2), ((0x1F1E6, 0x1FAFF), 3), ((0xFE00, 0xFE0F), 1), ((0, 0x1F), 1), ((0x7F, 0x9F), 1), ((0xE000, 0xF8FF), 1),
+          ((0xE0000, 0xE007F), 1)]
+
+
+def random_captions(n):
+    rng = random.Random(0)
+    ranges, weights = zip(*RANGES)
+    characters = lambda k: "".join(chr(rng.randint(*span)) for span in rng.choices(ranges, weights, k=k))
+    for _ in range(n):
+        kind = rng.random()
+        if kind < 0.9:
+            yield characters(rng.randint(0, 30))
+        elif kind < 0.95:                                                       # one word, up to far over the limit of 200
+            yield "".join(rng.choices("abcdefghijklmnopqrstuvwxyzéàñßçø0123456789", k=rng.randint(1, 300)))
+        elif kind < 0.999:
+            yield " ".join(characters(rng.randint(1, 12)) for _ in range(rng.randint(0, 25)))
+        else:                                                                   # a whole page
+            yield characters(5000)
+
+
+@pytest.fixture
+def peer_pipeline(monkeypatch):
+    """A caption's way to ids in cn_clip's training. (Its module asks for packages that this does not use.)"""
+    peer = pytest.importorskip("cn_clip.clip")
+    monkeypatch.setitem(sys.modules, "lmdb", types.ModuleType("lmdb"))
+    monkeypatch.setitem(sys.modules, "timm", types.ModuleType("timm"))
+    monkeypatch.setitem(sys.modules, "timm.data", types.SimpleNamespace(create_transform=None))
+    from cn_clip.training.data import _preprocess_text
+
+    return lambda texts: peer.tokenize([_preprocess_text(text) for text in texts], 52)
+
+
+def test_ids_equal_cn_clip_on_100_000_captions(peer_pipeline):
+    texts = list(random_captions(100_000)) + ["", " ", "[MASK]猫[SEP]", "[CLS]", "“引号”", "İstanbul", "ﬁ", "A" * 201, "。" * 60]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                         # long ones are cut
+        ours = Tokenizer()(texts)
+    assert [texts[i] for i in (ours != peer_pipeline(texts)).any(1).nonzero().flatten()] == []
+
+
+def test_ids_that_differ_on_purpose():
+    """From cn_clip's bare tokenize(), which leaves out the step before it: quotes are not unified there. From transformers' tokenizer: it lets a caption inject special tokens.
+
+    Not on purpose: some 500 code points of rare scripts (Sogdian punctuation, Glagolitic combining letters, …), where Python's Unicode tables, which cn_clip asks, are older or newer
+    than those of the tokenizers library. They become [UNK] or nothing either way.
+    """
+    peer, ours, transformers = pytest.importorskip("cn_clip.clip"), Tokenizer(), pytest.importorskip("transformers")
+    assert peer.tokenize("“猫”")[0, :4].tolist() == [CLS, UNK, 4344, UNK] and ours("“猫”").equal(peer.tokenize('"猫"'))
+    hub = transformers.BertTokenizerFast(vocab=str(VOCAB), do_lower_case=True)
+    for text, token in (("猫[MASK]狗", MASK), ("猫[SEP]狗", SEP), ("[CLS]猫", CLS), ("[UNK]猫", UNK)):
+        assert hub(text)["input_ids"].count(token) == 1 + (token in (CLS, SEP))
+        assert ours(text)[0].tolist().count(token) == (token in (CLS, SEP))
+
+
+def noise(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def stored(picture, format, **options):
+    """Through a file, as pictures come."""
+    file = io.BytesIO()
+    picture.save(file, format, **options)
+    return Image.open(io.BytesIO(file.getvalue()))
+
+
+@pytest.fixture
+def peer_transform():
+    return pytest.importorskip("cn_clip.clip.utils").image_transform(224)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (900, 1), (2, 3), (224, 224), (223, 225), (64, 64), (375, 500), (500, 375), (40, 3000), (1200, 1600)])
+def test_pixels_equal_cn_clip_on_jpeg_and_png(shape, peer_transform):
+    smooth = Image.effect_mandelbrot(shape[::-1], (-2, -1.2, 1, 1.2), 90)
+    pictures = [stored(noise(*shape), "JPEG", quality=90), stored(noise(*shape), "PNG"), stored(smooth.convert("RGB"), "JPEG", progressive=True), stored(smooth, "JPEG"), stored(smooth, "PNG")]
+    for picture in pictures:                                                    # the last two are grey
+        assert torch.equal(data.Transform(224)(picture), peer_transform(picture)), (picture.mode, picture.format)
+
+
+def test_pixels_of_other_kinds_of_pictures(peer_transform):
+    """What is done, why, and that the rest is as in cn_clip: ours equals the peer's on the RGB picture that is named here; on the file itself the peer's differs."""
+    rgb = noise(60, 80)
+    exif = rgb.getexif()
+    exif[0x0112] = 6
+    palette = rgb.quantize(17)
+    clear = rgb.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(rgb.size))
+    grey16 = np.random.default_rng(1).integers(0, 65536, (60, 80), dtype=np.uint16)
+    gif = rgb.quantize(16)
+    gif.paste(3, (0, 0, 40, 60))
+    on_white = lambda picture: Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
+    cases = {
+        "palette: colours are mixed by resizing, not numbers of a table": (p := stored(palette, "PNG"), p.convert("RGB")),
+        "CMYK: converted before resizing like all others": (c := stored(rgb.convert("CMYK"), "JPEG"), c.convert("RGB")),
+        "transparency: on white, as a browser shows it; the peer keeps the colours that nobody sees": (stored(clear, "PNG"), on_white(clear)),
+        "palette with a transparent entry: the same": (g := stored(gif, "PNG", transparency=3), on_white(g)),
+        "16-bit grey: scaled to 8 bits; the peer cuts off all above 255": (stored(Image.fromarray(grey16), "PNG"), Image.fromarray((grey16 // 257).astype(np.uint8)).convert("RGB")),
+        "EXIF orientation: turned upright": (stored(rgb, "PNG", exif=exif), rgb.rotate(270, expand=True)),
+        "bilevel: the shades between black and white that resizing makes are kept": (b := stored(rgb.convert("1"), "PNG"), b.convert("RGB")),
+    }
+    for what, (picture, seen) in cases.items():
+        assert torch.equal(data.Transform(224)(picture), peer_transform(seen)), what
+        assert not torch.equal(peer_transform(picture), peer_transform(seen)), what

@@ -1,6 +1,5 @@
-"""Captions become the ids that the released models were trained with."""
+"""Captions become the ids that the released models were trained with (against the published tokenizer: test_parity.py)."""
 import hashlib
-import random
 import warnings
 
 import pytest
@@ -39,15 +38,3 @@ def test_cut_captions_are_counted_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenizer(["猫" * 51])
-
-
-def test_equals_the_published_tokenizer():
-    peer = pytest.importorskip("cn_clip.clip")
-    rng = random.Random(0)
-    ranges = [(0x4E00, 0x9FFF)] * 4 + [(0x20, 0x7E)] * 3 + [(0xA0, 0x24F), (0x3000, 0x303F), (0xFF00, 0xFFEF), (0x2000, 0x206F), (0x1F300, 0x1F64F), (0x20000, 0x2A6DF), (0, 0x1F)]
-    texts = ["".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(0, 60))) for _ in range(3000)] + ["a" * 150, "a" * 250]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        ours = Tokenizer()(texts)
-    theirs = peer.tokenize([t.lower().replace("“", '"').replace("”", '"') for t in texts], 52)
-    assert [texts[i] for i in (ours != theirs).any(1).nonzero().flatten()] == []

@@ -1,4 +1,5 @@
 """Training through its command line: stages, resume, refusals, several processes; and the parts of a step."""
+import dataclasses
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import peers
 import pytest
 import torch
 from conftest import ROOT, refused, script
@@ -60,7 +62,35 @@ def test_stage_1_starts_from_a_vision_tower_and_a_fresh_text_tower(tmp_path, tsv
     before, one = tensors(tmp_path / "before/last.pt"), tensors(tmp_path / "one/last.pt")
     assert {k for k in one if k.startswith("vision.")} <= same(before, one)
     assert (before["text.word_embed.weight"] != one["text.word_embed.weight"]).float().mean() > 0.99
-    assert "for stage 1" in refused("train.py", "--stage", 2, "--vision-weights", tmp_path / "before/last.pt", "--out", tmp_path / "two")
+    assert "brings both towers" in refused("train.py", "--stage", 1, "--vision-weights", tmp_path / "before/last.pt", "--init", tmp_path / "before/last.pt", "--out", tmp_path / "two")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folder):
+    """With a learning rate of 0, what is trained stays what it was in the two files; what is left out of them is said."""
+    clip, bert, cfg = peers.openai_clip_model(train.CONFIGS["tiny"]), peers.bert_model(train.CONFIGS["tiny"]), train.CONFIGS["tiny"]
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    bert.save_pretrained(tmp_path / "bert")
+    output = script("train.py", "--stage", 1, "--data", tsv_folder, "--max-steps", 1, "--lr", 0, "--vision-weights", tmp_path / "clip.pt", "--text-weights", tmp_path / "bert", *QUICK,
+                    "--out", tmp_path / "one", processes=processes)
+    assert f"starts from {tmp_path / 'clip.pt'} + {tmp_path / 'bert'}" in output and "left out: transformer.* (12)" in output and "bert.pooler.* (2)" in output and "cls.* (" in output
+    got = checkpoint.load(tmp_path / "one/last.pt")[0]
+    assert got.cfg == cfg or got.cfg == dataclasses.replace(cfg, text_dropout=0.1)                 # the dropout that BERT's config.json names
+    pixels, ids = peers.batch(cfg)
+    with torch.no_grad():
+        torch.testing.assert_close(got.vision(pixels), clip.float().encode_image(pixels), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got.text(ids)[:, 0], bert.bert(ids, ids.ne(0)).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_for_larger_pictures_starts_from_one_for_smaller_ones(tmp_path, tsv_folder, monkeypatch):
+    monkeypatch.setitem(train.CONFIGS, "large", dataclasses.replace(train.CONFIGS["tiny"], image_size=96))
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "small.pt", train.CLIP(train.CONFIGS["tiny"]))
+    monkeypatch.setattr(sys, "argv", [str(a) for a in ("train.py", "--stage", "finetune", "--model", "large", "--data", tsv_folder, "--init", tmp_path / "small.pt", "--max-steps", 1, "--lr", 0, *QUICK,
+                                                       "--out", tmp_path / "run")])
+    train.main()
+    small, large = checkpoint.load(tmp_path / "small.pt", image_size=96)[0], checkpoint.load(tmp_path / "run/last.pt")[0]
+    assert torch.equal(small.vision.attention_pool.position_embed, large.vision.attention_pool.position_embed)
 
 
 def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path):

@@ -6,6 +6,7 @@
 lower case, “ and ” become ", then BERT's WordPiece over the 21,128 entries of bert-base-chinese (vocab.txt; its origin stands in vocab.NOTICE):
 [CLS] first context_length - 2 tokens [SEP], padded with 0. Each Chinese character is a token of its own; other words split into the longest known pieces.
 """
+import re
 import warnings
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from tokenizers import models, normalizers, pre_tokenizers
 
 VOCAB = Path(__file__).with_name("vocab.txt")
 PAD, UNK, CLS, SEP, MASK = 0, 100, 101, 102, 103
+
+# Where the library's normalizer is not BERT's: it takes this part of CJK Extension E for letters of a longer word, and drops private-use characters (icons of web fonts), which
+# make their word [UNK] in BERT. The first are spaced out here, the others become a letter that no entry of the vocabulary has.
+ODD = re.compile("([\U0002B820-\U0002B91F])|[\uE000-\uF8FF\U000F0000-\U0010FFFF]")
 
 
 class Tokenizer:
@@ -30,7 +35,7 @@ class Tokenizer:
     def __call__(self, texts, context_length: int = 52):
         """A list of strings (or one string) -> (len(texts), context_length) int64. Warns once, with the count, when captions are cut."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        texts = [t.lower().replace("“", '"').replace("”", '"') for t in texts]
+        texts = [ODD.sub(lambda c: f" {c[1]} " if c[1] else "ꀀ", t.lower().replace("“", '"').replace("”", '"')) for t in texts]
         room, cut, rows = context_length - 2, 0, []
         for encoding in self.wordpiece.encode_batch_fast(texts):
             tokens = encoding.ids
