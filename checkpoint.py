@@ -157,7 +157,7 @@ def load_into(model, state, path, assign=False):
     resized. BadInput, and nothing changes, when the tensors are those of another architecture.
     """
     config = config_of(state)
-    if config.patch_size == model.cfg.patch_size and "vision." in "".join(state["model"]):
+    if config.patch_size == model.cfg.patch_size and any(key.startswith("vision.") for key in state["model"]):
         state = resized(state, model.cfg.image_size)
     mine = {key: x for key, x in model.state_dict().items() if key.startswith(state.get("parts", ("",)))}
     compare(state["model"], mine, f"{path}: the tensors do not fit the architecture {name_of(model.cfg)} (the file says {name_of(config)})")
@@ -352,7 +352,10 @@ def read_foreign(content, path, only):
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise BadInput(f"{path}: not a checkpoint: it holds no table of named tensors")
     modern = lambda key: key.removeprefix("module.").replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+    count = len(tensors)
     tensors = {modern(key): tensors.pop(key) for key in list(tensors)}          # moved: `content` must not keep alive what to_ours has used up
+    if len(tensors) < count:
+        raise BadInput(f"{path}: two of its tensors have the same name, once with and once without a prefix")
     try:
         layout = layout_of(tensors)
         for tower, lacking, flag in (("vision", "BERT", "text"), ("text", "OpenAI CLIP", "vision")):
@@ -369,61 +372,56 @@ def read_foreign(content, path, only):
     skipped = {key: prefix for key in tensors.keys() - theirs.keys() for prefix in SKIPPED[only] if key.startswith(prefix)}
     for key in skipped:
         del tensors[key]
-    theirs = {key: x.to(tensors[key].dtype) if torch.is_tensor(tensors.get(key)) and tensors[key].dtype in HALVES else x for key, x in theirs.items()}
+    theirs = {key: x.to(tensors[key].dtype) if torch.is_tensor(tensors.get(key)) and tensors[key].dtype in FLOATS else x for key, x in theirs.items()}
     check(tensors, theirs, path, config)
     return {"config": {k: v for k, v in dataclasses.asdict(config).items() if only != "text" or k in TEXT_SIZES}, "model": layout.to_ours(tensors, expected),
             "layout": layout.name, "skipped": [f"{prefix}* ({n})" for prefix, n in Counter(skipped.values()).items()]}
 
 
-HALVES = (torch.float16, torch.bfloat16)                                        # welcome in foreign files; they become float32
+FLOATS = (torch.float16, torch.bfloat16, torch.float64)                         # welcome in foreign files; they become float32
 
 
 def sizes_of(tensors, layout, hub, only):
-    """Fields of Config, read off the shapes (of one tower with `only`), and from config.json what shapes cannot tell. Where several tensors tell a size, most decide:
-    the one that differs is named afterwards.
+    """Fields of Config (with `only`, those of one tower): read off the shapes, and heads from config.json or the table. Where several tensors tell a size, most of them decide;
+    one that differs is then named by `check`.
     """
     def size(axis, *keys):
-        """The length of an axis of our tensors `keys`, which stand here under other names."""
-        found = [tensors.get(layout.names(key)[0]) for key in keys]
-        lengths = [x.shape[axis] for x in found if torch.is_tensor(x) and x.ndim > max(axis, 0)]
+        """The length of this axis of our tensors `keys`, under their names here."""
+        names = [layout.names(key)[0] for key in keys]
+        shapes = [tensors[name].shape[:: -1 if name in TRANSPOSED else 1] for name in names if torch.is_tensor(tensors.get(name))]
+        lengths = [shape[axis] for shape in shapes if len(shape) > abs(axis)]
         if not lengths:
-            x = tensors.get(layout.names(keys[0])[0])
-            raise BadInput(f"{layout.names(keys[0])[0]} is " + ("missing" if x is None else kind(x) + ", which cannot be"))
+            raise BadInput(f"{names[0]} is {kind(tensors[names[0]]) + ', which cannot be' if names[0] in tensors else 'missing'}")
         return mode(lengths)
 
-    sizes, norms = {}, lambda tower, layers: [f"{tower}.blocks.{i}.norm{n}.weight" for i in range(layers) for n in (1, 2)]
-    if only != "text":
-        side = lambda key: math.isqrt(size(0, key) - 1)                         # a table of 1 + side² positions
-        if layout.resnet:
-            width = size(0, "vision.stem.2.0.weight", "vision.stem.2.1.weight", "vision.stem.2.1.bias")
-            sizes |= {"vision_layers": layout.resnet, "vision_width": width, "patch_size": None, "image_size": 32 * side("vision.attention_pool.position_embed")}
-            embed = [size(0, "vision.attention_pool.out.weight", "vision.attention_pool.out.bias")]
-        else:
-            layers, patch = depth(tensors, layout.vision["vision.blocks."]), size(-1, "vision.patch_embed.weight")
-            width = size(0, "vision.norm_pre.weight", "vision.norm_post.weight", *norms("vision", layers))
-            sizes |= {"vision_layers": layers, "vision_width": width, "patch_size": patch, "image_size": patch * side("vision.position_embed")}
-            embed = [size(0 if layout.rest else 1, "vision.projection")]
-        sizes["vision_heads"] = hub.get("vision_heads") or known_heads(width, {c.vision_width: c.vision_heads for c in CONFIGS.values() if bool(c.patch_size) != bool(layout.resnet)})
+    def heads(tower, width, known):
+        if not hub.get(f"{tower}_heads") and width not in known:
+            raise BadInput(f"shapes do not tell the heads of a {tower} tower {width} wide; add its sizes to CONFIGS in model.py")
+        return hub.get(f"{tower}_heads") or known[width]
+
+    side = lambda key: math.isqrt(size(0, key) - 1)                             # of the grid, in a table of 1 + side² positions
+    norms = lambda tower, layers: [f"{tower}.blocks.{i}.norm{n}.weight" for i in range(layers) for n in (1, 2)]
+    sizes = {}
+    if only != "text" and layout.resnet:
+        width = size(0, "vision.stem.2.0.weight", "vision.stem.2.1.weight", "vision.stem.2.1.bias")
+        sizes |= {"vision_layers": layout.resnet, "vision_width": width, "patch_size": None, "image_size": 32 * side("vision.attention_pool.position_embed"),
+                  "embed_dim": size(0, "vision.attention_pool.out.weight", "vision.attention_pool.out.bias"),
+                  "vision_heads": heads("vision", width, {c.vision_width: c.vision_heads for c in CONFIGS.values() if not c.patch_size})}
+    elif only != "text":
+        layers, patch = depth(tensors, layout.vision["vision.blocks."]), size(-1, "vision.patch_embed.weight")
+        width = size(0, "vision.norm_pre.weight", "vision.norm_post.weight", *norms("vision", layers))
+        sizes |= {"vision_layers": layers, "vision_width": width, "patch_size": patch, "image_size": patch * side("vision.position_embed"),
+                  "embed_dim": size(1, "vision.projection", "text_projection"),
+                  "vision_heads": heads("vision", width, {c.vision_width: c.vision_heads for c in CONFIGS.values() if c.patch_size})}
     if only != "vision":
-        layers = depth(tensors, layout.text["text.blocks."])
+        layers, rows, tokens = depth(tensors, layout.text["text.blocks."]), size(0, "text.word_embed.weight"), CONFIGS["vit-b-16"].vocab_size
+        if rows != tokens:
+            raise BadInput(f"{layout.names('text.word_embed.weight')[0]} has {rows:,} rows, but the tokenizer {tokens:,} tokens")
         width = size(0, "text.norm.weight", "text.norm.bias", *norms("text", layers))
-        sizes |= {"text_layers": layers, "text_width": width, "vocab_size": size(0, "text.word_embed.weight"), "text_positions": size(0, "text.position_embed.weight")}
-        sizes["text_heads"] = hub.get("text_heads") or known_heads(width, {c.text_width: c.text_heads for c in CONFIGS.values()})
+        sizes |= {"text_layers": layers, "text_width": width, "vocab_size": rows, "text_positions": size(0, "text.position_embed.weight"),
+                  "text_heads": heads("text", width, {c.text_width: c.text_heads for c in CONFIGS.values()})}
         sizes |= {"text_dropout": hub["text_dropout"]} if "text_dropout" in hub else {}
-        if sizes["vocab_size"] != CONFIGS["vit-b-16"].vocab_size:
-            raise BadInput(f"{layout.names('text.word_embed.weight')[0]} has {sizes['vocab_size']:,} rows, but the tokenizer {CONFIGS['vit-b-16'].vocab_size:,} tokens")
-    if only == "":
-        embed.append(size(0 if layout.rest else 1, "text_projection"))
-    if only != "text":
-        rows = [c.embed_dim for c in CONFIGS.values() if all(getattr(c, k) == v for k, v in sizes.items())]
-        sizes["embed_dim"] = mode(embed + rows)
     return sizes
-
-
-def known_heads(width, table):
-    if width not in table:
-        raise BadInput(f"shapes do not tell the heads of a tower {width} wide; add its sizes to CONFIGS in model.py")
-    return table[width]
 
 
 def hub_config(path, layout, only):
@@ -447,7 +445,7 @@ def hub_config(path, layout, only):
                 if part.get(key, value) != value:
                     raise BadInput(f"its config.json says {key} {part[key]} for the {tower} tower; {value} is what there is here")
             heads, dropout = part.get("num_attention_heads"), part.get("hidden_dropout_prob")
-            fields |= {f"{tower}_heads": heads} if isinstance(heads, int) else {}
+            fields |= {f"{tower}_heads": heads} if isinstance(heads, int) and heads > 0 else {}
             fields |= {"text_dropout": dropout} if tower == "text" and isinstance(dropout, float) else {}
     return fields
 

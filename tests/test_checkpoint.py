@@ -243,7 +243,7 @@ def test_pooler_and_position_ids_are_left_out_and_said(tmp_path, small_sizes):
 
 def test_heads_that_shapes_do_not_tell(tmp_path):
     path = peers.cn_clip_file(peers.cn_clip_model(peers.VIT).state_dict(), tmp_path)
-    with pytest.raises(BadInput, match="shapes do not tell the heads of a tower 192 wide; add its sizes to CONFIGS"):
+    with pytest.raises(BadInput, match="shapes do not tell the heads of a vision tower 192 wide; add its sizes to CONFIGS"):
         checkpoint.load(path)
 
 
