@@ -86,6 +86,7 @@ def test_embeddings_loss_and_gradients_equal_cn_clip(cfg, tmp_path, monkeypatch)
     with torch.no_grad():
         image, text, scale = peer.eval()(pixels, ids)
         our_image, our_text, our_scale = ours.eval()(pixels, ids)
+    print(f"embeddings differ by {max((our_image - image).abs().max(), (our_text - text).abs().max()):.1e}")
     torch.testing.assert_close(our_image, image, rtol=0, atol=1e-5)
     torch.testing.assert_close(our_text, text, rtol=0, atol=1e-5)
     torch.testing.assert_close(our_scale, scale, rtol=1e-6, atol=0)
