@@ -8,13 +8,13 @@
     python checkpoint.py cn-clip-vit-b-16                        # download it, check it, say what it is
     python checkpoint.py runs/own/best.pt --export own-hf --format huggingface
 
-What is read (the format is told by the content, the sizes by the tensors' shapes):
+What is read. The content tells the format, the tensors' shapes the sizes; what shapes do not tell, the number of heads, comes from config.json or the table CONFIGS.
 
     ours                    {"format", "config", "model"}; a training snapshot adds what the run needs to continue
     Chinese-CLIP            .pt {"state_dict": {"module.visual…", "module.bert…"}}, also after FlashAttention, or the bare state dict
     Hugging Face            ChineseCLIPModel: a folder with config.json and .safetensors or .bin, whole or in shards
-    OpenAI CLIP             its vision tower alone, for stage 1: TorchScript archive or state dict
-    BERT, RoBERTa, RBT3     alone, for stage 1: Hugging Face .safetensors or .bin
+    OpenAI CLIP             only its vision tower, for stage 1: TorchScript archive, state dict, or Hugging Face CLIPModel
+    BERT, RoBERTa, RBT3     only a text tower, for stage 1: Hugging Face .safetensors or .bin
 
 A tensor of the file is either used, or on a short list of what is left out (SKIPPED), or the file is refused with the tensor's name. No code of a file ever runs.
 """
@@ -74,7 +74,7 @@ def write(path, fill):
     except (OSError, RuntimeError) as error:                                    # torch.save turns "disk full" into a RuntimeError about its archive
         with contextlib.suppress(OSError):
             part.unlink()                                                       # a full disk needs the room
-        raise BadInput(f"{path}: cannot be written ({error.__context__ or error}); what stood there before is unchanged") from None
+        raise BadInput(f"{path}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
@@ -83,60 +83,60 @@ def write(path, fill):
 def load(source, device="cpu", image_size=None):
     """A file, a folder or a name of NAMES -> (model in evaluation mode and float32, transform: PIL picture -> (3, R, R)).
 
-    `image_size` asks for another picture side than the weights were trained with. Raises BadInput when a tensor is missing, unknown, of another shape or not finite.
-    The tensors stay in the file's pages (mmap) until they are changed: while the model lives, replace the file by renaming, never by overwriting it.
+    `image_size` asks for another picture side R than the weights were trained with. Raises BadInput when a tensor is missing, unknown, of another shape or not finite.
+    Tensors of a .pt file stay in its pages (mmap) until they are changed: while the model lives, replace such a file by renaming, never by overwriting it.
     """
     state = read(source)
-    if image_size:
+    if image_size is not None:
         state = resized(state, image_size)
-    model = empty_model(state)
+    model = empty_model(config_of(state))
     load_into(model, state, source, assign=True)
     return model.eval().to(device), Transform(model.cfg.image_size)
 
 
-def read(source, only="", mapped=True):
+# The two towers: the beginnings of our keys, and the sizes in Config. (The text projection belongs to neither: BERT has none.)
+TOWER_KEYS = {"vision": ("vision.", "logit_scale"), "text": ("text.",)}
+TOWER_SIZES = {"vision": ("embed_dim", "image_size", "vision_layers", "vision_width", "vision_heads", "patch_size"),
+               "text": ("text_layers", "text_width", "text_heads", "text_dropout", "vocab_size", "text_positions")}
+
+
+def read(source, tower=None, mapped=True):
     """Any checkpoint -> {"config": sizes, "model": tensors under our names, …}, checked. Our own files keep their other entries; foreign ones get "layout" and "skipped".
 
-    `only` "vision": the vision tower and the temperature. `only` "text": BERT without the projection; "config" then holds the sizes of that tower alone.
-    `mapped`: tensors stay in the file's pages, which several processes share; otherwise they are read into memory.
+    `tower` "vision" or "text": the tensors and sizes of that tower alone. `mapped`: the tensors of a .pt file stay in its pages, which several processes share; otherwise they are
+    read into memory.
     """
     path = find(source)
     content = open_folder(path) if path.is_dir() else open_file(path, mapped)
-    return read_own(content, path, only) if content.get("format") == FORMAT else read_foreign(content, path, only)
+    state = read_own(content, path) if content.get("format") == FORMAT else read_foreign(content, path, tower)
+    if tower is None:
+        return state
+    return state | {"config": {k: v for k, v in state["config"].items() if k in TOWER_SIZES[tower]}, "model": {k: x for k, x in state["model"].items() if k.startswith(TOWER_KEYS[tower])}}
 
 
-# What `only` means: which of our tensors, by the beginning of their names; and which sizes a text tower has
-PARTS = {"": ("",), "vision": ("vision.", "logit_scale"), "text": ("text.",)}
-TEXT_SIZES = ("text_layers", "text_width", "text_heads", "text_dropout", "vocab_size", "text_positions")
-
-
-def read_own(state, path, only):
-    config, tensors = state.get("config"), state.get("model")
-    if not isinstance(config, dict) or not isinstance(tensors, dict):
+def read_own(state, path):
+    if not isinstance(state.get("config"), dict) or not isinstance(state.get("model"), dict):
         raise BadInput(f"{path}: not a checkpoint of this project (it needs the entries format = {FORMAT!r}, config, model)")
     try:
-        expected = empty_model(state).state_dict()
+        expected = empty_model(config_of(state)).state_dict()
     except Exception as error:                                                  # a config can be wrong in many ways
         raise BadInput(f"{path}: its config does not describe a model of this version ({type(error).__name__}: {error})") from None
-    check(tensors, expected, path, config_of(state))
-    if only == "text":
-        config = {size: config[size] for size in TEXT_SIZES}
-    return state | {"config": config, "model": {key: x for key, x in tensors.items() if key.startswith(PARTS[only])}}
+    check(state["model"], expected, path, config_of(state))
+    return state
 
 
 def read_towers(vision, text, config=None):
     """The start of stage 1: the vision tower (and the temperature) of one checkpoint, the text tower of another. Either may be None; load_into then leaves that tower as it is.
 
-    The sizes are those of the files; those of a tower without a file come from `config`, or else from the row of CONFIGS with that vision tower.
+    Sizes that the files do not tell are those of `config`; without it, those of the row of CONFIGS with that vision tower.
     """
     if vision is None and config is None:
         raise BadInput(f"--text-weights {text}: which vision tower goes with it? Pass --vision-weights or --model")
-    states = [(only, read(source, only)) for only, source in (("vision", vision), ("text", text)) if source is not None]
-    merged = {"config": dataclasses.asdict(config) if config else {}, "model": {}, "parts": (), "skipped": []}
-    for only, state in states:
+    states = {tower: read(source, tower) for tower, source in (("vision", vision), ("text", text)) if source is not None}
+    merged = {"config": dataclasses.asdict(config or row_like(states["vision"]["config"])), "model": {}, "towers": tuple(states), "skipped": []}
+    for state in states.values():
         merged["config"] |= state["config"]
         merged["model"] |= state["model"]
-        merged["parts"] += PARTS[only]
         merged["skipped"] += state.get("skipped", [])
     return merged
 
@@ -146,21 +146,31 @@ def config_of(state):
     return Config(**state["config"])
 
 
-def empty_model(state):
-    """The model of a checkpoint, with shapes but no memory for its weights yet."""
+def row_like(sizes):
+    """The row of CONFIGS that agrees with these fields, the picture size apart; if none does, vit-b-16, whose text tower is that of most rows."""
+    agrees = lambda row: all(getattr(row, field) == value for field, value in sizes.items() if field != "image_size")
+    return next(filter(agrees, CONFIGS.values()), CONFIGS["vit-b-16"])
+
+
+def empty_model(config):
+    """A model with shapes but no memory for its weights yet."""
     with torch.device("meta"):
-        return CLIP(config_of(state))
+        return CLIP(config)
 
 
-def load_into(model, state, path, assign=False):
-    """Copy a checkpoint's tensors into the model, or with `assign` make them the model's own. For a model that differs in the picture size alone, position embeddings are
-    resized. BadInput, and nothing changes, when the tensors are those of another architecture.
+def load_into(model, state, source, assign=False):
+    """Copy a checkpoint's tensors into the model, or with `assign` make them the model's own; of what `read_towers` gives, those of its towers. For a model that differs in the
+    picture size, position embeddings are resized. BadInput, and nothing changes, when the tensors are those of another architecture.
     """
-    config = config_of(state)
-    if config.patch_size == model.cfg.patch_size and any(key.startswith("vision.") for key in state["model"]):
+    config, towers = config_of(state), state.get("towers", ("vision", "text"))
+    if "vision" in towers and config.patch_size == model.cfg.patch_size:
         state = resized(state, model.cfg.image_size)
-    mine = {key: x for key, x in model.state_dict().items() if key.startswith(state.get("parts", ("",)))}
-    compare(state["model"], mine, f"{path}: the tensors do not fit the architecture {name_of(model.cfg)} (the file says {name_of(config)})")
+    keys = tuple(key for tower in state["towers"] for key in TOWER_KEYS[tower]) if "towers" in state else ""
+    message = f"{source}: the tensors do not fit the architecture {name_of(model.cfg)} (the file says {name_of(config)})"
+    compare(state["model"], {key: x for key, x in model.state_dict().items() if key.startswith(keys)}, message)
+    for field in (f"{tower}_heads" for tower in towers):
+        if getattr(config, field) != getattr(model.cfg, field):
+            raise BadInput(f"{message}: {field} is {getattr(config, field)}, not {getattr(model.cfg, field)}")
     model.load_state_dict(model.state_dict() | state["model"], assign=assign)
 
 
@@ -200,7 +210,7 @@ def kind(x):
     """Shape and type of a plain tensor, in words; for anything else, what it is."""
     if not torch.is_tensor(x):
         return f"a {type(x).__name__}"
-    odd = [] if x.layout == torch.strided and not x.is_quantized else [x.layout]
+    odd = [] if x.layout == torch.strided else [x.layout]
     return " ".join(map(str, [tuple(x.shape), x.dtype, *odd])).replace("torch.", "")
 
 
@@ -211,8 +221,9 @@ def name_of(config):
 
 # ---------------------------------------------------------------------------------------------------------------- foreign names
 #
-# What our keys are called elsewhere, one table per tower and layout: replace the left by the right, in this order. <a|b|c>: our one matrix of queries, keys and values is
-# three there. Import and export read the same tables, so neither can drift from the other.
+# What our keys are called elsewhere, one table per tower and layout: replace each left side by its right side, in this order:
+#     vision.blocks.7.norm1.weight -> visual.transformer.resblocks.7.ln_1.weight
+# <a|b|c>: our one matrix of queries, keys and values is three there. Import and export read the same tables, so neither can drift from the other.
 
 CLIP_VIT = {                                                                    # OpenAI CLIP, Chinese-CLIP
     "vision.blocks.": "visual.transformer.resblocks.",
@@ -229,16 +240,15 @@ CLIP_VIT = {                                                                    
     "vision.norm_post.": "visual.ln_post.",
     "vision.projection": "visual.proj",
 }
-CLIP_RESNET = {                                                                 # the same; vision.blocks.7. -> visual.layer3.0. comes before (class Layout)
+CLIP_RESNET = {                                                                 # the same two; before it, class Layout puts vision.blocks.7. -> visual.layer3.0., and so on
     **{f"vision.stem.{i}.{j}.": f"visual.{name}{i + 1}." for i in range(3) for j, name in enumerate(("conv", "bn"))},
     ".shortcut.1.": ".downsample.0.",
     ".shortcut.2.": ".downsample.1.",
-    "vision.attention_pool.": "visual.attnpool.",
-    "attnpool.position_embed": "attnpool.positional_embedding",
-    "attnpool.query.": "attnpool.q_proj.",
-    "attnpool.key.": "attnpool.k_proj.",
-    "attnpool.value.": "attnpool.v_proj.",
-    "attnpool.out.": "attnpool.c_proj.",
+    "vision.attention_pool.position_embed": "visual.attnpool.positional_embedding",
+    "vision.attention_pool.query.": "visual.attnpool.q_proj.",
+    "vision.attention_pool.key.": "visual.attnpool.k_proj.",
+    "vision.attention_pool.value.": "visual.attnpool.v_proj.",
+    "vision.attention_pool.out.": "visual.attnpool.c_proj.",
 }
 HUB_VIT = {                                                                     # transformers, Hugging Face
     "vision.blocks.": "vision_model.encoder.layers.",
@@ -275,13 +285,14 @@ FLASH = {                                                                       
 }
 TRANSPOSED = ("visual_projection.weight", "text_projection.weight")             # weights of a Linear (D, C) at transformers; matrices (C, D) in ours, as in CLIP
 
-# What is left out of a file, by the beginning of its key: BERT's pooler and counters; of the other tower, everything; BERT's pretraining heads
-POOLER = ("bert.pooler.", "text_model.pooler.", "bert.embeddings.position_ids", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
+CONVERTED = (torch.float16, torch.bfloat16, torch.float64)                      # become float32
+# What is left out of a file, by the beginning of its key: BERT's pooler and its list of positions; the pretraining heads of BERT; of the other tower, everything
+UNUSED = ("bert.pooler.", "text_model.pooler.", "bert.embeddings.position_ids", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 SKIPPED = {
-    "": POOLER,
-    "vision": (*POOLER, "bert.", "text_model.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",
+    None: UNUSED,
+    "vision": (*UNUSED, "bert.", "text_model.", "transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection",
                "input_resolution", "context_length", "vocab_size"),
-    "text": (*POOLER, "pooler.", "embeddings.position_ids", "cls.", "visual.", "vision_model.", "visual_projection.", "text_projection", "logit_scale"),
+    "text": (*UNUSED, "pooler.", "embeddings.position_ids", "cls.", "visual.", "vision_model.", "visual_projection.", "text_projection", "logit_scale"),
 }
 
 
@@ -289,40 +300,42 @@ class Layout:
     """How someone else's file names our tensors."""
 
     def __init__(self, name, text_prefix="bert.", resnet=None, flash=False):
-        """`resnet`: blocks in each of the four groups, None for a ViT."""
-        self.name, self.resnet = name, resnet
-        self.vision = HUB_VIT if name == "Hugging Face" else CLIP_VIT
+        """`name`: "Chinese-CLIP", "OpenAI CLIP", "Hugging Face" or "BERT". `resnet`: blocks in each of the four groups, None for a ViT. `flash`: trained with FlashAttention."""
+        self.name, self.resnet, hub = name, resnet, name == "Hugging Face"
+        self.vision = HUB_VIT if hub else CLIP_VIT
         if resnet:
             places = [f"visual.layer{group}.{i}." for group, blocks in enumerate(resnet, 1) for i in range(blocks)]
             self.vision = {f"vision.blocks.{k}.": place for k, place in enumerate(places)} | CLIP_RESNET
-        self.text = {ours: theirs if ours.startswith(".") else text_prefix + theirs for ours, theirs in BERT.items()}
+        prefix = "text_model." if hub else text_prefix
+        self.text = {ours: theirs if ours.startswith(".") else prefix + theirs for ours, theirs in BERT.items()}
         if flash:
             self.vision, self.text = ({ours: FLASH.get(theirs, theirs) for ours, theirs in table.items()} for table in (self.vision, self.text))
-        self.rest = {"text_projection": "text_projection.weight"} if name == "Hugging Face" else {}
+        self.rest = {"text_projection": "text_projection.weight"} if hub else {}
 
     def names(self, key):
-        """Our key -> its keys there: one, or three."""
+        """Our key -> its keys there: one; or three, as [a.q.b, a.k.b, a.v.b] for a.<q|k|v>.b."""
         for ours, theirs in {"vision": self.vision, "text": self.text}.get(key.split(".")[0], self.rest).items():
             key = key.replace(ours, theirs)
-        head, _, tail = key.partition("<")
-        choices, _, tail = tail.partition(">")
-        return [head + choice + tail for choice in choices.split("|")]
+        if "<" not in key:
+            return [key]
+        before, choices, after = re.split("[<>]", key)
+        return [before + choice + after for choice in choices.split("|")]
 
     def to_theirs(self, tensors):
         """Tensors under our names -> under theirs."""
         theirs = {}
         for key, x in tensors.items():
             names = self.names(key)
-            theirs |= zip(names, [x.T] if names[0] in TRANSPOSED else x.chunk(len(names)) if len(names) > 1 else [x])
+            theirs |= zip(names, x.chunk(3) if len(names) == 3 else [x.T if names[0] in TRANSPOSED else x])
         return theirs
 
     def to_ours(self, tensors, keys):
         """Tensors under their names, which are used up (memory!) -> those of our `keys`, in float32."""
         ours = {}
         for key in keys:
-            pieces = [tensors.pop(name).detach() for name in self.names(key)]
-            x = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            x = (x.T if self.names(key)[0] in TRANSPOSED else x).contiguous()
+            names = self.names(key)
+            pieces = [tensors.pop(name).detach() for name in names]
+            x = torch.cat(pieces) if len(pieces) == 3 else (pieces[0].T if names[0] in TRANSPOSED else pieces[0]).contiguous()
             ours[key] = x.float() if x.is_floating_point() else x
         return ours
 
@@ -331,22 +344,24 @@ def layout_of(keys):
     """Tell the layout by the keys."""
     has = lambda pattern: any(re.search(pattern, key) for key in keys)
     if has(r"^vision_model\."):
-        return Layout("Hugging Face", "text_model.")
+        return Layout("Hugging Face")
     if has(r"^visual\."):
         groups = tuple(depth(keys, f"visual.layer{group}.") for group in (1, 2, 3, 4))
         return Layout("Chinese-CLIP" if has(r"^bert\.") else "OpenAI CLIP", resnet=groups if any(groups) else None, flash=has(r"\.Wqkv\."))
     if has(r"^(bert\.)?embeddings\."):
-        return Layout("BERT", "bert." if has(r"^bert\.") else "")
+        return Layout("BERT", text_prefix="bert." if has(r"^bert\.") else "")
     raise BadInput("its tensors are not those of Chinese-CLIP, ChineseCLIPModel, OpenAI CLIP or BERT")
 
 
 def depth(keys, prefix):
-    """How many blocks stand under `prefix`: what most tensors of a block say, so that a missing or misnamed one is noticed as such."""
+    """How many blocks stand under `prefix`: as often as most tensors of a block occur. (If ln_1.weight occurs 11 times and the other 11 tensors 12 times, there are 12 blocks, and one
+    tensor is missing or misnamed, which `check` will say.)
+    """
     leaves = Counter(key.removeprefix(prefix).partition(".")[2] for key in keys if key.startswith(prefix))
     return mode(leaves.values()) if leaves else 0
 
 
-def read_foreign(content, path, only):
+def read_foreign(content, path, tower):
     """Someone else's tensors -> config and tensors of ours, when each of them is where it must be."""
     tensors = content.get("state_dict", content)
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
@@ -358,31 +373,29 @@ def read_foreign(content, path, only):
         raise BadInput(f"{path}: two of its tensors have the same name, once with and once without a prefix")
     try:
         layout = layout_of(tensors)
-        for tower, lacking, flag in (("vision", "BERT", "text"), ("text", "OpenAI CLIP", "vision")):
-            if only in ("", tower) and layout.name == lacking:
-                raise BadInput(f"it is a file of {layout.name}, without a {'Chinese ' * (tower == 'text')}{tower} tower; stage 1 takes it as --{flag}-weights")
-        sizes = sizes_of(tensors, layout, hub_config(path, layout, only), only)
-        # the rest comes from the first row of the table that agrees with what the tensors say
-        row = next((row for row in CONFIGS.values() if all(getattr(row, k) == v for k, v in sizes.items())), CONFIGS["vit-b-16"])
-        config = dataclasses.replace(row, **sizes)
-        expected = {key: x for key, x in empty_model({"config": dataclasses.asdict(config)}).state_dict().items() if key.startswith(PARTS[only])}
+        if layout.name == "BERT" and tower != "text":
+            raise BadInput("it is a BERT, without a vision tower; stage 1 takes it as --text-weights")
+        if layout.name == "OpenAI CLIP" and tower != "vision":
+            raise BadInput("it is an OpenAI CLIP, without a Chinese text tower; stage 1 takes it as --vision-weights")
+        sizes = sizes_of(tensors, layout, hub_fields(path, layout, tower), tower)
+        config = dataclasses.replace(row_like(sizes), **sizes)                  # the row gives what the tensors do not tell (dropout), and the sizes of a tower that is not read
+        ours = {key: x for key, x in empty_model(config).state_dict().items() if key.startswith(TOWER_KEYS.get(tower, ""))}
     except (BadInput, ValueError) as error:                                     # ValueError: of the model, when sizes do not go together
         raise BadInput(f"{path}: {error}") from None
-    theirs = layout.to_theirs(expected)
-    skipped = {key: prefix for key in tensors.keys() - theirs.keys() for prefix in SKIPPED[only] if key.startswith(prefix)}
+    expected = layout.to_theirs(ours)
+    skipped = {key: prefix for key in tensors.keys() - expected.keys() for prefix in SKIPPED[tower] if key.startswith(prefix)}
     for key in skipped:
         del tensors[key]
-    theirs = {key: x.to(tensors[key].dtype) if torch.is_tensor(tensors.get(key)) and tensors[key].dtype in FLOATS else x for key, x in theirs.items()}
-    check(tensors, theirs, path, config)
-    return {"config": {k: v for k, v in dataclasses.asdict(config).items() if only != "text" or k in TEXT_SIZES}, "model": layout.to_ours(tensors, expected),
-            "layout": layout.name, "skipped": [f"{prefix}* ({n})" for prefix, n in Counter(skipped.values()).items()]}
+    for key in expected.keys() & tensors.keys():
+        if torch.is_tensor(tensors[key]) and tensors[key].dtype in CONVERTED and expected[key].is_floating_point():
+            expected[key] = expected[key].to(tensors[key].dtype)
+    check(tensors, expected, path, config)
+    return {"config": dataclasses.asdict(config), "model": layout.to_ours(tensors, ours), "layout": layout.name,
+            "skipped": [f"{prefix}* ({n})" for prefix, n in sorted(Counter(skipped.values()).items())]}
 
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float64)                         # welcome in foreign files; they become float32
-
-
-def sizes_of(tensors, layout, hub, only):
-    """Fields of Config (with `only`, those of one tower): read off the shapes, and heads from config.json or the table. Where several tensors tell a size, most of them decide;
+def sizes_of(tensors, layout, hub, tower):
+    """Fields of Config (with `tower`, those of that tower), read off the shapes; heads from config.json (`hub`) or the table. Where several tensors tell a size, most of them decide;
     one that differs is then named by `check`.
     """
     def size(axis, *keys):
@@ -390,63 +403,72 @@ def sizes_of(tensors, layout, hub, only):
         names = [layout.names(key)[0] for key in keys]
         shapes = [tensors[name].shape[:: -1 if name in TRANSPOSED else 1] for name in names if torch.is_tensor(tensors.get(name))]
         lengths = [shape[axis] for shape in shapes if len(shape) > abs(axis)]
-        if not lengths:
-            raise BadInput(f"{names[0]} is {kind(tensors[names[0]]) + ', which cannot be' if names[0] in tensors else 'missing'}")
-        return mode(lengths)
+        if lengths:
+            return mode(lengths)
+        raise BadInput(f"{names[0]} is missing" if names[0] not in tensors else f"{names[0]} is {kind(tensors[names[0]])}, which cannot be")
 
-    def heads(tower, width, known):
-        if not hub.get(f"{tower}_heads") and width not in known:
+    def heads(tower, width):
+        known = hub.get(f"{tower}_heads") or known_heads(tower, width, layout.resnet)
+        if known is None:
             raise BadInput(f"shapes do not tell the heads of a {tower} tower {width} wide; add its sizes to CONFIGS in model.py")
-        return hub.get(f"{tower}_heads") or known[width]
+        return known
 
     side = lambda key: math.isqrt(size(0, key) - 1)                             # of the grid, in a table of 1 + side² positions
     norms = lambda tower, layers: [f"{tower}.blocks.{i}.norm{n}.weight" for i in range(layers) for n in (1, 2)]
     sizes = {}
-    if only != "text" and layout.resnet:
+    if tower != "text" and layout.resnet:
         width = size(0, "vision.stem.2.0.weight", "vision.stem.2.1.weight", "vision.stem.2.1.bias")
-        sizes |= {"vision_layers": layout.resnet, "vision_width": width, "patch_size": None, "image_size": 32 * side("vision.attention_pool.position_embed"),
-                  "embed_dim": size(0, "vision.attention_pool.out.weight", "vision.attention_pool.out.bias"),
-                  "vision_heads": heads("vision", width, {c.vision_width: c.vision_heads for c in CONFIGS.values() if not c.patch_size})}
-    elif only != "text":
+        sizes |= {"vision_layers": layout.resnet, "vision_width": width, "vision_heads": heads("vision", width), "patch_size": None,
+                  "image_size": 32 * side("vision.attention_pool.position_embed"), "embed_dim": size(0, "vision.attention_pool.out.weight", "vision.attention_pool.out.bias")}
+    elif tower != "text":
         layers, patch = depth(tensors, layout.vision["vision.blocks."]), size(-1, "vision.patch_embed.weight")
         width = size(0, "vision.norm_pre.weight", "vision.norm_post.weight", *norms("vision", layers))
-        sizes |= {"vision_layers": layers, "vision_width": width, "patch_size": patch, "image_size": patch * side("vision.position_embed"),
-                  "embed_dim": size(1, "vision.projection", "text_projection"),
-                  "vision_heads": heads("vision", width, {c.vision_width: c.vision_heads for c in CONFIGS.values() if c.patch_size})}
-    if only != "vision":
-        layers, rows, tokens = depth(tensors, layout.text["text.blocks."]), size(0, "text.word_embed.weight"), CONFIGS["vit-b-16"].vocab_size
-        if rows != tokens:
-            raise BadInput(f"{layout.names('text.word_embed.weight')[0]} has {rows:,} rows, but the tokenizer {tokens:,} tokens")
+        sizes |= {"vision_layers": layers, "vision_width": width, "vision_heads": heads("vision", width), "patch_size": patch,
+                  "image_size": patch * side("vision.position_embed"), "embed_dim": size(1, "vision.projection", "text_projection")}
+    if tower != "vision":
+        layers, tokens = depth(tensors, layout.text["text.blocks."]), size(0, "text.word_embed.weight")
+        if tokens != Config.vocab_size:
+            raise BadInput(f"{layout.names('text.word_embed.weight')[0]} has {tokens:,} rows, but the tokenizer {Config.vocab_size:,} tokens")
         width = size(0, "text.norm.weight", "text.norm.bias", *norms("text", layers))
-        sizes |= {"text_layers": layers, "text_width": width, "vocab_size": rows, "text_positions": size(0, "text.position_embed.weight"),
-                  "text_heads": heads("text", width, {c.text_width: c.text_heads for c in CONFIGS.values()})}
-        sizes |= {"text_dropout": hub["text_dropout"]} if "text_dropout" in hub else {}
+        sizes |= {"text_layers": layers, "text_width": width, "text_heads": heads("text", width), "vocab_size": tokens, "text_positions": size(0, "text.position_embed.weight")}
+        if "text_dropout" in hub:
+            sizes["text_dropout"] = hub["text_dropout"]
     return sizes
 
 
-def hub_config(path, layout, only):
-    """What config.json beside Hugging Face weights says of things that shapes do not tell -> fields of Config. BadInput for activations and norms that ours do not have."""
-    folder = path if path.is_dir() else path.parent
+def known_heads(tower, width, resnet):
+    """Heads of a tower of that width in CONFIGS, or None."""
+    rows = [row for row in CONFIGS.values() if getattr(row, f"{tower}_width") == width and (tower == "text" or (row.patch_size is None) == bool(resnet))]
+    return getattr(rows[0], f"{tower}_heads") if rows else None
+
+
+def hub_fields(path, layout, tower):
+    """Fields of Config in the config.json beside Hugging Face weights. BadInput for a network that ours is not: other activations, epsilons, vocabularies."""
     if layout.name not in ("Hugging Face", "BERT"):
         return {}
-    vocab = folder / "vocab.txt"
-    if only != "vision" and vocab.exists() and vocab.read_text(encoding="utf-8", errors="replace").split() != VOCAB.read_text(encoding="utf-8").split():
-        raise BadInput(f"its {vocab.name} is not the vocabulary of tokenizer/vocab.txt: these weights were trained with other tokens")
-    if not (folder / "config.json").exists():
+    folder = path if path.is_dir() else path.parent
+    vocab, file, fields = folder / "vocab.txt", folder / "config.json", {}
+    if tower != "vision" and vocab.exists() and vocab.read_text(encoding="utf-8", errors="replace").split() != VOCAB.read_text(encoding="utf-8").split():
+        raise BadInput("its vocab.txt is not the vocabulary of tokenizer/vocab.txt: these weights were trained with other tokens")
+    if not file.exists():
         return {}
-    config = read_json(folder / "config.json")
-    whole, fields = layout.name == "Hugging Face", {}
-    for tower, activation, epsilon in (("vision", "quick_gelu", 1e-5), ("text", "gelu", 1e-12)):
-        if only in ("", tower):
-            part = config.get(f"{tower}_config") if whole else config
-            if not isinstance(part, dict):
-                raise BadInput(f"its config.json has no {tower}_config")
-            for key, value in (("hidden_act", activation), ("layer_norm_eps", epsilon)):
-                if part.get(key, value) != value:
-                    raise BadInput(f"its config.json says {key} {part[key]} for the {tower} tower; {value} is what there is here")
-            heads, dropout = part.get("num_attention_heads"), part.get("hidden_dropout_prob")
-            fields |= {f"{tower}_heads": heads} if isinstance(heads, int) and heads > 0 else {}
-            fields |= {"text_dropout": dropout} if tower == "text" and isinstance(dropout, float) else {}
+    config = read_json(file)
+    if tower is None and config.get("model_type", "chinese_clip") != "chinese_clip":
+        raise BadInput(f"its config.json says model_type {config['model_type']}, not chinese_clip; stage 1 takes the vision tower of a clip as --vision-weights")
+    for name, activation, epsilon in (("vision", "quick_gelu", 1e-5), ("text", "gelu", 1e-12)):
+        if tower not in (None, name):
+            continue
+        part = config if layout.name == "BERT" else config.get(f"{name}_config")
+        if not isinstance(part, dict):
+            raise BadInput(f"its config.json has no {name}_config")
+        for key, value in (("hidden_act", activation), ("layer_norm_eps", epsilon)):
+            if part.get(key, value) != value:
+                raise BadInput(f"its config.json says {key} {part[key]} for the {name} tower; the model here has {value}")
+        heads, dropout = part.get("num_attention_heads"), part.get("hidden_dropout_prob")
+        if isinstance(heads, int) and heads > 0:
+            fields[f"{name}_heads"] = heads
+        if name == "text" and isinstance(dropout, float) and 0 <= dropout < 1:
+            fields["text_dropout"] = dropout
     return fields
 
 
@@ -474,19 +496,17 @@ def open_file(path, mapped=True):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():                                           # torch.load itself checks no checksums
                     raise zipfile.BadZipFile("a checksum is wrong")
-                scripted = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
+                scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
                 content = read_torchscript(archive) if scripted else torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        elif start[8:] == b"{":
+        elif start[8:] == b"{":                                                 # after the length of its JSON, see read_safetensors
             content = read_safetensors(path)
         else:                                                                   # the format of torch before 1.6, in which BERTs of that time are
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")                               # about odd pickles, which fail anyway
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "global" in str(error).lower():                                      # of torch's weights-only unpickler, and of ours
-            raise BadInput(f"{path}: it holds more than tensors and plain values, and reading that could run code: refused") from None
-        raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else (UnpicklingError)") from None
     except Exception as error:                                                  # many kinds for a damaged file
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():           # of torch's weights-only unpickler, and of ours
+            raise BadInput(f"{path}: it holds more than tensors and plain values, and reading that could run code: refused") from None
         raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a table of named tensors")
@@ -563,7 +583,7 @@ def write_safetensors(f, tensors):
         f.write(x.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-class Module:
+class ScriptModule:
     """Stands for a module of a TorchScript archive, whose class would come from the archive's own code."""
 
 
@@ -576,7 +596,7 @@ def read_torchscript(archive):
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if module.startswith("__torch__"):
-                return Module
+                return ScriptModule
             if module == "torch" and name in dtypes:
                 return dtypes[name]
             if module.startswith("torch.jit._pickle"):
@@ -587,8 +607,8 @@ def read_torchscript(archive):
                 return dict
             raise pickle.UnpicklingError(f"global {module}.{name}")
 
-        def persistent_load(self, ids):
-            _, dtype, name, _, count = ids
+        def persistent_load(self, reference):
+            _, dtype, name, _, count = reference                                # "storage", type, file, device, length
             return torch.frombuffer(bytearray(archive.read(f"{root}/data/{name}")), dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
     tensors, waiting = {}, [("", Unpickler(archive.open(f"{root}/data.pkl")).load())]
@@ -597,7 +617,7 @@ def read_torchscript(archive):
         for name, value in vars(module).items():
             if torch.is_tensor(value):
                 tensors[prefix + name] = value
-            elif isinstance(value, Module):
+            elif isinstance(value, ScriptModule):
                 waiting.append((f"{prefix}{name}.", value))
     return tensors
 
@@ -614,7 +634,7 @@ PEER_NAMES = {"rn50": ("RN50", "RBT3-chinese"), "vit-b-32": ("ViT-B-32", "RoBERT
 def export(model, path, format="cn-clip"):
     """Write a model for other tools, whole or not at all, and never over something -> a line that says how it is opened there.
 
-    "cn-clip": a .pt file for cn_clip (load_from_name, and --resume of its training). "huggingface": a folder for transformers (ChineseCLIPModel and
+    "cn-clip": a .pt file for cn_clip (load_from_name). "huggingface": a folder for transformers (ChineseCLIPModel and
     ChineseCLIPProcessor, from_pretrained); ViT only, for it has no ResNet.
     """
     path, cfg, name = Path(path), model.cfg, name_of(model.cfg)
@@ -622,8 +642,8 @@ def export(model, path, format="cn-clip"):
         raise BadInput(f"{path}: is there already; choose another place")
     if not path.resolve().parent.is_dir():
         raise BadInput(f"{path}: its folder {path.resolve().parent} does not exist")
-    if cfg.vocab_size != CONFIGS["vit-b-16"].vocab_size:
-        raise BadInput(f"a model with {cfg.vocab_size} tokens is not for other tools: their vocabulary has {CONFIGS['vit-b-16'].vocab_size:,}")
+    if cfg.vocab_size != Config.vocab_size:
+        raise BadInput(f"a model with {cfg.vocab_size} tokens is not for other tools: their vocabulary has {Config.vocab_size:,}")
     ours = {key: x.detach().cpu().float() if x.is_floating_point() else x.cpu() for key, x in model.state_dict().items()}
     if format == "cn-clip":
         return export_cn_clip(ours, path, cfg, name)
@@ -636,9 +656,11 @@ def export_cn_clip(ours, path, cfg, name):
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; cn-clip weights are one file")
     layout = Layout("Chinese-CLIP", resnet=None if cfg.patch_size else cfg.vision_layers)
-    # cn_clip splits the width into heads of 64 (80 in ViT-H); a file cannot say otherwise, and with other heads the same weights mean something else
-    if name == "custom" and (cfg.vision_width * (1 if cfg.patch_size else 32), cfg.text_width) != (64 * cfg.vision_heads, 64 * cfg.text_heads):
-        raise BadInput(f"cn_clip has heads of width 64; this model has others ({cfg.vision_heads} and {cfg.text_heads} heads)")
+    # such a file cannot say how many heads there are, and with other heads the same weights mean something else
+    for tower, width in (("vision", cfg.vision_width), ("text", cfg.text_width)):
+        heads = known_heads(tower, width, layout.resnet) or width * (32 if tower == "vision" and layout.resnet else 1) // 64
+        if heads != getattr(cfg, f"{tower}_heads"):
+            raise BadInput(f"a cn-clip file says nothing of heads, and with this width its readers take {heads} for the {tower} tower; this model has {getattr(cfg, f'{tower}_heads')}")
     tensors = {f"module.{key}": x.clone(memory_format=torch.contiguous_format) for key, x in layout.to_theirs(ours).items()}    # clone: views would be written with their whole matrix
     write(path, lambda f: torch.save({"epoch": 0, "step": 0, "name": name, "state_dict": tensors}, f))
     if name not in PEER_NAMES:
@@ -676,7 +698,7 @@ def export_huggingface(ours, path, cfg):
         for name, content in (("config.json", config), ("preprocessor_config.json", processor), ("tokenizer_config.json", tokenizer)):
             write(part / name, lambda f, content=content: f.write((json.dumps(content, indent=2) + "\n").encode()))
         write(part / "vocab.txt", lambda f: f.write(VOCAB.read_bytes()))
-        write(part / "model.safetensors", lambda f: write_safetensors(f, Layout("Hugging Face", "text_model.").to_theirs(ours)))
+        write(part / "model.safetensors", lambda f: write_safetensors(f, Layout("Hugging Face").to_theirs(ours)))
         os.replace(part, path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error})") from None
@@ -698,7 +720,7 @@ def main():
     state = read(args.source)
     if args.image_size is not None:
         state = resized(state, args.image_size)
-    model = empty_model(state)
+    model = empty_model(config_of(state))
     print(f"{args.source}: {state.get('layout', 'CE-CLIP')}, {name_of(model.cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"pictures of {model.cfg.image_size} x {model.cfg.image_size}, temperature {1 / state['model']['logit_scale'].exp():.4f}")
     if state.get("skipped"):

@@ -1,5 +1,6 @@
 """Retrieval in both directions, as in the paper: Recall@1, 5, 10 and their mean (section 4.1.2), in the tables of section 4.2.
 
+    python evaluate.py --ckpt cn-clip-vit-b-16 --data coco-cn                  # released weights, zero-shot
     python evaluate.py --ckpt runs/finetune/best.pt --data coco-cn
     python evaluate.py --ckpt runs/stage2/best.pt --data demo --json demo.json
     python evaluate.py --ckpt runs/own/best.pt --data /path/to/folder --split test
@@ -221,7 +222,7 @@ def table(result, name, split, model_name, ckpt):
 
 def main():
     parser = argparse.ArgumentParser(description="Recall@K of a checkpoint, in both directions.")
-    parser.add_argument("--ckpt", required=True, help="a checkpoint")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint: a file, a folder, or the name of released weights (see checkpoint.py)")
     parser.add_argument("--data", required=True, help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--split", default="test", help="(default: test)")

@@ -2,8 +2,9 @@
 
     python train.py --stage 1 --vision-weights vision.pt                        # the painted data set, the tiny model
     torchrun --nproc_per_node 8 train.py --stage 1 --vision-weights vision.pt   # the same optimizer steps on 8 processes
+    python train.py --stage 1 --vision-weights ViT-B-16.pt --text-weights chinese-roberta-wwm-ext --data coco-cn    # OpenAI's CLIP and a Chinese RoBERTa
     python train.py --stage 2 --init runs/stage1/last.pt
-    python train.py --stage finetune --data coco-cn --init my.pt --out runs/coco-cn
+    python train.py --stage finetune --data coco-cn --init cn-clip-vit-b-16 --out runs/coco-cn     # released weights
     python train.py --stage 2 --data /path/to/folder --out runs/own             # your own pictures, from scratch
 
 Stage 1 trains the text tower against the frozen vision tower; stage 2 and fine-tuning train both. --batch-size is the global batch, over all processes.

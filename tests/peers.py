@@ -94,7 +94,7 @@ def openai_clip_model(cfg, seed=0):
 
 # ---------------------------------------------------------------------------------------------------------------- files
 #
-# A kind of file: (tensors under its names, how to write them into a folder -> path, the `only` of checkpoint.read)
+# A kind of file: (tensors under its names, how to write them into a folder -> path, the `tower` of checkpoint.read)
 
 
 def cn_clip_file(tensors, folder):
@@ -158,13 +158,13 @@ def half(tensors):
 
 
 FILES = {
-    "cn-clip": (lambda: cn_clip_model(VIT).state_dict(), cn_clip_file, ""),
-    "cn-clip-resnet": (lambda: cn_clip_model(RESNET).state_dict(), cn_clip_file, ""),
-    "cn-clip-flash": (lambda: flash(cn_clip_model(VIT).state_dict()), cn_clip_file, ""),
-    "cn-clip-bare": (lambda: cn_clip_model(VIT).state_dict(), bare_file, ""),
-    "hub-safetensors": (lambda: hub_model(VIT).state_dict(), safetensors_file, ""),
-    "hub-bin": (lambda: hub_model(VIT).state_dict(), bare_file, ""),
-    "hub-shards": (lambda: hub_model(VIT).state_dict(), sharded_folder, ""),
+    "cn-clip": (lambda: cn_clip_model(VIT).state_dict(), cn_clip_file, None),
+    "cn-clip-resnet": (lambda: cn_clip_model(RESNET).state_dict(), cn_clip_file, None),
+    "cn-clip-flash": (lambda: flash(cn_clip_model(VIT).state_dict()), cn_clip_file, None),
+    "cn-clip-bare": (lambda: cn_clip_model(VIT).state_dict(), bare_file, None),
+    "hub-safetensors": (lambda: hub_model(VIT).state_dict(), safetensors_file, None),
+    "hub-bin": (lambda: hub_model(VIT).state_dict(), bare_file, None),
+    "hub-shards": (lambda: hub_model(VIT).state_dict(), sharded_folder, None),
     "openai": (lambda: openai_clip_model(VIT).state_dict(), bare_file, "vision"),
     "openai-torchscript": (lambda: half(openai_clip_model(RESNET).state_dict()), torchscript_file, "vision"),
     "bert-safetensors": (lambda: bert_model(VIT).state_dict(), safetensors_file, "text"),

@@ -103,10 +103,9 @@ def statistics(peer, ours):
     return checkpoint.layout_of(peer.state_dict()).to_ours(dict(peer.state_dict()), keys)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_rn50_gradients_equal_cn_clip_in_fp64(training, tmp_path, monkeypatch):
+def test_rn50_gradients_equal_cn_clip_in_fp64(tmp_path, monkeypatch):
     """In its own memory layout. 1e-6 is far above what ReLUs leave uncertain in fp64 (about 1e-8)."""
-    peer, ours = (model.double().train(training) for model in both(CONFIGS["rn50"], tmp_path))
+    peer, ours = (model.double().train() for model in both(CONFIGS["rn50"], tmp_path))
     pixels, ids = peers.batch(CONFIGS["rn50"])
     theirs, mine = peer_loss(peer, pixels.double(), ids, monkeypatch), our_loss(ours, pixels.double(), ids)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
@@ -139,7 +138,7 @@ def peer_optimizer(model, lr):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999 if resnet else 0.98), eps=1e-8 if resnet else 1e-6)
 
 
-@pytest.mark.parametrize("cfg, dtype", [(peers.SHALLOW["vit-b-32"], torch.float32), (dataclasses.replace(CONFIGS["rn50"], image_size=64, vision_layers=(1, 1, 1, 1)), torch.float64)], ids=["vit-b-32", "rn-fp64"])
+@pytest.mark.parametrize("cfg, dtype", [(peers.SHALLOW["vit-b-32"], torch.float32), (dataclasses.replace(CONFIGS["rn50"], image_size=64, vision_layers=(1, 1, 1, 1), text_layers=1), torch.float64)], ids=["vit-b-32", "rn-fp64"])
 def test_ten_steps_equal_cn_clip(cfg, dtype, tmp_path, monkeypatch):
     """The same weights on the same batches: one process, no dropout, the warmup and cosine of each project. The peer decays some LayerNorm gains by accident: within the tolerance.
     (A ResNet in fp64, for the reason above: Adam makes whole steps of gradients that are rounding.)
