@@ -578,8 +578,10 @@ def hub_url(place):
 
 
 def download(url, path, tries=5):
-    """A file from the web, verified, whole or not at all -> path. A file that is there is not asked for again; a download that was cut goes on where it stopped, `tries` times at
-    once, and when called again. Several processes may ask at the same time: one loads, the others wait. Raises BadInput when the file cannot be had.
+    """A file from the web, whole or not at all -> path. Its size is verified, and its SHA-256 where the server tells it (the hub does). A file that is there is not asked for again.
+
+    A download that was cut goes on where it stopped: up to `tries` times in one call, and when called again. Of several processes that ask, one loads and the others wait.
+    Raises BadInput when the file cannot be had.
     """
     path = Path(path)
     if path.exists():
@@ -589,22 +591,20 @@ def download(url, path, tries=5):
         fcntl.lockf(lock, fcntl.LOCK_EX)                                        # let go when the file is closed, or the process dies
         if path.exists():
             return path
-        failed = 0
-        while True:
+        for attempt in range(1, tries + 1):
             try:
-                size, tag = remote_file(url)
+                place, size, tag = remote_file(url)
                 part = path.with_name(f"{path.name}.{hashlib.md5(f'{tag} {size}'.encode()).hexdigest()[:8]}.part")     # of this version of the file
-                before = part.stat().st_size if part.exists() else 0
-                if before != size:
-                    fetch_rest(url, part, before, size)
+                have = part.stat().st_size if part.exists() else 0
+                if have < size:
+                    fetch_rest(place, part, have, size)
                 break
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-                hopeless = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 416, 429)
-                failed += 1
-                if failed == tries or hopeless:
+            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:         # of the network; a full disk is none of them
+                passing = not isinstance(error, urllib.error.HTTPError) or error.code >= 500 or error.code in (408, 429)    # timeout, too many requests
+                if attempt == tries or not passing:
                     raise BadInput(f"{url}: cannot be downloaded ({getattr(error, 'reason', None) or error}). Run it again to go on from there; HF_ENDPOINT names a mirror, "
                                    "https_proxy a proxy; or load the file by other means and pass its path") from None
-                time.sleep(min(30, 2**failed))
+                time.sleep(min(30, 2**attempt))
         if re.fullmatch("[0-9a-f]{64}", tag) and sha256_of(part) != tag:
             part.unlink()
             raise BadInput(f"{url}: what arrived is not what the server announced (SHA-256); it was deleted. Run it again")
@@ -613,47 +613,46 @@ def download(url, path, tries=5):
 
 
 class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Redirects are not followed: urllib raises them as HTTPError, with the headers that we want."""
+
     def redirect_request(self, *_):
         return None
 
 
 def remote_file(url):
-    """-> (size in bytes, tag of this version; for large files of the hub that is the SHA-256). The hub tells both where it redirects to its storage."""
+    """-> (address, size in bytes, tag of this version: for large files of the hub their SHA-256). The hub tells both where it redirects to its storage."""
     opener = urllib.request.build_opener(_StayHere)
     for _ in range(6):
         try:
-            headers = opener.open(urllib.request.Request(url, method="HEAD", headers={"Accept-Encoding": "identity"}), timeout=30).headers
+            headers = opener.open(urllib.request.Request(url, method="HEAD"), timeout=30).headers
         except urllib.error.HTTPError as error:
+            headers = error.headers
             if error.code not in (301, 302, 303, 307, 308):
                 raise
-            headers = error.headers
             if "X-Linked-Size" not in headers:                                  # moved
                 url = urllib.parse.urljoin(url, headers["Location"])
                 continue
         size = headers["X-Linked-Size"] or headers["Content-Length"] or ""
         if not size.isdecimal():
             raise BadInput(f"{url}: the server does not say how large the file is, so it could not be verified")
-        return int(size), (headers["X-Linked-ETag"] or headers["ETag"] or "").removeprefix("W/").strip('"')
+        return url, int(size), (headers["X-Linked-ETag"] or headers["ETag"] or "").removeprefix("W/").strip('"')
     raise BadInput(f"{url}: redirected without end")
 
 
 def fetch_rest(url, part, have, size):
-    """Append what is still missing to `part`. Raises ConnectionError when the connection ends too early."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-", "Accept-Encoding": "identity"} if have < size else {})
+    """Append to `part` what comes after its first `have` bytes. Raises ConnectionError when the connection ends too early."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         if answer.status != 206 or not (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
-            have = 0                                                            # the server sends the whole
-        with open(part, "r+b" if have else "wb") as f:
-            f.seek(have)
-            f.truncate()
-            start, tick = time.time(), 0.0
-            first = have
+            have = 0                                                            # not what was asked for: take it as the whole file
+        start, first, shown = time.time(), have, 0.0
+        with open(part, "ab" if have else "wb") as f:
             while have < size and (block := answer.read(min(2**20, size - have))):
                 f.write(block)
                 have += len(block)
-                if sys.stderr.isatty() and (time.time() - tick > 0.5 or have == size):
-                    tick = time.time()
-                    left = (size - have) * (tick - start) / (have - first)
+                if sys.stderr.isatty() and (time.time() > shown + 0.5 or have == size):
+                    shown = time.time()
+                    left = (size - have) * (shown - start) / (have - first)
                     print(f"\r{part.name.rsplit('.', 2)[0]}: {have / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {left:,.0f} s left   ", end="" if have < size else "\n", file=sys.stderr, flush=True)
             f.flush()
             os.fsync(f.fileno())

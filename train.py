@@ -59,15 +59,16 @@ def main():
 
     # where the run starts: its own snapshot, else --init, else the towers of --vision-weights and --text-weights, else random weights
     last = Path(args.out) / "last.pt"
-    towers = [source for source in (args.vision_weights, args.text_weights) if source is not None]
-    source = last if last.exists() else " + ".join(towers) if towers else args.init
-    if source == last:
-        state = checkpoint.read(last, mapped=False)                             # into memory, for that file will be replaced
+    towers = [file for file in (args.vision_weights, args.text_weights) if file is not None]
+    if last.exists():
+        source, state = last, checkpoint.read(last, mapped=False)               # mapped optimizer state would keep the old file on the disk after last.pt is replaced
     elif towers:
-        state = checkpoint.read_towers(args.vision_weights, args.text_weights, CONFIGS.get(args.model))
+        source, state = " + ".join(towers), checkpoint.read_towers(args.vision_weights, args.text_weights, CONFIGS.get(args.model))
+    elif args.init is not None:
+        source, state = args.init, checkpoint.read(args.init)
     else:
-        state = checkpoint.read(source) if source is not None else None
-    config = CONFIGS[args.model or "tiny"] if args.model or not state else checkpoint.config_of(state)
+        source, state = "random weights", {}
+    config = CONFIGS[args.model] if args.model else checkpoint.config_of(state) if state else CONFIGS["tiny"]
 
     # data and settings
     train_split, valid_split = (data.open_split(args.data, split, args.data_root, config.context_length) for split in ("train", "valid"))
@@ -89,7 +90,7 @@ def main():
     first_step = run.resume(state) if source == last else 0
     if state:
         checkpoint.load_into(model, state, source)
-    run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state or {}))
+    run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
     if first_step == total:
         return run.say(f"nothing to do: {run.summary(total)}. To train on from there: --init {last} with another --out")
@@ -361,7 +362,7 @@ def description(settings, model, train_split, valid_split, device, world, first_
     if settings.data == "demo":
         lines.append("Training on the painted demo data set. For the real thing pass --data coco-cn, flickr30k-cn or a folder, and --model vit-b-16 or another size.")
     lines.append(f"stage {settings.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
-                 f"starts from {source or 'random weights'}")
+                 f"starts from {source}")
     if state.get("skipped"):
         lines.append(f"left out: {', '.join(state['skipped'])}")
     if settings.stage == "1" and settings.init is None and settings.vision_weights is None:
@@ -382,7 +383,7 @@ def parse_args(argv=None):
                          + [row(stage, model, sets[stage].values()) for stage in STAGES for model, sets in (("tiny", TINY), ("other models", STAGES))])
     parser = argparse.ArgumentParser(description="Train CE-CLIP.", epilog=f"{__doc__}\n{defaults}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(STAGES), required=True, help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
-    parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init, else tiny)")
+    parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init or --vision-weights, else tiny)")
     parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder (default: demo)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--init", help="a checkpoint to start from: a file, a folder, or the name of released weights (see checkpoint.py)")

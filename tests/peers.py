@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from model import CONFIGS
+from tokenizer import CLS, PAD, SEP
 
 # Released sizes at full width, two blocks deep: what a test can afford
-SHALLOW = {name: dataclasses.replace(CONFIGS[name], vision_layers=2, text_layers=2) for name in ("vit-b-32", "vit-b-16", "vit-l-14", "vit-l-14-336", "vit-h-14")}
+SHALLOW = {name: dataclasses.replace(CONFIGS[name], vision_layers=2, text_layers=2) for name in ("vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14")}
 # Small ones, with heads 64 wide as in the peers. Their widths are not in CONFIGS: the fixture `small_sizes` (conftest.py) adds them.
 VIT = dataclasses.replace(CONFIGS["vit-b-16"], embed_dim=32, image_size=32, vision_layers=2, vision_width=192, vision_heads=3, patch_size=8, text_layers=2, text_width=64, text_heads=1,
                           text_positions=64)
@@ -32,9 +33,9 @@ def batch(cfg, n=4, seed=0):
     """pixels (n, 3, R, R) and ids (n, 52): captions of several lengths, as the tokenizer pads them."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(200, cfg.vocab_size, (n, 52), generator=g)
-    ids[:, 0] = 101
+    ids[:, 0] = CLS
     for row, length in enumerate(torch.randint(4, 53, (n,), generator=g)):
-        ids[row, length - 1], ids[row, length:] = 102, 0
+        ids[row, length - 1], ids[row, length:] = SEP, PAD
     pixels = F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size=(cfg.image_size, cfg.image_size), mode="bicubic")     # blots: more like pictures than noise is
     return pixels, ids
 

@@ -20,8 +20,8 @@ from loss import contrastive_loss
 from model import CONFIGS
 from tokenizer import CLS, MASK, SEP, UNK, VOCAB, Tokenizer
 
-SIZES = pytest.mark.parametrize("cfg", [CONFIGS["rn50"], CONFIGS["vit-b-16"], *(peers.SHALLOW[k] for k in ("vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"))],
-                                ids=["rn50", "vit-b-16", "vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"])
+VITS = {"vit-b-16": CONFIGS["vit-b-16"], **peers.SHALLOW}
+ALL = {"rn50": CONFIGS["rn50"], **VITS}
 
 
 def peer_loss(model, pixels, ids, monkeypatch):
@@ -54,7 +54,7 @@ def both(cfg, tmp_path):
     return peer, without_dropout(ours)
 
 
-def assert_equal_tensors(ours, theirs, tolerance):
+def assert_close_tensors(ours, theirs, tolerance):
     """Relative L2 distance of each tensor. (The attention pool's key bias has no gradient but rounding: softmax does not see a constant.)"""
     assert ours.keys() == theirs.keys()
     distance = {k: ((ours[k] - theirs[k]).norm() / theirs[k].norm()).item() for k in theirs if not (k.endswith("key.bias") and theirs[k].norm() < 1e-6)}
@@ -63,9 +63,9 @@ def assert_equal_tensors(ours, theirs, tolerance):
     assert distance[worst] <= tolerance, (worst, distance[worst])
 
 
-def in_our_names(model, tensors):
-    """cn_clip's tensors or gradients under our names."""
-    return checkpoint.layout_of(tensors).to_ours(dict(tensors), [k for k, _ in model.named_parameters()])
+def in_our_names(keys, tensors):
+    """cn_clip's tensors or gradients under our names `keys`."""
+    return checkpoint.layout_of(tensors).to_ours(dict(tensors), keys)
 
 
 def gradients(model, loss):
@@ -74,7 +74,7 @@ def gradients(model, loss):
     return {k: p.grad for k, p in model.named_parameters()}
 
 
-@SIZES
+@pytest.mark.parametrize("cfg", ALL.values(), ids=ALL)
 def test_embeddings_loss_and_gradients_equal_cn_clip(cfg, tmp_path, monkeypatch):
     """Embeddings in evaluation mode; loss and gradients in training mode without dropout (rn50: BatchNorm over the batch).
 
@@ -93,14 +93,9 @@ def test_embeddings_loss_and_gradients_equal_cn_clip(cfg, tmp_path, monkeypatch)
     monkeypatch.setattr(torch, "channels_last", torch.contiguous_format)
     theirs, mine = peer_loss(peer.train(), pixels, ids, monkeypatch), our_loss(ours.train(), pixels, ids)
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=0)
-    assert_equal_tensors(gradients(ours, mine), in_our_names(ours, gradients(peer, theirs)), 1e-4)
-    assert all(torch.allclose(x, ours.state_dict()[k], rtol=1e-5, atol=1e-6) for k, x in statistics(peer, ours).items())
-
-
-def statistics(peer, ours):
-    """BatchNorm's running means and variances, under our names."""
-    keys = [k for k, _ in ours.named_buffers()]
-    return checkpoint.layout_of(peer.state_dict()).to_ours(dict(peer.state_dict()), keys)
+    assert_close_tensors(mine := gradients(ours, mine), in_our_names(mine, gradients(peer, theirs)), 1e-4)
+    buffers = dict(ours.named_buffers())                                        # BatchNorm's means and variances
+    assert all(torch.allclose(x, buffers[k], rtol=1e-5, atol=1e-6) for k, x in in_our_names(buffers, peer.state_dict()).items())
 
 
 def test_rn50_gradients_equal_cn_clip_in_fp64(tmp_path, monkeypatch):
@@ -109,10 +104,11 @@ def test_rn50_gradients_equal_cn_clip_in_fp64(tmp_path, monkeypatch):
     pixels, ids = peers.batch(CONFIGS["rn50"])
     theirs, mine = peer_loss(peer, pixels.double(), ids, monkeypatch), our_loss(ours, pixels.double(), ids)
     torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
-    assert_equal_tensors({k: g.float() for k, g in gradients(ours, mine).items()}, in_our_names(ours, gradients(peer, theirs)), 1e-6)
+    mine = {k: g.float() for k, g in gradients(ours, mine).items()}
+    assert_close_tensors(mine, in_our_names(mine, gradients(peer, theirs)), 1e-6)
 
 
-@pytest.mark.parametrize("cfg", [CONFIGS["vit-b-16"], *(peers.SHALLOW[k] for k in ("vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"))], ids=["vit-b-16", "vit-b-32", "vit-l-14", "vit-l-14-336", "vit-h-14"])
+@pytest.mark.parametrize("cfg", VITS.values(), ids=VITS)
 def test_embeddings_equal_transformers_both_ways(cfg, tmp_path):
     transformers = pytest.importorskip("transformers")
     theirs = peers.hub_model(cfg)
@@ -162,7 +158,8 @@ def test_ten_steps_equal_cn_clip(cfg, dtype, tmp_path, monkeypatch):
         keys = torch.arange(len(ids))
         mine = train.train_step(ours, pixels, ids, keys, keys, optimizers[1], scaler, autocast)
         torch.testing.assert_close(mine, theirs.detach(), rtol=1e-5, atol=0)
-    assert_equal_tensors({k: p.float() for k, p in ours.named_parameters()}, in_our_names(ours, dict(peer.named_parameters())), 1e-5)
+    mine = {k: p.detach().float() for k, p in ours.named_parameters()}
+    assert_close_tensors(mine, in_our_names(mine, dict(peer.named_parameters())), 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ids and pixels

@@ -20,6 +20,7 @@ PAD, UNK, CLS, SEP, MASK = 0, 100, 101, 102, 103
 # Where the library's normalizer is not BERT's: it takes this part of CJK Extension E for letters of a longer word, and drops private-use characters (icons of web fonts), which
 # make their word [UNK] in BERT. The first are spaced out here, the others become a letter that no entry of the vocabulary has.
 ODD = re.compile("([\U0002B820-\U0002B91F])|[\uE000-\uF8FF\U000F0000-\U0010FFFF]")
+UNKNOWN_LETTER = "ꀀ"                                                             # of the Yi script
 
 
 class Tokenizer:
@@ -30,12 +31,13 @@ class Tokenizer:
         self.wordpiece = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
         self.wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)      # clean control characters, space out Chinese, strip accents
         self.wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        self.prefix, self.warned = name and f"{name}: ", False
+        self.prefix = f"{name}: " if name else ""
+        self.warned = False
 
     def __call__(self, texts, context_length: int = 52):
         """A list of strings (or one string) -> (len(texts), context_length) int64. Warns once, with the count, when captions are cut."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        texts = [ODD.sub(lambda c: f" {c[1]} " if c[1] else "ꀀ", t.lower().replace("“", '"').replace("”", '"')) for t in texts]
+        texts = [ODD.sub(lambda c: f" {c[1]} " if c[1] else UNKNOWN_LETTER, t.lower().replace("“", '"').replace("”", '"')) for t in texts]
         room, cut, rows = context_length - 2, 0, []
         for encoding in self.wordpiece.encode_batch_fast(texts):
             tokens = encoding.ids
