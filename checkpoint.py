@@ -107,7 +107,10 @@ def read(source, tower=None, mapped=True):
     read into memory.
     """
     path = find(source)
-    content = open_folder(path) if path.is_dir() else open_file(path, mapped)
+    try:
+        content = open_folder(path) if path.is_dir() else open_file(path, mapped)
+    except BadInput as error:
+        raise BadInput(f"{error}. Delete it, and it will be downloaded again" if path != Path(source) else str(error)) from None
     state = read_own(content, path) if content.get("format") == FORMAT else read_foreign(content, path, tower)
     if tower is None:
         return state
@@ -133,12 +136,12 @@ def read_towers(vision, text, config=None):
     if vision is None and config is None:
         raise BadInput(f"--text-weights {text}: which vision tower goes with it? Pass --vision-weights or --model")
     states = {tower: read(source, tower) for tower, source in (("vision", vision), ("text", text)) if source is not None}
-    merged = {"config": dataclasses.asdict(config or row_like(states["vision"]["config"])), "model": {}, "towers": tuple(states), "skipped": []}
+    merged = {"config": dataclasses.asdict(config or row_like(states["vision"]["config"])), "model": {}, "towers": tuple(states)}
     for state in states.values():
         merged["config"] |= state["config"]
         merged["model"] |= state["model"]
-        merged["skipped"] += state.get("skipped", [])
-    return merged
+    left_out = [f"{state['skipped']} of {source}" for state, source in zip(states.values(), (s for s in (vision, text) if s is not None)) if state.get("skipped")]
+    return merged | {"skipped": "; ".join(left_out)}
 
 
 def config_of(state):
@@ -180,8 +183,8 @@ def resized(state, image_size):
     step = config.patch_size or 32                                              # a ResNet halves its map five times
     if image_size == config.image_size:
         return state
-    if not 0 < image_size <= 4096 or image_size % step:
-        raise BadInput(f"a picture size of {image_size} does not fit: this model takes multiples of {step}, up to 4096")
+    if not isinstance(image_size, int) or not 0 < image_size <= 4096 or image_size % step:
+        raise BadInput(f"a picture size of {image_size!r} does not fit: this model takes multiples of {step}, up to 4096")
     key = "vision.position_embed" if config.patch_size else "vision.attention_pool.position_embed"
     table, side, new = state["model"][key], config.image_size // step, image_size // step
     grid = table[1:].view(1, side, side, -1).permute(0, 3, 1, 2)                                    # (1, C, side, side)
@@ -391,7 +394,7 @@ def read_foreign(content, path, tower):
             expected[key] = expected[key].to(tensors[key].dtype)
     check(tensors, expected, path, config)
     return {"config": dataclasses.asdict(config), "model": layout.to_ours(tensors, ours), "layout": layout.name,
-            "skipped": [f"{prefix}* ({n})" for prefix, n in sorted(Counter(skipped.values()).items())]}
+            "skipped": ", ".join(f"{prefix}* ({n})" for prefix, n in sorted(Counter(skipped.values()).items()))}
 
 
 def sizes_of(tensors, layout, hub, tower):
@@ -520,7 +523,7 @@ def open_folder(path):
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     file = next((path / name for name in names if (path / name).exists()), None)
     if file is None:
-        raise BadInput(f"{path}: a folder without {' or '.join(names[::2])}; name the file")
+        raise BadInput(f"{path}: a folder without {' or '.join(names[::2])}; name the file" + (f", perhaps {path / 'best.pt'}" if (path / "best.pt").exists() else ""))
     if file.suffix != ".json":
         return open_file(file, mapped=False)
     shard_of, tensors = read_json(file).get("weight_map"), {}
@@ -637,11 +640,7 @@ def export(model, path, format="cn-clip"):
     "cn-clip": a .pt file for cn_clip (load_from_name). "huggingface": a folder for transformers (ChineseCLIPModel and
     ChineseCLIPProcessor, from_pretrained); ViT only, for it has no ResNet.
     """
-    path, cfg, name = Path(path), model.cfg, name_of(model.cfg)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise BadInput(f"{path}: is there already; choose another place")
-    if not path.resolve().parent.is_dir():
-        raise BadInput(f"{path}: its folder {path.resolve().parent} does not exist")
+    path, cfg, name = free_place(path), model.cfg, name_of(model.cfg)
     if cfg.vocab_size != Config.vocab_size:
         raise BadInput(f"a model with {cfg.vocab_size} tokens is not for other tools: their vocabulary has {Config.vocab_size:,}")
     ours = {key: x.detach().cpu().float() if x.is_floating_point() else x.cpu() for key, x in model.state_dict().items()}
@@ -652,9 +651,17 @@ def export(model, path, format="cn-clip"):
     raise BadInput(f"format {format!r}: cn-clip or huggingface")
 
 
+def free_place(path):
+    """The path, where nothing is yet and something can be."""
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise BadInput(f"{path}: is there already; choose another place")
+    if not path.resolve().parent.is_dir():
+        raise BadInput(f"{path}: its folder {path.resolve().parent} does not exist")
+    return path
+
+
 def export_cn_clip(ours, path, cfg, name):
-    if path.is_dir():
-        raise BadInput(f"{path}: is a folder; cn-clip weights are one file")
     layout = Layout("Chinese-CLIP", resnet=None if cfg.patch_size else cfg.vision_layers)
     # such a file cannot say how many heads there are, and with other heads the same weights mean something else
     for tower, width in (("vision", cfg.vision_width), ("text", cfg.text_width)):
@@ -666,7 +673,8 @@ def export_cn_clip(ours, path, cfg, name):
     if name not in PEER_NAMES:
         return f"{path}: in the format of cn_clip, which has no name for these sizes (checkpoint.load opens it)"
     vision, text = PEER_NAMES[name]
-    return f'{path}: cn_clip.clip.load_from_name("{path}", vision_model_name="{vision}", text_model_name="{text}", input_resolution={cfg.image_size})'
+    return (f'{path}: model, preprocess = cn_clip.clip.load_from_name("{path}", vision_model_name="{vision}", text_model_name="{text}", input_resolution={cfg.image_size}); model.eval()'
+            "   # eval: it comes with dropout on; and rounded to half precision, which is cn_clip's way")
 
 
 def export_huggingface(ours, path, cfg):
@@ -717,6 +725,8 @@ def main():
     parser.add_argument("--export", metavar="PATH", help="write the model there")
     parser.add_argument("--format", choices=("cn-clip", "huggingface"), default="cn-clip", help="of --export: a .pt file for cn_clip, or a folder for transformers (default: cn-clip)")
     args = parser.parse_args()
+    if args.export is not None:
+        free_place(args.export)                                                 # before the reading, which takes longer
     state = read(args.source)
     if args.image_size is not None:
         state = resized(state, args.image_size)
@@ -724,7 +734,7 @@ def main():
     print(f"{args.source}: {state.get('layout', 'CE-CLIP')}, {name_of(model.cfg)}, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"pictures of {model.cfg.image_size} x {model.cfg.image_size}, temperature {1 / state['model']['logit_scale'].exp():.4f}")
     if state.get("skipped"):
-        print(f"left out: {', '.join(state['skipped'])}")
+        print(f"left out: {state['skipped']}")
     if args.export is not None:
         load_into(model, state, args.source, assign=True)
         print(export(model, args.export, args.format))

@@ -574,7 +574,10 @@ class PaintedSplit(Split):
 
 def hub_url(place):
     """The address of a file of the Hugging Face hub, or of the mirror that HF_ENDPOINT names. (Proxies: https_proxy, as everywhere.)"""
-    return f"{(os.environ.get('HF_ENDPOINT') or 'https://huggingface.co').rstrip('/')}/{place}"
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if not endpoint.startswith(("https://", "http://")):
+        raise BadInput(f"HF_ENDPOINT={endpoint}: it must begin with https://")
+    return f"{endpoint}/{place}"
 
 
 def download(url, path, tries=5):
@@ -597,14 +600,17 @@ def download(url, path, tries=5):
                 part = path.with_name(f"{path.name}.{hashlib.md5(f'{tag} {size}'.encode()).hexdigest()[:8]}.part")     # of this version of the file
                 have = part.stat().st_size if part.exists() else 0
                 if have < size:
+                    print(f"downloading {url} to {path}: {(size - have) / 2**20:,.0f}{f' of {size / 2**20:,.0f}' * bool(have)} MiB", file=sys.stderr, flush=True)
                     fetch_rest(place, part, have, size)
                 break
             except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:         # of the network; a full disk is none of them
                 passing = not isinstance(error, urllib.error.HTTPError) or error.code >= 500 or error.code in (408, 429)    # timeout, too many requests
+                what = f"{url}: cannot be downloaded ({error if isinstance(error, urllib.error.HTTPError) else getattr(error, 'reason', None) or error})"
                 if attempt == tries or not passing:
-                    raise BadInput(f"{url}: cannot be downloaded ({getattr(error, 'reason', None) or error}). Run it again to go on from there; HF_ENDPOINT names a mirror, "
-                                   "https_proxy a proxy; or load the file by other means and pass its path") from None
-                time.sleep(min(30, 2**attempt))
+                    raise BadInput(f"{what}. {'Run it again to go on from there; ' * passing}HF_ENDPOINT names a mirror, https_proxy a proxy; or load the file by other means "
+                                   "and pass its path") from None
+                print(f"{what}; trying again in {2**attempt} s", file=sys.stderr, flush=True)
+                time.sleep(2**attempt)
         if re.fullmatch("[0-9a-f]{64}", tag) and sha256_of(part) != tag:
             part.unlink()
             raise BadInput(f"{url}: what arrived is not what the server announced (SHA-256); it was deleted. Run it again")

@@ -364,7 +364,7 @@ def description(settings, model, train_split, valid_split, device, world, first_
     lines.append(f"stage {settings.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
                  f"starts from {source}")
     if state.get("skipped"):
-        lines.append(f"left out: {', '.join(state['skipped'])}")
+        lines.append(f"left out: {state['skipped']}")
     if settings.stage == "1" and settings.init is None and settings.vision_weights is None:
         lines.append("note: the frozen vision tower has random weights, from which little can be learned; stage 1 is meant to start from a trained one (--vision-weights or --init)")
     lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
@@ -372,7 +372,9 @@ def description(settings, model, train_split, valid_split, device, world, first_
         lines.append(f"warning: --batch-size {settings.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs; a smaller one, with more --epochs, learns more")
     if len(valid_split.image_ids) < 50:
         lines.append(f"warning: {len(valid_split.image_ids)} pictures in {valid_split.name} are too few to choose a checkpoint well; 100 or more are better")
-    lines.append(f"{settings.total_steps:,} steps of {settings.batch_size:,} pairs; {world} process{'es' if world > 1 else ''}, {device.type}, {settings.precision}" + (f"; continues after step {first_step:,}" if first_step else ""))
+    if settings.stage == "finetune" and source == "random weights":
+        lines.append("note: there is nothing to fine-tune in random weights; name a checkpoint, for example --init cn-clip-vit-b-16")
+    lines.append(f"{settings.total_steps:,} step{'s' * (settings.total_steps > 1)} of {settings.batch_size:,} pairs; {world} process{'es' if world > 1 else ''}, {device.type}, {settings.precision}" + (f"; continues after step {first_step:,}" if first_step else ""))
     lines.append("settings: " + " ".join(f"{k}={v}" for k, v in vars(settings).items()))
     return "\n".join(lines)
 
