@@ -26,7 +26,7 @@ import math
 import os
 import pickle
 import re
-import shutil
+import tempfile
 import warnings
 import zipfile
 from collections import Counter
@@ -66,7 +66,8 @@ def write(path, fill):
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
-        with open(part, "wb") as f:
+        part.unlink(missing_ok=True)                                            # of a killed run; or a link, whose target is not ours
+        with open(part, "xb") as f:
             fill(f)
             f.flush()
             os.fsync(f.fileno())
@@ -125,7 +126,7 @@ def read_own(state, path):
     except Exception as error:                                                  # a config can be wrong in many ways
         raise BadInput(f"{path}: its config does not describe a model of this version ({type(error).__name__}: {error})") from None
     check(state["model"], expected, path, config_of(state))
-    return state
+    return {key: value for key, value in state.items() if key not in ("layout", "towers", "skipped")} | {"model": {key: x.detach() for key, x in state["model"].items()}}
 
 
 def read_towers(vision, text, config=None):
@@ -140,6 +141,10 @@ def read_towers(vision, text, config=None):
     for state in states.values():
         merged["config"] |= state["config"]
         merged["model"] |= state["model"]
+    try:
+        empty_model(config_of(merged))
+    except ValueError as error:
+        raise BadInput(f"{text}: its sizes do not go together with the rest of the model ({error})") from None
     left_out = [f"{state['skipped']} of {source}" for state, source in zip(states.values(), (s for s in (vision, text) if s is not None)) if state.get("skipped")]
     return merged | {"skipped": "; ".join(left_out)}
 
@@ -196,9 +201,11 @@ def resized(state, image_size):
 def check(theirs, expected, path, config):
     """A file's tensors, one by one, against what its sizes ask for."""
     compare(theirs, expected, f"{path}: not a whole model ({name_of(config)})")
-    broken = [key for key, x in theirs.items() if not x.isfinite().all()]
-    if broken:
-        raise BadInput(f"{path}: {broken[0]} holds NaN or infinity: the file is damaged, or the training that wrote it diverged")
+    for key, x in theirs.items():
+        if x.is_meta:
+            raise BadInput(f"{path}: {key} has a shape but no numbers (a meta tensor)")
+        if not x.isfinite().all():
+            raise BadInput(f"{path}: {key} holds NaN or infinity: the file is damaged, or the training that wrote it diverged")
 
 
 def compare(theirs, expected, message):
@@ -211,10 +218,14 @@ def compare(theirs, expected, message):
 
 def kind(x):
     """Shape and type of a plain tensor, in words; for anything else, what it is."""
-    if not torch.is_tensor(x):
-        return f"a {type(x).__name__}"
-    odd = [] if x.layout == torch.strided else [x.layout]
-    return " ".join(map(str, [tuple(x.shape), x.dtype, *odd])).replace("torch.", "")
+    if is_plain(x):
+        return f"{tuple(x.shape)} {x.dtype}".replace("torch.", "")
+    return f"a {'nested' if x.is_nested else x.layout} tensor" if torch.is_tensor(x) else f"a {type(x).__name__}"
+
+
+def is_plain(x):
+    """Whether x is an ordinary tensor, not a sparse or nested one."""
+    return torch.is_tensor(x) and x.layout == torch.strided and not x.is_nested
 
 
 def name_of(config):
@@ -288,7 +299,7 @@ FLASH = {                                                                       
 }
 TRANSPOSED = ("visual_projection.weight", "text_projection.weight")             # weights of a Linear (D, C) at transformers; matrices (C, D) in ours, as in CLIP
 
-CONVERTED = (torch.float16, torch.bfloat16, torch.float64)                      # become float32
+CONVERTED = (torch.float16, torch.bfloat16)                                     # become float32
 # What is left out of a file, by the beginning of its key: BERT's pooler and its list of positions; the pretraining heads of BERT; of the other tower, everything
 UNUSED = ("bert.pooler.", "text_model.pooler.", "bert.embeddings.position_ids", "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
 SKIPPED = {
@@ -390,7 +401,7 @@ def read_foreign(content, path, tower):
     for key in skipped:
         del tensors[key]
     for key in expected.keys() & tensors.keys():
-        if torch.is_tensor(tensors[key]) and tensors[key].dtype in CONVERTED and expected[key].is_floating_point():
+        if is_plain(tensors[key]) and tensors[key].dtype in CONVERTED and expected[key].is_floating_point():
             expected[key] = expected[key].to(tensors[key].dtype)
     check(tensors, expected, path, config)
     return {"config": dataclasses.asdict(config), "model": layout.to_ours(tensors, ours), "layout": layout.name,
@@ -404,7 +415,7 @@ def sizes_of(tensors, layout, hub, tower):
     def size(axis, *keys):
         """The length of this axis of our tensors `keys`, under their names here."""
         names = [layout.names(key)[0] for key in keys]
-        shapes = [tensors[name].shape[:: -1 if name in TRANSPOSED else 1] for name in names if torch.is_tensor(tensors.get(name))]
+        shapes = [tensors[name].shape[:: -1 if name in TRANSPOSED else 1] for name in names if is_plain(tensors.get(name))]
         lengths = [shape[axis] for shape in shapes if len(shape) > abs(axis)]
         if lengths:
             return mode(lengths)
@@ -416,7 +427,7 @@ def sizes_of(tensors, layout, hub, tower):
             raise BadInput(f"shapes do not tell the heads of a {tower} tower {width} wide; add its sizes to CONFIGS in model.py")
         return known
 
-    side = lambda key: math.isqrt(size(0, key) - 1)                             # of the grid, in a table of 1 + side² positions
+    side = lambda key: math.isqrt(max(0, size(0, key) - 1))                     # of the grid, in a table of 1 + side² positions
     norms = lambda tower, layers: [f"{tower}.blocks.{i}.norm{n}.weight" for i in range(layers) for n in (1, 2)]
     sizes = {}
     if tower != "text" and layout.resnet:
@@ -434,8 +445,9 @@ def sizes_of(tensors, layout, hub, tower):
             raise BadInput(f"{layout.names('text.word_embed.weight')[0]} has {tokens:,} rows, but the tokenizer {Config.vocab_size:,} tokens")
         width = size(0, "text.norm.weight", "text.norm.bias", *norms("text", layers))
         sizes |= {"text_layers": layers, "text_width": width, "text_heads": heads("text", width), "vocab_size": tokens, "text_positions": size(0, "text.position_embed.weight")}
-        if "text_dropout" in hub:
-            sizes["text_dropout"] = hub["text_dropout"]
+    for field, value in hub.items():
+        if sizes.setdefault(field, value) != value:
+            raise BadInput(f"its config.json says {field} {value}, its tensors say {sizes[field]}")
     return sizes
 
 
@@ -467,11 +479,9 @@ def hub_fields(path, layout, tower):
         for key, value in (("hidden_act", activation), ("layer_norm_eps", epsilon)):
             if part.get(key, value) != value:
                 raise BadInput(f"its config.json says {key} {part[key]} for the {name} tower; the model here has {value}")
-        heads, dropout = part.get("num_attention_heads"), part.get("hidden_dropout_prob")
-        if isinstance(heads, int) and heads > 0:
-            fields[f"{name}_heads"] = heads
-        if name == "text" and isinstance(dropout, float) and 0 <= dropout < 1:
-            fields["text_dropout"] = dropout
+        told = {f"{name}_heads": "num_attention_heads", f"{name}_layers": "num_hidden_layers", f"{name}_width": "hidden_size"}
+        told |= {"patch_size": "patch_size", "image_size": "image_size"} if name == "vision" else {"text_dropout": "hidden_dropout_prob"}
+        fields |= {field: part[key] for field, key in told.items() if key in part}
     return fields
 
 
@@ -482,6 +492,8 @@ def find(source):
     """A path, or a name of NAMES, whose file is downloaded once -> path."""
     path = Path(source)
     if str(source) and path.exists():
+        if not path.is_file() and not path.is_dir():
+            raise BadInput(f"{source}: neither a file nor a folder")
         return path
     if str(source) not in NAMES:
         raise BadInput(f"{source}: there is no such checkpoint. Name a file, a folder, or one of {', '.join(NAMES)}")
@@ -500,6 +512,7 @@ def open_file(path, mapped=True):
                 if archive.testzip():                                           # torch.load itself checks no checksums
                     raise zipfile.BadZipFile("a checksum is wrong")
                 scripted = any(name.endswith("/constants.pkl") for name in archive.namelist())
+                mapped &= all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())     # what is compressed cannot be used in place
                 content = read_torchscript(archive) if scripted else torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         elif start[8:] == b"{":                                                 # after the length of its JSON, see read_safetensors
             content = read_safetensors(path)
@@ -510,7 +523,7 @@ def open_file(path, mapped=True):
     except Exception as error:                                                  # many kinds for a damaged file
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():           # of torch's weights-only unpickler, and of ours
             raise BadInput(f"{path}: it holds more than tensors and plain values, and reading that could run code: refused") from None
-        raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else ({type(error).__name__})") from None
+        raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path}: not a checkpoint: it holds a {type(content).__name__}, not a table of named tensors")
     return content
@@ -586,15 +599,14 @@ def write_safetensors(f, tensors):
         f.write(x.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-class ScriptModule:
-    """Stands for a module of a TorchScript archive, whose class would come from the archive's own code."""
-
-
 def read_torchscript(archive):
     """The tensors of a TorchScript archive, without the code in it -> {name: tensor}: data.pkl describes nested modules; numbers lie in data/0, data/1, …"""
     root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rpartition("/")[0]
     dtypes = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "FloatStorage": torch.float32, "DoubleStorage": torch.float64, "LongStorage": torch.int64,
               "IntStorage": torch.int32, "BoolStorage": torch.bool}
+
+    class ScriptModule:
+        """Stands for every module, whose class would come from the archive's own code."""
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
@@ -614,9 +626,12 @@ def read_torchscript(archive):
             _, dtype, name, _, count = reference                                # "storage", type, file, device, length
             return torch.frombuffer(bytearray(archive.read(f"{root}/data/{name}")), dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
-    tensors, waiting = {}, [("", Unpickler(archive.open(f"{root}/data.pkl")).load())]
+    tensors, waiting, seen = {}, [("", Unpickler(archive.open(f"{root}/data.pkl")).load())], []
     while waiting:
         prefix, module = waiting.pop()
+        if any(module is other for other in seen):
+            raise ValueError("a module contains itself")
+        seen.append(module)
         for name, value in vars(module).items():
             if torch.is_tensor(value):
                 tensors[prefix + name] = value
@@ -640,15 +655,20 @@ def export(model, path, format="cn-clip"):
     "cn-clip": a .pt file for cn_clip (load_from_name). "huggingface": a folder for transformers (ChineseCLIPModel and
     ChineseCLIPProcessor, from_pretrained); ViT only, for it has no ResNet.
     """
-    path, cfg, name = free_place(path), model.cfg, name_of(model.cfg)
+    path, cfg = free_place(path), model.cfg
     if cfg.vocab_size != Config.vocab_size:
         raise BadInput(f"a model with {cfg.vocab_size} tokens is not for other tools: their vocabulary has {Config.vocab_size:,}")
+    if format not in ("cn-clip", "huggingface"):
+        raise BadInput(f"format {format!r}: cn-clip or huggingface")
     ours = {key: x.detach().cpu().float() if x.is_floating_point() else x.cpu() for key, x in model.state_dict().items()}
-    if format == "cn-clip":
-        return export_cn_clip(ours, path, cfg, name)
-    if format == "huggingface":
-        return export_huggingface(ours, path, cfg)
-    raise BadInput(f"format {format!r}: cn-clip or huggingface")
+    check(ours, ours, path, cfg)
+    try:
+        with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=f".{path.name}.") as folder:    # it appears under its name when everything is written
+            said = export_cn_clip(ours, Path(folder) / "whole", path, cfg) if format == "cn-clip" else export_huggingface(ours, Path(folder) / "whole", path, cfg)
+            os.replace(Path(folder) / "whole", path)
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error})") from None
+    return said
 
 
 def free_place(path):
@@ -661,7 +681,8 @@ def free_place(path):
     return path
 
 
-def export_cn_clip(ours, path, cfg, name):
+def export_cn_clip(ours, part, path, cfg):
+    """Write the file `part`, which will be `path`."""
     layout = Layout("Chinese-CLIP", resnet=None if cfg.patch_size else cfg.vision_layers)
     # such a file cannot say how many heads there are, and with other heads the same weights mean something else
     for tower, width in (("vision", cfg.vision_width), ("text", cfg.text_width)):
@@ -669,7 +690,8 @@ def export_cn_clip(ours, path, cfg, name):
         if heads != getattr(cfg, f"{tower}_heads"):
             raise BadInput(f"a cn-clip file says nothing of heads, and with this width its readers take {heads} for the {tower} tower; this model has {getattr(cfg, f'{tower}_heads')}")
     tensors = {f"module.{key}": x.clone(memory_format=torch.contiguous_format) for key, x in layout.to_theirs(ours).items()}    # clone: views would be written with their whole matrix
-    write(path, lambda f: torch.save({"epoch": 0, "step": 0, "name": name, "state_dict": tensors}, f))
+    name = name_of(cfg)
+    write(part, lambda f: torch.save({"epoch": 0, "step": 0, "name": name, "state_dict": tensors}, f))
     if name not in PEER_NAMES:
         return f"{path}: in the format of cn_clip, which has no name for these sizes (checkpoint.load opens it)"
     vision, text = PEER_NAMES[name]
@@ -677,7 +699,8 @@ def export_cn_clip(ours, path, cfg, name):
             "   # eval: it comes with dropout on; and rounded to half precision, which is cn_clip's way")
 
 
-def export_huggingface(ours, path, cfg):
+def export_huggingface(ours, part, path, cfg):
+    """Write the folder `part`, which will be `path`."""
     if not cfg.patch_size:
         raise BadInput("transformers has no ChineseCLIPModel with a ResNet; export it as cn-clip")
     tower = lambda width, layers, heads: {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": 4 * width}
@@ -699,19 +722,11 @@ def export_huggingface(ours, path, cfg):
     }
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": cfg.context_length, "cls_token": "[CLS]", "sep_token": "[SEP]",
                  "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
-    part = path.with_name(path.name + ".part")                                  # the folder appears under its name when everything is in it
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir()
-        for name, content in (("config.json", config), ("preprocessor_config.json", processor), ("tokenizer_config.json", tokenizer)):
-            write(part / name, lambda f, content=content: f.write((json.dumps(content, indent=2) + "\n").encode()))
-        write(part / "vocab.txt", lambda f: f.write(VOCAB.read_bytes()))
-        write(part / "model.safetensors", lambda f: write_safetensors(f, Layout("Hugging Face").to_theirs(ours)))
-        os.replace(part, path)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name, content in (("config.json", config), ("preprocessor_config.json", processor), ("tokenizer_config.json", tokenizer)):
+        write(part / name, lambda f, content=content: f.write((json.dumps(content, indent=2) + "\n").encode()))
+    write(part / "vocab.txt", lambda f: f.write(VOCAB.read_bytes()))
+    write(part / "model.safetensors", lambda f: write_safetensors(f, Layout("Hugging Face").to_theirs(ours)))
     return f'{path}: transformers.ChineseCLIPModel.from_pretrained("{path}"), ChineseCLIPProcessor.from_pretrained("{path}")'
 
 

@@ -591,7 +591,7 @@ def download(url, path, tries=5):
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_name(path.name + ".lock"), "w") as lock:
-        fcntl.lockf(lock, fcntl.LOCK_EX)                                        # let go when the file is closed, or the process dies
+        fcntl.flock(lock, fcntl.LOCK_EX)                                        # let go when the file is closed, or the process dies
         if path.exists():
             return path
         for attempt in range(1, tries + 1):
@@ -603,8 +603,8 @@ def download(url, path, tries=5):
                     print(f"downloading {url} to {path}: {(size - have) / 2**20:,.0f}{f' of {size / 2**20:,.0f}' * bool(have)} MiB", file=sys.stderr, flush=True)
                     fetch_rest(place, part, have, size)
                 break
-            except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:         # of the network; a full disk is none of them
-                passing = not isinstance(error, urllib.error.HTTPError) or error.code >= 500 or error.code in (408, 429)    # timeout, too many requests
+            except (OSError, http.client.HTTPException, ValueError) as error:   # of the network, or an address that is none; a full disk is BadInput already
+                passing = error.code >= 500 or error.code in (408, 429) if isinstance(error, urllib.error.HTTPError) else not isinstance(error, ValueError)    # 408 timeout, 429 too many requests
                 what = f"{url}: cannot be downloaded ({error if isinstance(error, urllib.error.HTTPError) else getattr(error, 'reason', None) or error})"
                 if attempt == tries or not passing:
                     raise BadInput(f"{what}. {'Run it again to go on from there; ' * passing}HF_ENDPOINT names a mirror, https_proxy a proxy; or load the file by other means "
@@ -638,10 +638,10 @@ def remote_file(url):
             if "X-Linked-Size" not in headers:                                  # moved
                 url = urllib.parse.urljoin(url, headers["Location"])
                 continue
-        size = headers["X-Linked-Size"] or headers["Content-Length"] or ""
-        if not size.isdecimal():
+        size = headers["X-Linked-Size"] or headers["Content-Length"] or "0"
+        if not size.isdecimal() or not int(size):
             raise BadInput(f"{url}: the server does not say how large the file is, so it could not be verified")
-        return url, int(size), (headers["X-Linked-ETag"] or headers["ETag"] or "").removeprefix("W/").strip('"')
+        return url, int(size), (headers["X-Linked-ETag"] or headers["ETag"] or "").removeprefix("W/").strip('"').lower()
     raise BadInput(f"{url}: redirected without end")
 
 
@@ -654,13 +654,16 @@ def fetch_rest(url, part, have, size):
         start, first, shown = time.time(), have, 0.0
         with open(part, "ab" if have else "wb") as f:
             while have < size and (block := answer.read(min(2**20, size - have))):
-                f.write(block)
+                try:
+                    f.write(block)
+                    f.flush()
+                except OSError as error:
+                    raise BadInput(f"{part}: cannot be written ({error})") from None
                 have += len(block)
                 if sys.stderr.isatty() and (time.time() > shown + 0.5 or have == size):
                     shown = time.time()
                     left = (size - have) * (shown - start) / (have - first)
                     print(f"\r{part.name.rsplit('.', 2)[0]}: {have / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {left:,.0f} s left   ", end="" if have < size else "\n", file=sys.stderr, flush=True)
-            f.flush()
             os.fsync(f.fileno())
     if have < size:
         raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")

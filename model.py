@@ -42,6 +42,18 @@ class Config:
     text_positions: int = 512                   # rows of BERT's position table; `context_length` of them are used
     context_length: int = 52                    # paper, table 2
 
+    def __post_init__(self):
+        """Files bring sizes, too: raise ValueError for what cannot be one."""
+        for name, value in vars(self).items():
+            numbers = value if name == "vision_layers" and isinstance(value, tuple) and len(value) == 4 else (value,)
+            most = 1000 if name.endswith("layers") else 2**20
+            if name == "text_dropout":
+                valid = isinstance(value, (int, float)) and 0 <= value < 1
+            else:
+                valid = all(type(x) is int and 1 <= x <= most for x in numbers)
+            if not valid and not (name == "patch_size" and value is None and isinstance(self.vision_layers, tuple)):
+                raise ValueError(f"{name} cannot be {value!r}")
+
 
 # One row per model. The released sizes are those of Chinese CLIP (arXiv 2211.01335, table 1): "RBT3" and "RoBERTa-wwm-ext" (base and large) are BERTs of 3 x 768,
 # 12 x 768 and 24 x 1024. The paper's CE-CLIP rows are vit-b-16 and vit-l-14. `tiny` is ours: it trains in minutes on a laptop's CPU.

@@ -2,6 +2,7 @@
 import dataclasses
 import importlib.util
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,15 @@ def bert_model(cfg, seed=0):
     return wake(transformers.BertForPreTraining(config)).eval()
 
 
+def hub_clip_model(cfg, seed=0):
+    """transformers' CLIPModel: OpenAI's CLIP in the form of the Hugging Face hub."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CLIPConfig(text_config=hub_sizes(64, 1, 1), projection_dim=cfg.embed_dim, vision_config=hub_sizes(cfg.vision_width, cfg.vision_layers, cfg.vision_heads)
+                                     | dict(patch_size=cfg.patch_size, image_size=cfg.image_size))
+    torch.manual_seed(seed)
+    return wake(transformers.CLIPModel(config)).eval()
+
+
 def openai_clip_model(cfg, seed=0):
     """OpenAI's CLIP, in half precision, with its English text tower."""
     package = importlib.util.find_spec("clip")
@@ -145,7 +155,9 @@ def torchscript_file(tensors, folder):
             module = getattr(module, name)
         module.register_buffer(path[-1], x)
     root.forward = lambda x: x
-    torch.jit.trace(root, torch.ones(1), check_trace=False).save(folder / "archive.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                         # that TorchScript is no longer recommended
+        torch.jit.trace(root, torch.ones(1), check_trace=False).save(folder / "archive.pt")
     return folder / "archive.pt"
 
 
@@ -168,6 +180,7 @@ FILES = {
     "hub-shards": (lambda: hub_model(VIT).state_dict(), sharded_folder, None),
     "openai": (lambda: openai_clip_model(VIT).state_dict(), bare_file, "vision"),
     "openai-torchscript": (lambda: half(openai_clip_model(RESNET).state_dict()), torchscript_file, "vision"),
+    "openai-hub": (lambda: hub_clip_model(VIT).state_dict(), safetensors_file, "vision"),
     "bert-safetensors": (lambda: bert_model(VIT).state_dict(), safetensors_file, "text"),
     "bert-bin": (lambda: bert_model(VIT).state_dict(), bare_file, "text"),
     "bert-old": (lambda: bert_model(VIT).state_dict(), old_bare_file, "text"),

@@ -1,9 +1,12 @@
 """Checkpoints: a round trip, atomic writing, every released format in and two out, and refusal of everything that is not exactly right."""
+import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import http.server
 import itertools
 import json
+import os
 import pickle
 import random
 import resource
@@ -126,13 +129,55 @@ def test_one_wrong_tensor_is_named(tmp_path, how, message):
         checkpoint.load(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize("change", [{"vision_heads": 0}, {"embed_dim": -1}, {"text_width": "wide"}, {"colour": "red"}])
+@pytest.mark.parametrize("change", [{"vision_heads": 0}, {"embed_dim": -1}, {"text_width": "wide"}, {"colour": "red"}, {"text_heads": -2}, {"text_heads": True}, {"text_heads": 2.0},
+                                    {"context_length": 52.0}, {"text_dropout": float("nan")}, {"text_layers": 10**6}, {"patch_size": None}])
 def test_configs_that_describe_no_model(tmp_path, change):
     checkpoint.save(tmp_path / "a.pt", build(VIT))
     state = torch.load(tmp_path / "a.pt")
     torch.save({**state, "config": state["config"] | change}, tmp_path / "a.pt")
     with pytest.raises(BadInput, match="a.pt: "):
         checkpoint.load(tmp_path / "a.pt")
+
+
+def test_entries_that_only_reading_makes_are_not_taken_from_a_file(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", build(RESNET), skipped=5, towers=5, layout=5)
+    state = torch.load(tmp_path / "a.pt")
+    state["model"]["vision.stem.0.1.running_mean"] = torch.nn.Parameter(state["model"]["vision.stem.0.1.running_mean"])
+    torch.save(state, tmp_path / "a.pt")
+    model, _ = checkpoint.load(tmp_path / "a.pt")
+    assert not isinstance(model.vision.stem[0][1].running_mean, torch.nn.Parameter)
+    assert not {"skipped", "towers", "layout"} & checkpoint.read(tmp_path / "a.pt").keys()
+
+
+def test_compressed_files_are_read(tmp_path):
+    """torch itself maps their compressed bytes as numbers."""
+    checkpoint.save(tmp_path / "a.pt", model := build(VIT))
+    with zipfile.ZipFile(tmp_path / "a.pt") as plain, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with contextlib.suppress(BadInput):                                         # torch may refuse them, but must not misread them
+        loaded, _ = checkpoint.load(tmp_path / "b.pt")
+        assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+
+
+def test_pipes_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="a.pt: neither a file nor a folder"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_writing_does_not_follow_a_link(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "a.pt.part").symlink_to(tmp_path / "precious")
+    checkpoint.save(tmp_path / "a.pt", build(VIT))
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.pt").is_symlink()
+
+
+def test_other_heads_are_another_architecture(tmp_path):
+    """The same shapes, but another function."""
+    checkpoint.save(tmp_path / "a.pt", build(VIT))
+    with pytest.raises(BadInput, match="do not fit .*vision_heads is 4, not 2"):
+        checkpoint.load_into(build(dataclasses.replace(VIT, vision_heads=2)), checkpoint.read(tmp_path / "a.pt"), "a.pt")
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
@@ -174,13 +219,15 @@ def test_whole_models_of_others_load(make, write, tmp_path, small_sizes):
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in back)
 
 
-@EVERY_FORMAT
-@pytest.mark.parametrize("how", ["missing", "renamed", "reshaped", "added", "not finite", "no tensor"])
-def test_one_wrong_tensor_in_any_format_is_named(make, write, tower, how, tmp_path, small_sizes):
+PICKLES = (peers.cn_clip_file, peers.bare_file, peers.old_bare_file)            # the other kinds cannot hold anything but tensors
+
+
+@pytest.mark.parametrize("name, how", [(name, how) for name in peers.FILES for how in ("missing", "renamed", "reshaped", "added", "not finite", "no tensor")
+                                       if how != "no tensor" or peers.FILES[name][1] in PICKLES])
+def test_one_wrong_tensor_in_any_format_is_named(name, how, tmp_path, small_sizes):
+    make, write, tower = peers.FILES[name]
     tensors, rng = dict(make()), random.Random(how)
     used = sorted(k for k in tensors if not k.startswith(checkpoint.SKIPPED[tower]))
-    if how == "no tensor" and write in (peers.safetensors_file, peers.sharded_folder, peers.torchscript_file):
-        pytest.skip("such a file cannot hold anything else")
     for key in {used[0], used[-1], *rng.sample(used, 5)}:
         changed, named = dict(tensors), key
         if how == "missing":
@@ -222,16 +269,31 @@ def test_a_towers_file_is_no_whole_model(tmp_path, small_sizes):
         checkpoint.read(write(make(), tmp_path), "vision")
 
 
+def test_openais_clip_from_the_hub(tmp_path, small_sizes):
+    hub = peers.hub_clip_model(peers.VIT)
+    hub.save_pretrained(tmp_path)
+    model, (pixels, _) = CLIP(peers.VIT), peers.batch(peers.VIT)
+    checkpoint.load_into(model, checkpoint.read_towers(tmp_path, None), tmp_path)
+    with torch.no_grad():
+        theirs = hub.visual_projection(hub.vision_model(pixels).pooler_output)
+        torch.testing.assert_close(model.encode_image(pixels), F.normalize(theirs, dim=-1), rtol=1e-5, atol=1e-5)
+    with pytest.raises(BadInput, match="model_type clip, not chinese_clip; stage 1 takes the vision tower"):
+        checkpoint.load(tmp_path)
+
+
 def test_half_precision_becomes_float32(tmp_path, small_sizes):
     tensors = peers.half(peers.cn_clip_model(peers.RESNET).state_dict())
     model, _ = checkpoint.load(peers.cn_clip_file(tensors, tmp_path))
     assert model.text_projection.dtype == torch.float32 and torch.equal(model.text_projection, tensors["text_projection"].float())
 
 
+@pytest.mark.filterwarnings("ignore")                                           # torch's, that its rarer tensors are not finished
 def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, small_sizes):
     tensors = peers.cn_clip_model(peers.VIT).state_dict()
-    for odd, what in ((torch.zeros(192, dtype=torch.int8), "int8"), (torch.zeros(192).to_sparse(), "sparse"), (torch.zeros(192, dtype=torch.complex64), "complex64"), (torch.zeros(192).to(torch.float8_e4m3fn), "float8")):
-        with pytest.raises(BadInput, match=f"visual.ln_pre.weight is .*{what}"):
+    for odd, what in ((torch.zeros(192, dtype=torch.int8), "int8"), (torch.zeros(1, 192).to_sparse_csr(), "csr"),
+                      (torch.zeros(192, dtype=torch.complex64), "complex64"), (torch.zeros(192).to(torch.float8_e4m3fn), "float8"), (torch.zeros(192, device="meta"), "meta"),
+                      (torch.full((192,), 1e300, dtype=torch.float64), "float64"), (torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)]), "nested")):
+        with pytest.raises(BadInput, match=f"visual.ln_pre.weight (is|has) .*{what}"):
             checkpoint.load(peers.cn_clip_file(tensors | {"visual.ln_pre.weight": odd}, tmp_path))
 
 
@@ -256,7 +318,9 @@ def test_another_vocabulary_is_refused(tmp_path, small_sizes):
         checkpoint.load(tmp_path / "hub")
 
 
-@pytest.mark.parametrize("change, message", [({"hidden_act": "gelu"}, "says hidden_act gelu for the vision tower"), ({"layer_norm_eps": 1e-6}, "says layer_norm_eps 1e-06"), (None, "has no vision_config")])
+@pytest.mark.parametrize("change, message", [({"hidden_act": "gelu"}, "says hidden_act gelu for the vision tower"), ({"layer_norm_eps": 1e-6}, "says layer_norm_eps 1e-06"), (None, "has no vision_config"),
+                                             ({"num_hidden_layers": 3}, "says vision_layers 3, its tensors say 2"), ({"image_size": 64}, "says image_size 64, its tensors say 32"),
+                                             ({"num_attention_heads": True}, "vision_heads cannot be True"), ({"num_attention_heads": 5}, "does not divide into 5 heads")])
 def test_a_folder_whose_config_asks_for_another_network_is_refused(change, message, tmp_path):
     peers.hub_model(peers.VIT).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -307,6 +371,23 @@ def test_code_in_a_torchscript_archive_is_never_run(tmp_path, monkeypatch, small
     checkpoint.read(path, "vision")
 
 
+def test_shapes_that_make_no_model(tmp_path, small_sizes):
+    tensors = peers.cn_clip_model(peers.VIT).state_dict()
+    for key, x, message in (("visual.positional_embedding", tensors["visual.positional_embedding"][:1], "image_size cannot be 0"), ("visual.positional_embedding", torch.zeros(0, 192), "image_size cannot be 0"),
+                            ("visual.conv1.weight", torch.zeros(192, 3, 0, 0), "image_size cannot be 0|patch_size cannot be 0"), ("visual.proj", torch.zeros(192, 0), "embed_dim cannot be 0|visual.proj is"),
+                            ("visual.positional_embedding", torch.zeros(16, 192), r"visual.positional_embedding is \(16, 192\)")):
+        with pytest.raises(BadInput, match=message):
+            checkpoint.load(peers.cn_clip_file(tensors | {key: x}, tmp_path))
+
+
+def test_a_torchscript_archive_in_a_circle_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/constants.pkl", b"")
+        archive.writestr("a/data.pkl", b"\x80\x02c__torch__\nM\n)\x81q\x00}q\x01X\x01\x00\x00\x00sh\x00sb.")      # M().s = that M
+    with pytest.raises(BadInput, match="a module contains itself"):
+        checkpoint.read(tmp_path / "a.pt", "vision")
+
+
 @pytest.mark.parametrize("cfg", [peers.VIT, peers.RESNET], ids=["vit", "resnet"])
 def test_another_picture_size_resizes_the_position_embeddings(cfg, tmp_path, small_sizes):
     peer = peers.cn_clip_model(cfg)
@@ -323,8 +404,9 @@ def test_another_picture_size_resizes_the_position_embeddings(cfg, tmp_path, sma
     else:
         old, new = peer.visual.attnpool.positional_embedding, model.vision.attention_pool.position_embed
         assert torch.equal(new[0], old[0]) and torch.equal(new[[1, 4, -4, -1]], old[[1, 2, 3, 4]])     # align_corners: the corners stay
-    with pytest.raises(BadInput, match="a picture size of 50 does not fit: this model takes multiples of"):
-        checkpoint.load(path, image_size=50)
+    for wrong in (50, 0, "64", 10**6):
+        with pytest.raises(BadInput, match=f"a picture size of {wrong!r} does not fit: this model takes multiples of"):
+            checkpoint.load(path, image_size=wrong)
 
 
 def test_stage_1_takes_its_towers_from_two_files(tmp_path, small_sizes):
@@ -334,7 +416,7 @@ def test_stage_1_takes_its_towers_from_two_files(tmp_path, small_sizes):
         (tmp_path / name).mkdir()
         files[name] = write(make(), tmp_path / name)
     state = checkpoint.read_towers(files["openai"], files["bert-old"])
-    assert checkpoint.config_of(state) == peers.VIT and all(x in state["skipped"] for x in ("transformer.* (12), ", f" of {files['openai']}; bert.pooler.* (2), cls.* (", f" of {files['bert-old']}"))
+    assert checkpoint.config_of(state) == peers.VIT and all(x in state["skipped"] for x in (f"transformer.* (12) of {files['openai']}; bert.pooler.* (2), cls.* (", f" of {files['bert-old']}"))
     model = CLIP(peers.VIT)
     projection = model.text_projection.clone()
     checkpoint.load_into(model, state, "towers")
@@ -345,6 +427,9 @@ def test_stage_1_takes_its_towers_from_two_files(tmp_path, small_sizes):
         torch.testing.assert_close(model.encode_image(pixels), F.normalize(clip.encode_image(pixels), dim=-1), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model.eval().text(ids)[:, 0], bert.bert(ids, ids.ne(0)).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
     assert torch.equal(model.text_projection, projection) and torch.equal(model.logit_scale, clip.logit_scale)
+    checkpoint.save(tmp_path / "short.pt", CLIP(dataclasses.replace(peers.VIT, text_positions=40, context_length=30)))
+    with pytest.raises(BadInput, match="short.pt: its sizes do not go together"):
+        checkpoint.read_towers(files["openai"], tmp_path / "short.pt")
     with pytest.raises(BadInput, match="which vision tower goes with it"):
         checkpoint.read_towers(None, files["bert-old"])
 
@@ -434,6 +519,10 @@ def test_export_refuses_what_others_could_not_read(tmp_path, small_sizes):
     ):
         with pytest.raises(BadInput, match=message):
             checkpoint.export(model, tmp_path / path, format)
+    broken = CLIP(peers.VIT)
+    broken.text.norm.weight.data[0] = float("nan")
+    with pytest.raises(BadInput, match="text.norm.weight holds NaN"):
+        checkpoint.export(broken, tmp_path / "a.pt", "cn-clip")
     assert (tmp_path / "there.pt").read_text() == "precious" and [p.name for p in tmp_path.iterdir()] == ["there.pt"]
 
 
@@ -593,9 +682,22 @@ def test_a_damaged_file_in_the_cache_says_what_to_do(hub, tmp_path):
 
 
 def test_an_address_without_its_beginning_fails_at_once(hub, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "127.0.0.1:8077")
-    with pytest.raises(BadInput, match="HF_ENDPOINT=127.0.0.1:8077: it must begin with https://"):
+    for endpoint, message in (("127.0.0.1:8077", "HF_ENDPOINT=127.0.0.1:8077: it must begin with https://"), ("http://[", "cannot be downloaded"), ("http://镜像", "cannot be downloaded")):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        with pytest.raises(BadInput, match=message):
+            checkpoint.find("cn-clip-rn50")
+
+
+def test_an_empty_file_is_none(hub):
+    hub.content = b""
+    with pytest.raises(BadInput, match="does not say how large the file is"):
         checkpoint.find("cn-clip-rn50")
+
+
+def test_threads_share_one_download(hub):
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        assert len(set(pool.map(checkpoint.find, ["cn-clip-rn50"] * 6))) == 1
+    assert sum(what == "GET" for what, _, _ in hub.asked) == 1
 
 
 def test_killed_while_downloading_leaves_nothing_under_the_final_name(hub, tmp_path):
