@@ -61,8 +61,8 @@ def save(path, model, **extra):
     write(path, lambda f: torch.save({"format": FORMAT, "config": dataclasses.asdict(model.cfg), "model": model.state_dict(), **extra}, f))
 
 
-def write(path, fill):
-    """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, it is flushed to the disk, then renamed."""
+def write(path, fill, shown=None):
+    """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, it is flushed to the disk, then renamed. `shown`: its name in a message."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -75,7 +75,7 @@ def write(path, fill):
     except (OSError, RuntimeError) as error:                                    # torch.save turns "disk full" into a RuntimeError about its archive
         with contextlib.suppress(OSError):
             part.unlink()                                                       # a full disk needs the room
-        raise BadInput(f"{path}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
+        raise BadInput(f"{shown or path}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- read
@@ -518,7 +518,7 @@ def open_file(path, mapped=True):
             content = read_safetensors(path)
         else:                                                                   # the format of torch before 1.6, in which BERTs of that time are
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")                               # about odd pickles, which fail anyway
+                warnings.simplefilter("ignore")                                 # about odd pickles, which fail anyway
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                                  # many kinds for a damaged file
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():           # of torch's weights-only unpickler, and of ours
@@ -530,8 +530,9 @@ def open_file(path, mapped=True):
 
 
 def open_folder(path):
-    """The tensors of a Hugging Face folder: one file, or shards listed in an index. Read into memory, for a quarter of them, queries, keys and values, is joined afterwards, and would
-    be there twice if it stayed in the files' pages, too.
+    """The tensors of a Hugging Face folder: one file, or shards listed in an index.
+
+    They are read into memory: a quarter of them, queries, keys and values, is joined afterwards, and would be there twice if it stayed in the files' pages, too.
     """
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     file = next((path / name for name in names if (path / name).exists()), None)
@@ -626,12 +627,12 @@ def read_torchscript(archive):
             _, dtype, name, _, count = reference                                # "storage", type, file, device, length
             return torch.frombuffer(bytearray(archive.read(f"{root}/data/{name}")), dtype=dtype, count=count) if count else torch.empty(0, dtype=dtype)
 
-    tensors, waiting, seen = {}, [("", Unpickler(archive.open(f"{root}/data.pkl")).load())], []
+    tensors, waiting, seen = {}, [("", Unpickler(archive.open(f"{root}/data.pkl")).load())], set()
     while waiting:
         prefix, module = waiting.pop()
-        if any(module is other for other in seen):
+        if id(module) in seen:
             raise ValueError("a module contains itself")
-        seen.append(module)
+        seen.add(id(module))
         for name, value in vars(module).items():
             if torch.is_tensor(value):
                 tensors[prefix + name] = value
@@ -652,8 +653,8 @@ PEER_NAMES = {"rn50": ("RN50", "RBT3-chinese"), "vit-b-32": ("ViT-B-32", "RoBERT
 def export(model, path, format="cn-clip"):
     """Write a model for other tools, whole or not at all, and never over something -> a line that says how it is opened there.
 
-    "cn-clip": a .pt file for cn_clip (load_from_name). "huggingface": a folder for transformers (ChineseCLIPModel and
-    ChineseCLIPProcessor, from_pretrained); ViT only, for it has no ResNet.
+    "cn-clip": a .pt file for cn_clip (load_from_name). "huggingface": a folder for transformers (from_pretrained of ChineseCLIPModel and ChineseCLIPProcessor); ViT only, for
+    transformers has no ResNet.
     """
     path, cfg = free_place(path), model.cfg
     if cfg.vocab_size != Config.vocab_size:
@@ -689,9 +690,9 @@ def export_cn_clip(ours, part, path, cfg):
         heads = known_heads(tower, width, layout.resnet) or width * (32 if tower == "vision" and layout.resnet else 1) // 64
         if heads != getattr(cfg, f"{tower}_heads"):
             raise BadInput(f"a cn-clip file says nothing of heads, and with this width its readers take {heads} for the {tower} tower; this model has {getattr(cfg, f'{tower}_heads')}")
-    tensors = {f"module.{key}": x.clone(memory_format=torch.contiguous_format) for key, x in layout.to_theirs(ours).items()}    # clone: views would be written with their whole matrix
-    name = name_of(cfg)
-    write(part, lambda f: torch.save({"epoch": 0, "step": 0, "name": name, "state_dict": tensors}, f))
+    # clone: a view would be written with the whole matrix that it is a part of
+    tensors, name = {f"module.{key}": x.clone(memory_format=torch.contiguous_format) for key, x in layout.to_theirs(ours).items()}, name_of(cfg)
+    write(part, lambda f: torch.save({"epoch": 0, "step": 0, "name": name, "state_dict": tensors}, f), shown=path)
     if name not in PEER_NAMES:
         return f"{path}: in the format of cn_clip, which has no name for these sizes (checkpoint.load opens it)"
     vision, text = PEER_NAMES[name]
@@ -717,16 +718,15 @@ def export_huggingface(ours, part, path, cfg):
     processor = {
         "processor_class": "ChineseCLIPProcessor", "image_processor_type": "ChineseCLIPImageProcessor", "feature_extractor_type": "ChineseCLIPFeatureExtractor",
         "do_resize": True, "size": {"height": cfg.image_size, "width": cfg.image_size}, "resample": 3, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": data.CLIP_MEAN, "image_std": data.CLIP_STD,
-        "do_convert_rgb": True,
+        "do_normalize": True, "image_mean": data.CLIP_MEAN, "image_std": data.CLIP_STD, "do_convert_rgb": True,
     }
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": cfg.context_length, "cls_token": "[CLS]", "sep_token": "[SEP]",
                  "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
     part.mkdir()
     for name, content in (("config.json", config), ("preprocessor_config.json", processor), ("tokenizer_config.json", tokenizer)):
-        write(part / name, lambda f, content=content: f.write((json.dumps(content, indent=2) + "\n").encode()))
-    write(part / "vocab.txt", lambda f: f.write(VOCAB.read_bytes()))
-    write(part / "model.safetensors", lambda f: write_safetensors(f, Layout("Hugging Face").to_theirs(ours)))
+        write(part / name, lambda f, content=content: f.write((json.dumps(content, indent=2) + "\n").encode()), shown=path)
+    write(part / "vocab.txt", lambda f: f.write(VOCAB.read_bytes()), shown=path)
+    write(part / "model.safetensors", lambda f: write_safetensors(f, Layout("Hugging Face").to_theirs(ours)), shown=path)
     return f'{path}: transformers.ChineseCLIPModel.from_pretrained("{path}"), ChineseCLIPProcessor.from_pretrained("{path}")'
 
 

@@ -602,15 +602,19 @@ def download(url, path, tries=5):
                 if have < size:
                     print(f"downloading {url} to {path}: {(size - have) / 2**20:,.0f}{f' of {size / 2**20:,.0f}' * bool(have)} MiB", file=sys.stderr, flush=True)
                     fetch_rest(place, part, have, size)
+            except urllib.error.HTTPError as error:
+                problem, passing = error, error.code >= 500 or error.code in (408, 429)             # timeout, too many requests
+            except (OSError, http.client.HTTPException) as error:               # of the network; a full disk is BadInput already
+                problem, passing = getattr(error, "reason", None) or error, True
+            except ValueError as error:                                         # an address that is none
+                problem, passing = error, False
+            else:
                 break
-            except (OSError, http.client.HTTPException, ValueError) as error:   # of the network, or an address that is none; a full disk is BadInput already
-                passing = error.code >= 500 or error.code in (408, 429) if isinstance(error, urllib.error.HTTPError) else not isinstance(error, ValueError)    # 408 timeout, 429 too many requests
-                what = f"{url}: cannot be downloaded ({error if isinstance(error, urllib.error.HTTPError) else getattr(error, 'reason', None) or error})"
-                if attempt == tries or not passing:
-                    raise BadInput(f"{what}. {'Run it again to go on from there; ' * passing}HF_ENDPOINT names a mirror, https_proxy a proxy; or load the file by other means "
-                                   "and pass its path") from None
-                print(f"{what}; trying again in {2**attempt} s", file=sys.stderr, flush=True)
-                time.sleep(2**attempt)
+            if attempt == tries or not passing:
+                raise BadInput(f"{url}: cannot be downloaded ({problem}). {'Run it again to go on from there; ' * passing}HF_ENDPOINT names a mirror, https_proxy a proxy; "
+                               "or load the file by other means and pass its path")
+            print(f"{url}: {problem}; trying again in {2**attempt} s", file=sys.stderr, flush=True)
+            time.sleep(2**attempt)
         if re.fullmatch("[0-9a-f]{64}", tag) and sha256_of(part) != tag:
             part.unlink()
             raise BadInput(f"{url}: what arrived is not what the server announced (SHA-256); it was deleted. Run it again")
@@ -663,7 +667,8 @@ def fetch_rest(url, part, have, size):
                 if sys.stderr.isatty() and (time.time() > shown + 0.5 or have == size):
                     shown = time.time()
                     left = (size - have) * (shown - start) / (have - first)
-                    print(f"\r{part.name.rsplit('.', 2)[0]}: {have / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {left:,.0f} s left   ", end="" if have < size else "\n", file=sys.stderr, flush=True)
+                    line = f"\r{part.name.rsplit('.', 2)[0]}: {have / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {left:,.0f} s left   "
+                    print(line, end="" if have < size else "\n", file=sys.stderr, flush=True)
             os.fsync(f.fileno())
     if have < size:
         raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
