@@ -664,7 +664,7 @@ def export(model, path, format="cn-clip"):
     ours = {key: x.detach().cpu().float() if x.is_floating_point() else x.cpu() for key, x in model.state_dict().items()}
     check(ours, ours, path, cfg)
     try:
-        with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=f".{path.name}.") as folder:    # it appears under its name when everything is written
+        with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=f"{path.name}.part-") as folder:    # it appears under its name when everything is written
             said = export_cn_clip(ours, Path(folder) / "whole", path, cfg) if format == "cn-clip" else export_huggingface(ours, Path(folder) / "whole", path, cfg)
             os.replace(Path(folder) / "whole", path)
     except OSError as error:
