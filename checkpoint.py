@@ -179,7 +179,17 @@ def load_into(model, state, source, assign=False):
     for field in (f"{tower}_heads" for tower in towers):
         if getattr(config, field) != getattr(model.cfg, field):
             raise BadInput(f"{message}: {field} is {getattr(config, field)}, not {getattr(model.cfg, field)}")
-    model.load_state_dict(model.state_dict() | state["model"], assign=assign)
+    model.load_state_dict(model.state_dict() | (apart(state["model"]) if assign else state["model"]), assign=assign)
+
+
+def apart(tensors):
+    """The same tensors, none sharing memory with another or with itself, as views in a file may: changing one must not change the other."""
+    seen, result = set(), {}
+    for key, x in tensors.items():
+        memory = x.untyped_storage().data_ptr()
+        result[key] = x.clone(memory_format=torch.contiguous_format) if memory in seen or not x.is_contiguous() else x
+        seen.add(memory)
+    return result
 
 
 def resized(state, image_size):
@@ -463,11 +473,13 @@ def hub_fields(path, layout, tower):
         return {}
     folder = path if path.is_dir() else path.parent
     vocab, file, fields = folder / "vocab.txt", folder / "config.json", {}
-    if tower != "vision" and vocab.exists() and vocab.read_text(encoding="utf-8", errors="replace").split() != VOCAB.read_text(encoding="utf-8").split():
+    if tower != "vision" and vocab.is_file() and vocab.read_text(encoding="utf-8", errors="replace").split() != VOCAB.read_text(encoding="utf-8").split():
         raise BadInput("its vocab.txt is not the vocabulary of tokenizer/vocab.txt: these weights were trained with other tokens")
-    if not file.exists():
+    if not file.is_file():
         return {}
     config = read_json(file)
+    if layout.name == "Hugging Face" and tower != "text" and "projection_dim" in config:
+        fields["embed_dim"] = config["projection_dim"]
     if tower is None and config.get("model_type", "chinese_clip") != "chinese_clip":
         raise BadInput(f"its config.json says model_type {config['model_type']}, not chinese_clip; stage 1 takes the vision tower of a clip as --vision-weights")
     for name, activation, epsilon in (("vision", "quick_gelu", 1e-5), ("text", "gelu", 1e-12)):
@@ -491,9 +503,7 @@ def hub_fields(path, layout, tower):
 def find(source):
     """A path, or a name of NAMES, whose file is downloaded once -> path."""
     path = Path(source)
-    if str(source) and path.exists():
-        if not path.is_file() and not path.is_dir():
-            raise BadInput(f"{source}: neither a file nor a folder")
+    if str(source) and os.path.exists(path):
         return path
     if str(source) not in NAMES:
         raise BadInput(f"{source}: there is no such checkpoint. Name a file, a folder, or one of {', '.join(NAMES)}")
@@ -504,6 +514,8 @@ def find(source):
 
 def open_file(path, mapped=True):
     """The dictionary in a file, whatever wrote it. Executes nothing from it. BadInput when it is damaged or no dictionary."""
+    if not path.is_file():
+        raise BadInput(f"{path}: neither a file nor a folder")                  # a pipe would be waited for
     try:
         with open(path, "rb") as f:
             start = f.read(9)
@@ -664,9 +676,9 @@ def export(model, path, format="cn-clip"):
     ours = {key: x.detach().cpu().float() if x.is_floating_point() else x.cpu() for key, x in model.state_dict().items()}
     check(ours, ours, path, cfg)
     try:
-        with tempfile.TemporaryDirectory(dir=path.resolve().parent, prefix=f"{path.name}.part-") as folder:    # it appears under its name when everything is written
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=f"{path.name}.part-") as folder:    # it appears under its name when everything is written
             said = export_cn_clip(ours, Path(folder) / "whole", path, cfg) if format == "cn-clip" else export_huggingface(ours, Path(folder) / "whole", path, cfg)
-            os.replace(Path(folder) / "whole", path)
+            os.replace(Path(folder) / "whole", free_place(path))                # still free
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error})") from None
     return said
@@ -677,8 +689,8 @@ def free_place(path):
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise BadInput(f"{path}: is there already; choose another place")
-    if not path.resolve().parent.is_dir():
-        raise BadInput(f"{path}: its folder {path.resolve().parent} does not exist")
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"{path}: its folder {path.absolute().parent} does not exist")
     return path
 
 

@@ -589,8 +589,12 @@ def download(url, path, tries=5):
     path = Path(path)
     if path.exists():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_name(path.name + ".lock"), "w")
+    except OSError as error:
+        raise BadInput(f"{path.parent}: cannot be used as the folder of downloads ({error})") from None
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)                                        # let go when the file is closed, or the process dies
         if path.exists():
             return path
@@ -605,7 +609,7 @@ def download(url, path, tries=5):
             except urllib.error.HTTPError as error:
                 problem, passing = error, error.code >= 500 or error.code in (408, 429)             # timeout, too many requests
             except (OSError, http.client.HTTPException) as error:               # of the network; a full disk is BadInput already
-                problem, passing = getattr(error, "reason", None) or error, True
+                problem, passing = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__, True
             except ValueError as error:                                         # an address that is none
                 problem, passing = error, False
             else:
@@ -657,7 +661,7 @@ def fetch_rest(url, part, have, size):
             have = 0                                                            # not what was asked for: take it as the whole file
         start, first, shown = time.time(), have, 0.0
         with open(part, "ab" if have else "wb") as f:
-            while have < size and (block := answer.read(min(2**20, size - have))):
+            while have < size and (block := answer.read1(min(2**20, size - have))):
                 try:
                     f.write(block)
                     f.flush()

@@ -216,6 +216,12 @@ class Run:
 
     def resume(self, state):
         """Continue from a snapshot (all but the model's weights) -> optimizer steps done. Refuses, with the difference named, when the settings are not the same."""
+        try:
+            return self._resume(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:     # entries of the wrong kind, in as many ways
+            raise data.BadInput(f"{self.out / 'last.pt'} is damaged: its entries are not those of a training snapshot ({type(error).__name__}: {error}); choose another --out") from None
+
+    def _resume(self, state):
         last = self.out / "last.pt"
         missing = {"settings", "optimizer", "scaler", "best", "best_step", "step"} - state.keys()
         if missing:
@@ -226,8 +232,13 @@ class Run:
             raise data.BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
                                 f"or start a new run from it: --init {last} --out {self.out}-2")
         self.optimizer.load_state_dict(state["optimizer"])
+        for p, moments in self.optimizer.state.items():                         # the fused kernel would write past the end of a moment that is too short
+            if not all(moments[name].shape == p.shape and moments[name].isfinite().all() for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimizer's moments do not fit the parameters")
         self.scaler.load_state_dict(state["scaler"])
-        self.best, self.best_step = state["best"], state["best_step"]
+        self.best, self.best_step = float(state["best"]), int(state["best_step"])
+        if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
+            raise ValueError(f"step {state['step']!r}")
         return state["step"]
 
     def start(self, step):
@@ -374,7 +385,8 @@ def description(settings, model, train_split, valid_split, device, world, first_
         lines.append(f"warning: {len(valid_split.image_ids)} pictures in {valid_split.name} are too few to choose a checkpoint well; 100 or more are better")
     if settings.stage == "finetune" and source == "random weights":
         lines.append("note: there is nothing to fine-tune in random weights; name a checkpoint, for example --init cn-clip-vit-b-16")
-    lines.append(f"{settings.total_steps:,} step{'s' * (settings.total_steps > 1)} of {settings.batch_size:,} pairs; {world} process{'es' if world > 1 else ''}, {device.type}, {settings.precision}" + (f"; continues after step {first_step:,}" if first_step else ""))
+    lines.append(f"{settings.total_steps:,} step{'s' * (settings.total_steps > 1)} of {settings.batch_size:,} pairs; {world} process{'es' * (world > 1)}, {device.type}, {settings.precision}"
+                 + (f"; continues after step {first_step:,}" if first_step else ""))
     lines.append("settings: " + " ".join(f"{k}={v}" for k, v in vars(settings).items()))
     return "\n".join(lines)
 

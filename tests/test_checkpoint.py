@@ -161,9 +161,26 @@ def test_compressed_files_are_read(tmp_path):
 
 
 def test_pipes_are_refused(tmp_path):
-    os.mkfifo(tmp_path / "a.pt")
-    with pytest.raises(BadInput, match="a.pt: neither a file nor a folder"):
-        checkpoint.load(tmp_path / "a.pt")
+    os.mkfifo(tmp_path / "model.safetensors")
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(BadInput, match="model.safetensors: neither a file nor a folder"):
+            checkpoint.load(source)
+
+
+def test_loaded_tensors_share_no_memory(tmp_path):
+    """Neither with each other nor with the file."""
+    checkpoint.save(tmp_path / "a.pt", build(VIT))
+    state = torch.load(tmp_path / "a.pt")
+    state["model"]["text.norm.bias"] = state["model"]["text.norm.weight"]
+    state["model"]["vision.norm_pre.bias"] = torch.ones(1).expand(48)
+    torch.save(state, tmp_path / "a.pt")
+    before = (tmp_path / "a.pt").read_bytes()
+    model, _ = checkpoint.load(tmp_path / "a.pt")
+    bias = model.text.norm.bias.clone()
+    with torch.no_grad():
+        model.text.norm.weight += 1
+        model.vision.norm_pre.bias += 1
+    assert torch.equal(model.text.norm.bias, bias) and (tmp_path / "a.pt").read_bytes() == before
 
 
 def test_writing_does_not_follow_a_link(tmp_path):
@@ -319,12 +336,13 @@ def test_another_vocabulary_is_refused(tmp_path, small_sizes):
 
 
 @pytest.mark.parametrize("change, message", [({"hidden_act": "gelu"}, "says hidden_act gelu for the vision tower"), ({"layer_norm_eps": 1e-6}, "says layer_norm_eps 1e-06"), (None, "has no vision_config"),
-                                             ({"num_hidden_layers": 3}, "says vision_layers 3, its tensors say 2"), ({"image_size": 64}, "says image_size 64, its tensors say 32"),
+                                             ({"num_hidden_layers": 3}, "says vision_layers 3, its tensors say 2"), ({"image_size": 64}, "says image_size 64, its tensors say 32"), ({}, "says embed_dim 31, its tensors say 32"),
                                              ({"num_attention_heads": True}, "vision_heads cannot be True"), ({"num_attention_heads": 5}, "does not divide into 5 heads")])
 def test_a_folder_whose_config_asks_for_another_network_is_refused(change, message, tmp_path):
     peers.hub_model(peers.VIT).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["vision_config"] = config["vision_config"] | change if change else None
+    config["vision_config"] = None if change is None else config["vision_config"] | change
+    config["projection_dim"] = 31 if change == {} else 32
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(BadInput, match=message):
         checkpoint.load(tmp_path)
@@ -512,6 +530,7 @@ def test_export_refuses_what_others_could_not_read(tmp_path, small_sizes):
         (CLIP(peers.VIT), "there.pt", "cn-clip", "is there already"),
         (CLIP(peers.VIT), "", "huggingface", "is there already"),
         (CLIP(peers.VIT), "no/where.pt", "cn-clip", "does not exist"),
+        (CLIP(peers.VIT), "there.pt/a.pt", "cn-clip", "does not exist"),
         (CLIP(peers.RESNET), "a", "huggingface", "transformers has no ChineseCLIPModel with a ResNet"),
         (CLIP(dataclasses.replace(peers.VIT, vision_heads=6)), "a.pt", "cn-clip", "its readers take 3 for the vision tower; this model has 6"),
         (CLIP(VIT), "a.pt", "cn-clip", "a model with 200 tokens is not for other tools"),
@@ -686,6 +705,12 @@ def test_an_address_without_its_beginning_fails_at_once(hub, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         with pytest.raises(BadInput, match=message):
             checkpoint.find("cn-clip-rn50")
+
+
+def test_a_cache_that_is_no_folder(hub, tmp_path):
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(BadInput, match="cache: cannot be used as the folder of downloads"):
+        checkpoint.find("cn-clip-rn50")
 
 
 def test_an_empty_file_is_none(hub):

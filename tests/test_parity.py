@@ -78,7 +78,7 @@ def gradients(model, loss):
 def test_embeddings_loss_and_gradients_equal_cn_clip(cfg, tmp_path, monkeypatch):
     """Embeddings in evaluation mode; loss and gradients in training mode without dropout (rn50: BatchNorm over the batch).
 
-    A ReLU network's fp32 gradient is itself certain to about 1e-3 only: rounding decides which near-zero activations count. So rn50 is compared in the peer's memory layout, whose
+    A ReLU network's fp32 gradient is itself certain to 1e-2 or 1e-3 only: rounding decides which near-zero activations count. So rn50 is compared in the peer's memory layout, whose
     kernels round alike; in its own, channels last, it is compared in fp64 below.
     """
     peer, ours = both(cfg, tmp_path)

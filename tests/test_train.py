@@ -177,6 +177,12 @@ def test_a_damaged_snapshot_is_refused(tsv_folder, undisturbed):
     whole = (undisturbed / "last.pt").read_bytes()
     (undisturbed / "last.pt").write_bytes(whole[:1000])
     assert "last.pt: not a readable checkpoint" in refused(*arguments(tsv_folder, undisturbed))
+    (undisturbed / "last.pt").write_bytes(whole)
+    state = torch.load(undisturbed / "last.pt")
+    short = {"state": {k: v | {"exp_avg": torch.ones(3)} for k, v in state["optimizer"]["state"].items()}, "param_groups": state["optimizer"]["param_groups"]}
+    for change in ({"settings": None}, {"optimizer": {}}, {"optimizer": short}, {"step": "1"}, {"step": 99}, {"best": None}):
+        torch.save(state | change, undisturbed / "last.pt")
+        assert "last.pt is damaged: its entries are not those of a training snapshot" in refused(*arguments(tsv_folder, undisturbed))
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
