@@ -136,7 +136,8 @@ def read_towers(vision, text, config=None):
     """
     if vision is None and config is None:
         raise BadInput(f"--text-weights {text}: which vision tower goes with it? Pass --vision-weights or --model")
-    states = {tower: read(source, tower) for tower, source in (("vision", vision), ("text", text)) if source is not None}
+    sources = {tower: source for tower, source in (("vision", vision), ("text", text)) if source is not None}
+    states = {tower: read(source, tower) for tower, source in sources.items()}
     merged = {"config": dataclasses.asdict(config or row_like(states["vision"]["config"])), "model": {}, "towers": tuple(states)}
     for state in states.values():
         merged["config"] |= state["config"]
@@ -145,8 +146,7 @@ def read_towers(vision, text, config=None):
         empty_model(config_of(merged))
     except ValueError as error:
         raise BadInput(f"{text}: its sizes do not go together with the rest of the model ({error})") from None
-    left_out = [f"{state['skipped']} of {source}" for state, source in zip(states.values(), (s for s in (vision, text) if s is not None)) if state.get("skipped")]
-    return merged | {"skipped": "; ".join(left_out)}
+    return merged | {"skipped": "; ".join(f"{state['skipped']} of {sources[tower]}" for tower, state in states.items() if state.get("skipped"))}
 
 
 def config_of(state):
