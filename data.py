@@ -2,32 +2,42 @@
 
     python data.py coco-cn --data-root data          # what a data set holds: pictures, captions and pairs per split
     python data.py demo --draw demo.png              # look at the painted data set
+    python data.py coco-cn --write-shards coco-shards --processes 4        # any layout -> tar shards
+    python data.py 'shards/{000000..000020}.tar'     # build the shards' indexes, say how many pairs they hold
 
-Three layouts, one interface (`Split`): how many captions and pictures, who describes whom, and picture i when it is needed.
+Four layouts, one interface (`Split`): how many captions and pictures, who describes whom, and picture i when it is needed.
 
 1. Chinese-CLIP: {train,valid,test}_imgs.tsv with lines `id<TAB>base64 picture`, and {split}_texts.jsonl with {"text_id": 1, "text": "…", "image_ids": [7]}.
 2. A folder of pictures with captions.csv (first line: image,caption) or captions.jsonl ({"image": "a.jpg", "caption": "…"}), paths relative to the folder. A picture may
    stand in several rows. A further column `split` (train, valid, test, …) divides the pictures; without it 80 % train, 10 % valid, 10 % test, by a hash of the path.
-3. `demo`: painted scenes whose captions say what is in them, made here, endless, no download.
+3. Tar shards (WebDataset), for any number of pictures: files key.jpg (png, webp, …) beside key.txt, the caption, or key.json with {"text": "…"} or {"texts": ["…", "…"]}; named by a
+   pattern such as 'shards/{000000..000020}.tar' or 'shards/*.tar', or a folder with train-000000.tar, …, valid-000000.tar, ….
+4. `demo`: painted scenes whose captions say what is in them, made here, endless, no download.
 
-A training sample is a (caption, picture) pair. The captions of a data set fit in memory; pictures are read when a worker needs them.
+A training sample is a (caption, picture) pair. Pictures are read when a worker needs them; the captions of layouts 1 and 2 are kept in memory, those of shards are not.
+A pair that cannot be read is replaced by the next one that can, and reported (`TrainingPairs`).
 """
 import argparse
 import base64
 import colorsys
 import csv
 import fcntl
+import functools
+import glob
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import posixpath
 import random
 import re
 import sys
+import tarfile
 import time
 import urllib.error
 import urllib.parse
@@ -71,7 +81,7 @@ class Split:
     positives      T lists of picture indices: positives[t] = the pictures that caption t describes; may be empty (such a caption is no query)
     image_ids      I names of the pictures, as the data set has them
     ids            (T, L) uint16 tokens of the captions
-    text_keys      T numbers, equal for equal sentences
+    captions_of    I lists of sentence keys: all that describe a picture
     pairs          (caption, picture) index pairs, in the data set's order: the training samples
     """
 
@@ -83,39 +93,63 @@ class Split:
         self.name, self.texts, self.image_ids, self.positives = name, texts, image_ids, positives
         self.ids = Tokenizer(name)(texts, context_length).numpy().astype(np.uint16)
         self.pairs = [(t, i) for t, images in enumerate(positives) for i in images]
-        first = {}                                                              # the same sentence twice has one key: in a batch, it is no negative of itself
-        self.text_keys = [first.setdefault(text, t) for t, text in enumerate(texts)]
+        self.text_keys = [sentence_key(text) for text in texts]
+        self.captions_of = [[] for _ in image_ids]
+        for t, i in self.pairs:
+            self.captions_of[i].append(self.text_keys[t])
 
     def __len__(self):
         return len(self.pairs)
 
     def picture(self, i) -> Image.Image:
         """Picture i, decoded, RGB. Raises BadInput with its id when it cannot be read."""
-        try:
-            encoded = self.picture_bytes(i)
-            if not encoded:
-                raise ValueError("it is empty")
-            picture = Image.open(io.BytesIO(encoded))
-            picture.load()
-            return to_rgb(picture)
-        except UnidentifiedImageError:
-            reason = "not a picture in a format that Pillow reads"
-        except Exception as error:                                              # some forty decoders, each with its own kinds of error
-            reason = str(error)
-        raise BadInput(f"{self.name}: picture {self.image_ids[i]} cannot be read ({reason}); replace or remove it")
+        return decoded(lambda: self.picture_bytes(i), f"{self.name}: picture {self.image_ids[i]}")
+
+    def where(self, k):
+        """Where training pair k lies, for a report: {"file", "offset" in bytes, …}."""
+        return self.picture_place(self.pairs[k][1]) | {"caption": self.texts[self.pairs[k][0]]}
 
     def fingerprint(self):
         """A short text that changes when the captions, the pictures' names, their relation or the first sample change."""
         digest = hashlib.md5(json.dumps([self.texts, self.image_ids, self.positives], ensure_ascii=False).encode())
-        if len(self):
+        try:
             picture, ids, *_ = self.sample(0, 0)
             digest.update(picture.tobytes() + ids.tobytes())
+        except (BadInput, IndexError):                                          # unreadable, or there are no pairs
+            digest.update(b"none")
         return f"{len(self):,} pairs (hash {digest.hexdigest()[:12]})"
 
+    def order(self, seed, epoch):
+        """Which pair stands at each place of an epoch: (n,) a permutation, a function of (seed, epoch) and of nothing else."""
+        return np.random.default_rng([seed, epoch]).permutation(len(self))
+
     def sample(self, epoch, k):
-        """Training pair k -> (picture, tokens (L,), picture key, caption key). Equal keys mean the same picture or the same sentence. Here all epochs are alike."""
+        """Training pair k -> (picture, tokens (L,), keys of all sentences that describe the picture, key of this one). Here all epochs are alike."""
         t, i = self.pairs[k]
-        return self.picture(i), self.ids[t], i, self.text_keys[t]
+        return self.picture(i), self.ids[t], self.captions_of[i], self.text_keys[t]
+
+
+def sentence_key(text):
+    """A number for a sentence: equal for equal ones (and, by a chance of 1 in 2^56, for two others)."""
+    return int.from_bytes(hashlib.md5(text.encode()).digest()[:7], "big")
+
+
+def decoded(read, name):
+    """read() -> bytes of a picture file -> the picture, RGB. Raises BadInput with its name when it cannot be read."""
+    try:
+        encoded = read()
+        if not encoded:
+            raise ValueError("it is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)      # from 89 million pixels on: a small file can ask for all the memory there is
+            picture = Image.open(io.BytesIO(encoded))
+        picture.load()
+        return to_rgb(picture)
+    except UnidentifiedImageError:
+        reason = "not a picture in a format that Pillow reads"
+    except Exception as error:                                                  # some forty decoders, each with its own kinds of error
+        reason = str(error)
+    raise BadInput(f"{name} cannot be read ({reason}); replace or remove it")
 
 
 class TsvSplit(Split):
@@ -165,6 +199,9 @@ class TsvSplit(Split):
                     yield number, start, end, m[start : min(end, start + 64)]
                     start = end + 1
 
+    def picture_place(self, i):
+        return {"file": str(self.path), "offset": self.offsets[i][0], "picture": self.image_ids[i]}
+
     def picture_bytes(self, i):
         with open(self.path, "rb") as f:
             f.seek(self.offsets[i][0])
@@ -185,6 +222,9 @@ class FolderSplit(Split):
         if not described:
             raise BadInput(f"{folder}: no split {split!r}; it has {', '.join(sorted(present)) or 'no rows at all'}; the column `split` of the captions file names them (train, valid, test)")
         super().__init__(f"{folder.resolve().name}/{split}", list(described), list(index_of), [list(images) for images in described.values()], context_length)
+
+    def picture_place(self, i):
+        return {"file": str(self.folder / self.image_ids[i]), "offset": 0, "picture": self.image_ids[i]}
 
     def picture_bytes(self, i):
         return (self.folder / self.image_ids[i]).read_bytes()
@@ -276,6 +316,306 @@ def utf8_lines(path):
                 raise BadInput(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8 (in a spreadsheet: CSV UTF-8)") from None
 
 
+# ---------------------------------------------------------------------------------------------------------------- tar shards
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+LARGEST = 2**28                                                                 # bytes of a picture file: more is a mistake, or an attack
+# An index is an int64 table beside its shard, one row per pair: where the picture's and the caption's bytes are (size -1: missing), whether they are JSON, and which of its
+# texts is meant. A first row tells for which file it was made: version, size, time of change (ns), where the file is damaged (-1: nowhere), 0, 0.
+INDEX_VERSION, COLUMNS = 1, 6
+
+
+class ShardSplit(Split):
+    """Tar shards. In memory are the shards' names and counts; indexes, pictures and captions are read where they are needed, so any number of pairs will do.
+
+    What only an evaluation needs (texts, image_ids, positives, ids) is read from the shards at the first use.
+    """
+
+    def __init__(self, shards, name, context_length):
+        self.shards, self.name, self.context_length = shards, name, context_length
+        self.tokenizer = Tokenizer(name)
+        counts = self._build_indexes()
+        self.starts = np.concatenate([[0], np.cumsum(counts)])                  # (S + 1,): shard s holds pairs starts[s] .. starts[s+1] - 1
+        if not len(self):
+            raise BadInput(f"{name}: no pictures with captions in {len(shards)} shard{'s' * (len(shards) > 1)}; expected files like 0001.jpg beside 0001.txt or 0001.json")
+
+    def _build_indexes(self):
+        """Make the indexes that are missing -> number of pairs in each shard. Processes of one run start at different shards, so they share the work without a word."""
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        counts, begin, shown = {}, time.time(), time.time()
+        first = len(self.shards) * rank // world
+        for done, s in enumerate([*range(first, len(self.shards)), *range(first)]):
+            index = shard_index(self.shards[s])
+            counts[s] = len(index) - 1
+            if index[0, 3] >= 0 and rank == 0:
+                warnings.warn(f"{self.shards[s]}: damaged or cut short at byte {index[0, 3]:,}; what comes after is lost ({counts[s]:,} pairs are there). Replace it")
+            if rank == 0 and time.time() > shown + 10:
+                shown = time.time()
+                left = (shown - begin) / (done + 1) * (len(self.shards) - done - 1)
+                print(f"{self.name}: indexed {done + 1:,} of {len(self.shards):,} shards, {left:,.0f} s left", flush=True)
+        return [counts[s] for s in range(len(self.shards))]
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def _row(self, k):
+        s = int(np.searchsorted(self.starts, k, side="right")) - 1
+        return self.shards[s], opened_index(self.shards[s])[k - self.starts[s] + 1].tolist()
+
+    def where(self, k):
+        path, (image, image_size, text, *_) = self._row(k)
+        return {"file": str(path), "offset": image if image_size >= 0 else text}
+
+    def sample(self, epoch, k):
+        path, (image, image_size, text, text_size, is_json, which) = self._row(k)
+        name = f"{path}, offset {image if image_size >= 0 else text}"
+        texts = captions_in(read_at(path, text, text_size, f"{name}: the caption"), is_json, name)
+        picture = decoded(lambda: read_at(path, image, image_size, f"{name}: the picture"), f"{name}: the picture")
+        return picture, self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
+
+    def order(self, seed, epoch):
+        return ShardOrder(np.diff(self.starts), seed, epoch)
+
+    def fingerprint(self):
+        digest = hashlib.md5(json.dumps([(path.name, os.path.getsize(path), int(n)) for path, n in zip(self.shards, np.diff(self.starts))]).encode())
+        return f"{len(self):,} pairs in {len(self.shards):,} shards (hash {digest.hexdigest()[:12]})"
+
+    @functools.cached_property
+    def _whole(self):
+        """-> (positives by sentence, pictures as pair numbers): for evaluation, which needs all of them."""
+        described, pictures, index_of = {}, [], {}
+        for k in range(len(self)):
+            path, (image, image_size, text, text_size, is_json, which) = self._row(k)
+            name = f"{path}, offset {image if image_size >= 0 else text}"
+            if image_size < 0:
+                raise BadInput(f"{name}: a caption without a picture; remove it")
+            if (path, image) not in index_of:
+                index_of[path, image] = len(pictures)
+                pictures.append(k)
+            caption = captions_in(read_at(path, text, text_size, f"{name}: the caption"), is_json, name)[which]
+            described.setdefault(caption, []).append(index_of[path, image])
+        return described, pictures
+
+    texts = property(lambda self: list(self._whole[0]))
+    positives = property(lambda self: list(self._whole[0].values()))
+    image_ids = property(lambda self: [f"{w['file']}:{w['offset']}" for w in map(self.where, self._whole[1])])
+
+    @functools.cached_property
+    def ids(self):
+        return self.tokenizer(self.texts, self.context_length).numpy().astype(np.uint16)
+
+    def picture(self, i):
+        path, (image, image_size, *_) = self._row(self._whole[1][i])
+        return decoded(lambda: read_at(path, image, image_size, "the picture"), f"{path}, offset {image}: the picture")
+
+
+class ShardOrder:
+    """The order of the n pairs of some shards in an epoch, place -> pair: random, and yet the files are read nearly from front to back.
+
+    The shards are shuffled and taken 16 together. Of those, a window holds the same share of each, of consecutive pairs, about 8,192 in all; within a window the order is random.
+    So at any time 16 stretches of files are being read, and what is in memory is one window. A function of (seed, epoch) and the shards' counts alone.
+    """
+
+    TOGETHER, WINDOW = 16, 8192
+
+    def __init__(self, counts, seed, epoch):
+        self.seed, self.epoch = seed, epoch
+        starts, shuffled = np.cumsum(counts) - counts, np.random.default_rng([seed, epoch]).permutation(len(counts))
+        self.windows, sizes = [], []                                            # (first pairs of the shards, their counts, k, K): window k of K
+        for group in (shuffled[g : g + self.TOGETHER] for g in range(0, len(counts), self.TOGETHER)):
+            K = max(1, round(counts[group].sum() / self.WINDOW))
+            for k in range(K):
+                self.windows.append((starts[group], counts[group], k, K))
+                sizes.append(((k + 1) * counts[group] // K - k * counts[group] // K).sum())
+        self.ends, self.at, self.pairs = np.cumsum(sizes), None, None           # self.pairs: those of window self.at
+
+    def __getitem__(self, place):
+        w = int(np.searchsorted(self.ends, place, side="right"))
+        if w != self.at:
+            firsts, counts, k, K = self.windows[w]
+            pairs = np.concatenate([np.arange(first + k * n // K, first + (k + 1) * n // K) for first, n in zip(firsts, counts)])
+            self.at, self.pairs = w, np.random.default_rng([self.seed, self.epoch, w]).permutation(pairs)
+        return self.pairs[place - self.ends[w]]                                 # from the end: negative
+
+
+@functools.lru_cache(maxsize=64)
+def opened_shard(path):
+    return open(path, "rb", buffering=0)                                        # closed when it falls out of the cache
+
+
+@functools.lru_cache(maxsize=64)
+def opened_index(path):
+    return shard_index(path)
+
+
+def read_at(path, offset, size, name):
+    """`size` bytes of a file from `offset` on."""
+    if size < 0:
+        raise BadInput(f"{name} is missing")
+    if size > LARGEST:
+        raise BadInput(f"{name} has {size:,} bytes, more than the {LARGEST:,} that are read")
+    try:
+        content = os.pread(opened_shard(path).fileno(), size, offset)
+    except OSError as error:
+        raise BadInput(f"{name} cannot be read ({error})") from None
+    if len(content) < size:
+        raise BadInput(f"{name} is cut short")
+    return content
+
+
+def captions_in(content, is_json, name):
+    """The captions in the bytes of a .txt (one) or .json ({"texts": […]}, {"text": …} or {"caption": …})."""
+    try:
+        if is_json:
+            record = json.loads(content)
+            texts = record["texts"] if "texts" in record else [record["text"] if "text" in record else record["caption"]]
+        else:
+            texts = [content.decode("utf-8-sig")]
+        if not texts or not all(text.strip() and text.encode() for text in texts):
+            raise ValueError("it is empty")
+        return [text.strip() for text in texts]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{name}: the caption cannot be read ({type(error).__name__}: {error})") from None
+
+
+def shard_index(path):
+    """The index of a shard, its first row included; made when there is none of this file: beside it or, where that cannot be written, under CE_CLIP_CACHE."""
+    status = os.stat(path)
+    head = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
+    cache = Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
+    places = [path.with_name(path.name + ".index"), cache / "index" / f"{hashlib.md5(str(path.resolve()).encode()).hexdigest()}.index"]
+    for place in places:
+        try:
+            index = np.load(place, mmap_mode="r")                               # of 20,000 shards only the first rows are looked at now
+            if index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == COLUMNS and index[0, :3].tolist() == head:
+                return index
+        except (OSError, ValueError, EOFError, IndexError):                     # not there, or not whole
+            pass
+    rows, damaged = scan(path)
+    index = np.array([[*head, damaged, 0, 0], *rows], dtype=np.int64)
+    for place in places:
+        part = place.with_name(f"{place.name}.{os.getpid()}.part")              # processes that index the same shard write the same
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "wb") as f:
+                np.save(f, index)
+            os.replace(part, place)
+            return index
+        except OSError:
+            part.unlink(missing_ok=True)
+    raise BadInput(f"{places[0]}: cannot be written, nor can {places[1]}; set CE_CLIP_CACHE to a folder with room")
+
+
+def scan(path):
+    """One pass over a shard's headers -> (rows of its index, the byte where it is damaged or cut, or -1). Files of a sample follow each other and have the same name up to the first dot."""
+    rows, damaged, size = [], [-1], os.path.getsize(path)
+    for _, members in itertools.groupby(tar_members(path, damaged), key=lambda member: member[0]):
+        files = {extension: (offset, length) for _, extension, offset, length in members}
+        image = next((files[e] for e in PICTURES if e in files), (0, -1))
+        kind = next((e for e in ("txt", "json") if e in files), "")
+        text = files.get(kind, (0, -1))
+        if image[1] < 0 and text[1] < 0 or sum(max(image, text)) > size:        # neither, or cut off by the end of the file
+            continue
+        captions = 1
+        if kind == "json":
+            try:
+                captions = len(captions_in(read_at(path, *text, path), True, path))
+            except BadInput:                                                    # one row, so that training meets and reports it
+                pass
+        rows += [(*image, *text, kind == "json", which) for which in range(captions)]
+    return rows, damaged[0]
+
+
+def tar_members(path, damaged):
+    """(name up to the first dot, the rest of it, offset, size) of every file. `damaged[0]` becomes the byte where the archive stops to be one."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            try:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()                                         # it would remember them all
+                    folder, name = posixpath.split(member.name)
+                    stem, _, extension = name.partition(".")
+                    if member.isreg() and stem:                                 # macOS puts `._name` beside `name`
+                        yield posixpath.join(folder, stem), extension.lower(), member.offset_data, member.size
+            except tarfile.ReadError:                                           # the last file is cut
+                pass
+            with open(path, "rb") as f:
+                f.seek(tar.offset)
+                if f.read(512) != bytes(512):                                   # an archive ends with zeros; tarfile itself stops at a damaged header without a word
+                    damaged[0] = min(tar.offset, os.path.getsize(path))
+    except tarfile.ReadError as error:
+        raise BadInput(f"{path}: not an uncompressed tar archive ({error}); unpack .gz, .bz2 and the like first, since pictures are read from anywhere in it") from None
+
+
+def shards_of(pattern):
+    """'a/{000..020}.tar' or 'a/*.tar' -> paths in order; all of them are there."""
+    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    ranges = [[str(n).zfill(len(a)) for n in range(int(a), int(b) + 1)] for a, b in zip(parts[1::3], parts[2::3])]
+    names = ["".join(itertools.chain.from_iterable(itertools.zip_longest(parts[::3], numbers, fillvalue=""))) for numbers in itertools.product(*ranges)]
+    paths = [Path(p) for name in names for p in (sorted(glob.glob(name)) if re.search(r"[*?[]", name) else [name])]
+    missing = [p for p in paths if not p.is_file()]
+    if missing or not paths:
+        raise BadInput(f"{pattern}: {f'{len(missing):,} of {len(paths):,} shards are missing, the first {missing[0]}' if missing else 'no such shards'}")
+    return paths
+
+
+def write_shards(split, folder, name, per_shard=10_000, processes=1):
+    """Write a split as tar shards folder/name-000000.tar, …: each picture once, its bytes as they are, with all its captions. Killed, it goes on where it stopped.
+
+    The pictures come in a fixed random order, so that every shard is a fair sample of the whole.
+    """
+    folder = Path(folder)
+    if split.endless:
+        raise BadInput(f"{split.name} is endless; write valid or test")
+    texts_of = [[] for _ in split.image_ids]
+    for text, images in zip(split.texts, split.positives):
+        for i in images:
+            texts_of[i].append(text)
+    pictures = [i for i in np.random.default_rng(0).permutation(len(texts_of)).tolist() if texts_of[i]]
+    shards = [(folder / f"{name}-{number:06}.tar", pictures[a : a + per_shard]) for number, a in enumerate(range(0, len(pictures), per_shard))]
+    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "shards": len(shards)})
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / f"{name}.json"
+    if (marker.exists() or any(folder.glob(f"{name}-*.tar"))) and not (marker.exists() and marker.read_text() == plan):
+        raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder")
+    marker.write_text(plan)
+    jobs = [shards[p::processes] for p in range(min(processes, len(shards)))]
+    helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job)) for job in jobs]
+    for helper in helpers:
+        helper.start()
+    for helper in helpers:
+        helper.join()
+    if any(helper.exitcode for helper in helpers):
+        raise BadInput(f"{folder}: not all shards were written; the line above says why. Run it again to go on")
+    print(f"{folder}: {len(pictures):,} pictures with {sum(map(len, texts_of)):,} captions in {len(shards):,} shards; train on them with --data {folder}")
+
+
+def _write_some(split, texts_of, shards):
+    run(lambda: [_write_shard(split, texts_of, path, pictures) for path, pictures in shards if not path.exists()])
+
+
+def _write_shard(split, texts_of, path, pictures):
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as f:
+        with tarfile.open(fileobj=f, mode="w") as tar:
+            for i in pictures:
+                encoded = split.picture_bytes(i)
+                kind = next((kind for start, kind in ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp")) if encoded.startswith(start)), "tif")
+                record = json.dumps({"id": split.image_ids[i], "texts": texts_of[i]}, ensure_ascii=False).encode()
+                for extension, content in ((kind, encoded), ("json", record)):
+                    member = tarfile.TarInfo(f"{i:09}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    shard_index(path)
+    print(f"{path}: {len(pictures):,} pictures", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- finding a data set
+
+
 def find(data, data_root="data"):
     """A data set's name or folder -> the folder. Raises BadInput when there is none."""
     folder = Path(data)
@@ -284,29 +624,40 @@ def find(data, data_root="data"):
         if not folder.is_dir():
             raise BadInput(f"{data}: there is no folder {folder}; unpack the data set there or name another place with --data-root")
     elif not folder.is_dir():
-        raise BadInput(f"{data}: neither a folder nor a known data set ({', '.join([*NAMES, 'demo'])})")
+        raise BadInput(f"{data}: neither a folder, nor a pattern of tar shards, nor a known data set ({', '.join([*NAMES, 'demo'])})")
     return folder
 
 
+def is_pattern(data):
+    """Whether this names tar shards. Such a pattern is one split, whatever it is used for."""
+    return str(data).endswith(".tar")
+
+
 def split_names(folder):
-    """Names of the splits that a folder holds, in either layout."""
+    """Names of the splits that a folder holds, in any layout."""
     captions = caption_file(folder)
     names = {split for _, _, split in caption_rows(captions)} if captions else {p.name.removesuffix("_imgs.tsv") for p in folder.glob("*_imgs.tsv")}
+    names = names or {match[1] for p in folder.glob("*.tar") if (match := re.fullmatch(r"(.+)-\d+\.tar", p.name))}
     if not names:
-        raise BadInput(f"{folder}: no captions.csv or captions.jsonl with rows beside pictures, nor *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout)")
+        raise BadInput(f"{folder}: no captions.csv or captions.jsonl with rows beside pictures, nor *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout), nor train-000000.tar, … "
+                       f"(for shards with other names pass a pattern: '{folder}/{{000000..000020}}.tar' or '{folder}/*.tar')")
     usual = ["train", "valid", "test"]
     return [name for name in usual if name in names] + sorted(names - set(usual))
 
 
 def open_split(data, split, data_root="data", context_length=52) -> Split:
-    """The split of a data set by name (coco-cn, flickr30k-cn, muge, ap-id, demo) or folder. Raises BadInput when there is none."""
+    """The split of a data set by name (coco-cn, flickr30k-cn, muge, ap-id, demo), folder, or pattern of tar shards. Raises BadInput when there is none."""
     if data == "demo":
         return PaintedSplit(split, context_length)
+    if is_pattern(data):
+        return ShardSplit(shards_of(str(data)), str(data), context_length)
     folder = find(data, data_root)
     if caption_file(folder):
         return FolderSplit(folder, split, context_length)
     if split not in split_names(folder):
-        raise BadInput(f"{folder}: no split {split!r}: {split}_imgs.tsv is missing; it has {', '.join(split_names(folder))}")
+        raise BadInput(f"{folder}: no split {split!r} ({split}_imgs.tsv or {split}-000000.tar, …); it has {', '.join(split_names(folder))}")
+    if not (folder / f"{split}_imgs.tsv").is_file():
+        return ShardSplit(shards_of(f"{glob.escape(str(folder))}/{glob.escape(split)}-*.tar"), f"{folder.resolve().name}/{split}", context_length)
     if not (folder / f"{split}_texts.jsonl").is_file():
         raise BadInput(f"{folder}: {split}_texts.jsonl is missing beside {split}_imgs.tsv")
     return TsvSplit(folder, split, context_length)
@@ -388,51 +739,70 @@ def augment(pixels, draws, rotate, zoom, stretch, shift, warp, ink, tint, satura
 # ---------------------------------------------------------------------------------------------------------------- batches for training
 
 
-def epoch_order(n, seed, epoch):
-    """The permutation of n training pairs in an epoch, (n,) int64: a function of (seed, epoch) and of nothing else."""
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def shares(batch_size, micro_batch, rank, world):
+    """Which places of the global batch each micro-batch of this process takes: a list of ranges.
+
+    The batch is cut into parts of world x micro_batch pairs (the last one may be smaller), and each part into `world` equal slices, of which process r takes the r-th. So all processes
+    run equally many micro-batches, and what a part holds depends on the product world x micro_batch alone.
+    """
+    parts = [(start, min(world * micro_batch, batch_size - start) // world) for start in range(0, batch_size, world * micro_batch)]
+    return [range(start + rank * size, start + (rank + 1) * size) for start, size in parts]
 
 
 class Batches(Sampler):
-    """Which pairs each step takes. The epochs' permutations follow each other as one endless stream; step k takes places k·N to (k+1)·N - 1 of it, and process r of W
-    the r-th of W equal slices. So every pair comes once per epoch, no batch is short, the order is the same for any W, and a run resumes at any step.
+    """Which pairs each micro-batch takes, as (epoch, pair). The epochs' orders follow each other as one endless stream, and step k takes places k N to (k+1) N - 1 of it. So every
+    pair comes once per epoch, no batch is short, the pairs of a step are the same for any number of processes and any micro-batch, and a run resumes at any step.
     """
 
-    def __init__(self, n, batch_size, seed, first_step, last_step, rank=0, world=1):
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.steps, self.rank, self.share = range(first_step, last_step), rank, batch_size // world
+    def __init__(self, split, batch_size, seed, first_step, last_step, rank=0, world=1, micro_batch=None):
+        self.split, self.batch_size, self.seed = split, batch_size, seed
+        self.steps, self.shares = range(first_step, last_step), shares(batch_size, micro_batch or batch_size // world, rank, world)
+        self.order = {}                                                         # the epoch at hand -> its order
 
     def __len__(self):
-        return len(self.steps)
+        return len(self.steps) * len(self.shares)
 
     def __iter__(self):
-        known, order = None, None                                               # the epoch whose permutation is at hand
         for step in self.steps:
-            batch = []
-            first = step * self.batch_size + self.rank * self.share
-            for place in range(first, first + self.share):
-                epoch, k = divmod(place, self.n)
-                if epoch != known:
-                    known, order = epoch, epoch_order(self.n, self.seed, epoch)
-                batch.append((epoch, int(order[k])))
-            yield batch
+            for share in self.shares:
+                yield self.pairs(step, share)
+
+    def pairs(self, step, share):
+        """(epoch, pair) at some places of the batch that step `step` (from 0) takes."""
+        result = []
+        for place in range(step * self.batch_size + share.start, step * self.batch_size + share.stop):
+            epoch, k = divmod(place, len(self.split))
+            if epoch not in self.order:
+                self.order = {epoch: self.split.order(self.seed, epoch)}
+            result.append((epoch, int(self.order[epoch][k])))
+        return result
 
 
 class TrainingPairs(Dataset):
-    """(epoch, pair number) -> tensors of one pair."""
+    """(epoch, pair number) -> tensors of one pair. In the place of one that cannot be read comes the next one that can: a function of the data alone, so the run stays what it is."""
 
-    def __init__(self, split, image_size):
-        self.split, self.image_size = split, image_size
+    def __init__(self, split, image_size, tries=100):
+        self.split, self.image_size, self.tries = split, image_size, tries
 
     def __getitem__(self, place):
-        picture, ids, image_key, text_key = self.split.sample(*place)
-        return to_uint8(picture, self.image_size), ids, image_key, text_key
+        epoch, k = place
+        bad = []                                                                # reports: {"file", "offset", …, "reason"}
+        for other in range(k, k + self.tries):
+            other %= len(self.split)
+            try:
+                picture, ids, picture_sentences, sentence = self.split.sample(epoch, other)
+                return to_uint8(picture, self.image_size), ids, picture_sentences, sentence, bad
+            except BadInput as error:
+                bad.append({"pair": other, **self.split.where(other), "reason": str(error)})
+        raise BadInput(f"{self.split.name}: {self.tries} pairs in a row cannot be read; the first: {bad[0]['reason']}")
 
 
 def collate(samples):
-    """-> pixels (B, 3, R, R) uint8, ids (B, L) int64, image_keys (B,), text_keys (B,)."""
-    pixels, ids, image_keys, text_keys = zip(*samples)
-    return torch.stack(pixels), torch.from_numpy(np.stack(ids).astype(np.int64)), torch.tensor(image_keys), torch.tensor(text_keys)
+    """-> pixels (B, 3, R, R) uint8, ids (B, L) int64, image_keys (B, M) int64: the sentences of each picture, filled up with -1, text_keys (B,), reports of bad pairs."""
+    pixels, ids, image_keys, text_keys, bad = zip(*samples)
+    most = max(map(len, image_keys))
+    image_keys = torch.tensor([list(keys) + [-1] * (most - len(keys)) for keys in image_keys])
+    return torch.stack(pixels), torch.from_numpy(np.stack(ids).astype(np.int64)), image_keys, torch.tensor(text_keys), [report for reports in bad for report in reports]
 
 
 def training_loader(split, image_size, batches, workers, pin_memory=False):
@@ -556,6 +926,14 @@ class PaintedSplit(Split):
     def picture(self, i):
         return paint(self.scenes[i], random.Random(f"demo {self.split} {i}"))
 
+    def picture_bytes(self, i):
+        file = io.BytesIO()
+        self.picture(i).save(file, "PNG")
+        return file.getvalue()
+
+    def where(self, k):
+        return {"file": self.name, "offset": k}
+
     def sample(self, epoch, k):
         if not self.endless:
             return super().sample(epoch, k)
@@ -565,8 +943,8 @@ class PaintedSplit(Split):
         while split_of_scene(scene) != "train":
             scene = random_scene(rng)
         ids = self.tokenizer([describe(scene, rng)], self.context_length)[0].numpy()
-        meaning = int.from_bytes(hashlib.md5(describe(scene).encode()).digest()[:7], "big")         # the same scene in other words has the same key
-        return paint(scene, rng), ids, number, meaning
+        meaning = sentence_key(describe(scene))                                 # the same scene in other words has the same key
+        return paint(scene, rng), ids, [meaning], meaning
 
 
 # ---------------------------------------------------------------------------------------------------------------- from the web
@@ -690,17 +1068,35 @@ def sha256_of(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a data set holds.")
-    parser.add_argument("data", help=f"{', '.join([*NAMES, 'demo'])}, or a folder")
+    parser = argparse.ArgumentParser(description="What a data set holds; and any data set as tar shards.")
+    parser.add_argument("data", help=f"{', '.join([*NAMES, 'demo'])}, a folder, or a pattern of tar shards like 'shards/{{000000..000020}}.tar'")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
-    parser.add_argument("--split", default="test", help="the split to --draw (default: test)")
+    parser.add_argument("--split", help="the split to --draw (default: test), or the only one to --write-shards of (default: all)")
     parser.add_argument("--draw", metavar="FILE.png", help="write a sheet of up to 24 pictures and print a caption of each")
+    parser.add_argument("--write-shards", metavar="DIR", help="write the data set as tar shards")
+    parser.add_argument("--per-shard", type=int, default=10_000, help="pictures in a shard (default: 10000)")
+    parser.add_argument("--processes", type=int, default=1, help="that write shards side by side (default: 1)")
     args = parser.parse_args()
+    if not (1 <= args.per_shard <= 1e7 and 1 <= args.processes <= 512):
+        raise BadInput(f"--per-shard {args.per_shard} --processes {args.processes}: out of range, 1 to 1e7 and 1 to 512")
     if args.draw:
-        return draw_sheet(open_split(args.data, args.split, args.data_root), args.draw)
-    for name in list(PaintedSplit.SIZES) if args.data == "demo" else split_names(find(args.data, args.data_root)):
+        return draw_sheet(open_split(args.data, args.split or "test", args.data_root), args.draw)
+    if is_pattern(args.data):
+        names = ["train"]
+    else:
+        names = ["valid", "test"] if args.data == "demo" and args.write_shards else list(PaintedSplit.SIZES) if args.data == "demo" else split_names(find(args.data, args.data_root))
+    if args.write_shards:
+        for name in [args.split] if args.split else names:
+            write_shards(open_split(args.data, name, args.data_root), args.write_shards, name, args.per_shard, args.processes)
+        return
+    for name in names:
         split = open_split(args.data, name, args.data_root)
-        print(f"{name:8} endless; {len(split):,} pairs an epoch" if split.endless else f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs")
+        if split.endless:
+            print(f"{name:8} endless; {len(split):,} pairs an epoch")
+        elif isinstance(split, ShardSplit):
+            print(f"{'' if is_pattern(args.data) else name:8} {len(split.shards):8,} shards {len(split):8,} pairs")
+        else:
+            print(f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs")
 
 
 def draw_sheet(split, path):

@@ -3,29 +3,131 @@
     N pairs over all processes; row i holds picture i and caption i.
 
     symbol   variable       shape     meaning
-    I, T     image_embed    (N, D)    unit vectors
+    I, T     image, text    (N, D)    embeddings, unit vectors
     s        scale          ()        exp(logit_scale), the inverse temperature
     S        logits         (N, N)    s I Tᵀ
-    Y        truth          (N, N)    1 where pairs i and j have the same picture or the same caption, else 0; without repeats in the batch, the identity.
-                                      (A caption that describes picture i but stands beside another of its pictures in the batch counts as 0.)
+    Y        truth          (E,) x 2  1 where caption j describes picture i, else 0; kept as the rows i and the columns j of its E ones. Without repeats in the batch: the diagonal
+    Yr, Yc   weights        (E,) x 2  Y with its rows, or its columns, divided by their sums
+    r, c     log_sums       (N,) x 2  r_i = log Σ_j exp S_ij,  c_j = log Σ_i exp S_ij
 
-    loss = 1/2N Σ_i  -Σ_j Yr_ij log softmax_j(S_ij)   picture -> caption, Yr = rows of Y divided by their sums
-         + 1/2N Σ_j  -Σ_i Yc_ij log softmax_i(S_ij)   caption -> picture, Yc = columns of Y divided by their sums
+    loss = 1/2N Σ_i ( r_i - Σ_j Yr_ij S_ij )          picture -> its captions: cross-entropy of row i with Yr_i
+         + 1/2N Σ_j ( c_j - Σ_i Yc_ij S_ij )          caption -> its pictures: cross-entropy of column j with Yc_j
 
-On W processes each computes the rows and columns of its own B = N/W pairs against all N, so the processes' shares add up to the loss. Differentiating the sum
-of shares gives the gradient of the one big loss, for the towers and for the temperature: parameter gradients are therefore SUMMED over processes, not averaged.
+    G = dloss/dS = 1/2N ( exp(S - r) + exp(S - c) - Yr - Yc )            (r subtracted from each row, c from each column)
+    dI = s G T      dT = s Gᵀ I      ds = Σ_ij G_ij S_ij / s = Σ_i I_i·dI_i / s
+
+On W processes each owns B = N/W pairs: their rows of S, and their columns. `contrastive_loss` is the first equation as one would write it, for autograd: it holds whole matrices,
+and its backward pass sums gradients over the processes. `tiled_loss` is the same function with the second line worked out by hand: S and G exist a few rows at a time, and
+all that processes exchange is the embeddings, r and c, before. A test compares them to 1e-12.
+
+Each returns its process's share of the loss: the shares add up to the loss, and so do the gradients that processes get for the shared weights and for s. Parameter
+gradients are therefore SUMMED over processes, not averaged.
 """
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 
+def matches(image_keys, text_keys):
+    """Which captions of the batch describe which pictures -> truth: rows i (E,) and columns j (E,) of the ones of Y, sorted by row.
+
+    text_keys (N,) int64, at least 0: the sentence of each caption. image_keys (N, M) int64: all the sentences that describe each picture, filled up with -1, those that are
+    not in the batch among them. So a caption is right for every picture that it describes, whichever picture it stands beside.
+    """
+    N, M = image_keys.shape
+    keys, order = text_keys.sort()
+    wanted = image_keys.flatten()                                               # (NM,): each is to be found among the keys, perhaps several times
+    first, end = torch.searchsorted(keys, wanted), torch.searchsorted(keys, wanted, right=True)
+    count = end - first
+    found = torch.arange(N * M).repeat_interleave(count)                        # (E',): which of `wanted`
+    nth = torch.arange(len(found)) - (count.cumsum(0) - count)[found]           # (E',): its how-manieth occurrence
+    cells = torch.unique(found // M * N + order[first[found] + nth])            # i N + j, each once, sorted
+    return cells // N, cells % N
+
+
+def contrastive_loss(image_embed, text_embed, scale, truth=None):
+    """The loss as the reader knows it, differentiable; -> this process's share.
+
+    image_embed, text_embed (B, D) unit vectors, the same B on every process; scale a scalar tensor, exp(logit_scale); truth as `matches` gives it, of the whole batch in rank order,
+    or None: every pair is its own only match.
+    """
+    image, text = gather(image_embed), gather(text_embed)                       # (N, D)
+    N, own = len(image), own_rows(image_embed)
+    Y = image.new_zeros(N, N)
+    Y[truth if truth is not None else (torch.arange(N), torch.arange(N))] = 1
+    to_captions = F.cross_entropy(scale * image_embed @ text.T, (Y / Y.sum(1, keepdim=True))[own], reduction="sum")
+    to_pictures = F.cross_entropy(scale * text_embed @ image.T, (Y / Y.sum(0, keepdim=True)).T[own], reduction="sum")
+    return (to_captions + to_pictures) / (2 * N)
+
+
+@torch.no_grad()
+def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**22):
+    """The same share of the loss, and the gradient of the whole loss; takes the same arguments -> loss (), d_image (B, D), d_text (B, D), d_scale ().
+
+    d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which two are held at a time.
+    """
+    image, text = gather(image_embed), gather(text_embed)                       # (N, D)
+    N = len(image)
+    i, j = truth if truth is not None else (torch.arange(N), torch.arange(N))   # on the CPU
+    Yr, Yc = 1 / torch.bincount(i)[i].to(image.dtype), 1 / torch.bincount(j)[j].to(image.dtype)     # (E,)
+    by_column = j.argsort(stable=True)
+    pictures = scale * image_embed, text, i, j, Yr, Yc                          # own rows of S: pictures look at captions
+    captions = scale * text_embed, image, *(x[by_column] for x in (j, i, Yc, Yr))                   # own columns, turned into rows: captions look at pictures
+
+    r, to_captions = _log_sums(*pictures, tile=tile)
+    c, to_pictures = _log_sums(*captions, tile=tile)
+    all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
+    d_image = _gradient(*pictures, r, all_c, tile=tile) * (scale / (2 * N))     # s G T
+    d_text = _gradient(*captions, c, all_r, tile=tile) * (scale / (2 * N))      # s Gᵀ I
+    d_scale = (image_embed * d_image).sum() / scale
+    return (to_captions + to_pictures) / (2 * N), d_image, d_text, d_scale
+
+
+def _log_sums(own, other, rows, columns, own_weight, _, tile):
+    """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ weight S) over them: the cross-entropies."""
+    log_sums, loss = own.new_empty(len(own)), own.new_zeros(())
+    for stripe, logits, ones, place in _stripes(own, other, rows, columns, tile):
+        log_sums[stripe] = logits.logsumexp(dim=1)
+        loss += log_sums[stripe].sum() - (own_weight[ones].to(own.device) * logits[place]).sum()
+    return log_sums, loss
+
+
+def _gradient(own, other, rows, columns, own_weight, other_weight, own_log_sums, other_log_sums, tile):
+    """-> 2N G @ other: own rows of G, as many as a stripe holds at a time, times the other side's embeddings (B, D)."""
+    gradient = torch.empty_like(own)
+    for stripe, logits, ones, place in _stripes(own, other, rows, columns, tile):
+        G = (logits - own_log_sums[stripe, None]).exp_()                        # exp(S - r)
+        G += logits.sub_(other_log_sums).exp_()                                 # exp(S - c), in the place of S
+        G[place] -= (own_weight + other_weight)[ones].to(own.device)            # Yr + Yc
+        torch.mm(G, other, out=gradient[stripe])
+    return gradient
+
+
+def _stripes(own, other, rows, columns, tile):
+    """Own rows of S, some at a time -> (which of the own rows, their logits (t, N), which of the ones of Y lie in them, where in the logits)."""
+    t, first = max(1, tile // len(other)), own_rows(own).start
+    starts = list(range(0, len(own), t)) + [len(own)]
+    bounds = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
+    for start, stop, a, b in zip(starts, starts[1:], bounds, bounds[1:]):
+        place = (rows[a:b] - first - start).to(own.device), columns[a:b].to(own.device)
+        yield slice(start, stop), own[start:stop] @ other.T, slice(a, b), place
+
+
+# ---------------------------------------------------------------------------------------------------------------- between processes
+
+
+def own_rows(x):
+    """Which rows of the global batch this process's are: those of rank 0 come first."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return slice(rank * len(x), (rank + 1) * len(x))
+
+
 class _Gather(torch.autograd.Function):
-    """(B, D) on each process -> (N, D) on all. Every process uses every row, so a row's gradient is the sum over processes of what each sends back."""
+    """(B, …) on each process -> (N, …) on all. Every process uses every row, so a row's gradient is the sum over processes of what each sends back."""
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
@@ -37,25 +139,5 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """Rows of all processes, in rank order, differentiable: (B, ...) -> (N, ...). Without torch.distributed, x itself."""
+    """Rows of all processes, in rank order, differentiable: (B, …) -> (N, …). Without torch.distributed, x itself."""
     return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
-
-
-def contrastive_loss(image_embed, text_embed, scale, image_ids=None, text_ids=None):
-    """This process's share of the loss above; the shares of all processes sum to it.
-
-    image_embed, text_embed (B, D) float32 unit vectors, the same B on every process; scale a scalar tensor, exp(logit_scale).
-    image_ids, text_ids (B,) int64, both or neither: pairs that share a picture or a caption are positives of each other. Without them every pair is its own only match.
-    """
-    B = len(image_embed)
-    all_image, all_text = gather(image_embed), gather(text_embed)               # (N, D)
-    N = len(all_image)
-    logits_image = scale * image_embed @ all_text.T                             # (B, N): rows of S
-    logits_text = scale * text_embed @ all_image.T                              # (B, N): columns of S
-    own = torch.arange(B, device=image_embed.device) + (dist.get_rank() * B if N > B else 0)
-    same = own[:, None] == torch.arange(N, device=image_embed.device)           # (B, N): Y's own rows; Y is symmetric, so they serve as its own columns too
-    if image_ids is not None:
-        same = same | (image_ids[:, None] == gather(image_ids)) | (text_ids[:, None] == gather(text_ids))
-    truth = same.to(logits_image.dtype)
-    truth = truth / truth.sum(dim=1, keepdim=True)
-    return (F.cross_entropy(logits_image, truth, reduction="sum") + F.cross_entropy(logits_text, truth, reduction="sum")) / (2 * N)

@@ -95,18 +95,19 @@ class Attention(nn.Module):
 def run_blocks(blocks, x, *args, checkpointed: bool):
     """x through a list of blocks, one after the other. With `checkpointed` only the blocks' inputs are kept; each block is run again during the backward pass.
 
-    The second run must not touch BatchNorm's running statistics again (`_statistics_kept`), or they would count every batch twice.
+    The second run must not touch BatchNorm's running statistics again, or they would count every batch twice.
     """
     for block in blocks:
         if checkpointed and torch.is_grad_enabled():
-            x = checkpoint(block, x, *args, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), _statistics_kept(block)))
+            x = checkpoint(block, x, *args, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), statistics_kept(block)))
         else:
             x = block(x, *args)
     return x
 
 
 @contextmanager
-def _statistics_kept(module):
+def statistics_kept(module):
+    """BatchNorm's running statistics stay as they are, while its layers still normalise by the batch: for a second forward pass over the same pictures."""
     norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, BatchNorm2d)]
     for m, _, _ in norms:
         m.momentum = 0.0                        # new statistics = 1 x the old ones + 0 x this batch's; the graph stays the same, as checkpointing needs
@@ -155,6 +156,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width, patches = cfg.vision_width, (cfg.image_size // cfg.patch_size) ** 2
         self.grad_checkpointing = False
+        self.patch_dropout = 0.0                # share of the patches that training leaves out, drawn anew for each picture (FLIP, arXiv 2212.00794)
         self.patch_embed = nn.Conv2d(3, width, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.empty(width))
         self.position_embed = nn.Parameter(torch.empty(1 + patches, width))
@@ -168,9 +170,17 @@ class VisionTransformer(nn.Module):
         """pixels (B, 3, R, R), normalised -> (B, D), not yet of unit length."""
         x = self.patch_embed(pixels).flatten(2).transpose(1, 2)                                     # (B, P, C)
         x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)               # (B, 1+P, C)
-        x = self.norm_pre(x + self.position_embed)
+        x = x + self.position_embed
+        if self.training and self.patch_dropout:
+            kept = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device).argsort(dim=1)[:, : self.patches_kept()] + 1            # (B, P'): 1 is the first patch
+            x = torch.cat([x[:, :1], x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)                             # (B, 1+P', C)
+        x = self.norm_pre(x)
         x = run_blocks(self.blocks, x, checkpointed=self.grad_checkpointing)
         return self.norm_post(x[:, 0]) @ self.projection                                            # (B, D)
+
+    def patches_kept(self):
+        """How many patches of a picture training looks at, with patch_dropout."""
+        return max(1, round((len(self.position_embed) - 1) * (1 - self.patch_dropout)))
 
     def init_weights(self):
         """The scheme of CLIP's transformer (openai/CLIP, model.py, initialize_parameters): deviations C^-1/2 into attention, (2C)^-1/2 into the MLP, and

@@ -6,14 +6,19 @@
     python train.py --stage 2 --init runs/stage1/last.pt
     python train.py --stage finetune --data coco-cn --init cn-clip-vit-b-16 --out runs/coco-cn     # released weights
     python train.py --stage 2 --data /path/to/folder --out runs/own             # your own pictures, from scratch
+    torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint host:29500 --max-restarts 3 train.py --stage 2 --data 'shards/{000000..020000}.tar' --micro-batch 256 …
 
-Stage 1 trains the text tower against the frozen vision tower; stage 2 and fine-tuning train both. --batch-size is the global batch, over all processes.
-The same command run again continues where the run stopped. In --out: last.pt (to continue from), best.pt (highest recall on the valid split), metrics.jsonl,
-settings.json.
+Stage 1 trains the text tower against the frozen vision tower; stage 2 and fine-tuning train both. --batch-size is the global batch, over all processes; --micro-batch is what a
+process holds at a time. Neither the number of processes nor the micro-batch changes the steps that are taken (dropout masks and rounding apart; for a ResNet that trains, their
+product counts: BatchNorm sees so many pictures at a time).
+
+The same command run again continues where the run stopped, to the same result, after any kill. In --out: last.pt (to continue from; with --keep also step-00001000.pt, …), best.pt
+(highest recall on the valid split), metrics.jsonl, settings.json, bad_samples.jsonl (pairs that could not be read).
 """
 import argparse
 import contextlib
 import fcntl
+import functools
 import json
 import math
 import os
@@ -26,12 +31,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 import checkpoint
 import data
 from evaluate import embed_split, precision_of, retrieval_recall, start_processes
-from loss import contrastive_loss
-from model import CLIP, CONFIGS
+from loss import gather, matches, tiled_loss
+from model import CLIP, CONFIGS, statistics_kept
 from tokenizer import MASK, SEP
 
 # What each stage sets when no flag does. The paper gives no figures for the two pretraining stages; these are the learning rates of Chinese CLIP.
@@ -47,10 +53,11 @@ TINY = {
     "2":        {"lr": 2e-3, "batch_size": 256, "epochs": 12.0, "warmup": 50},
     "finetune": {"lr": 5e-4, "batch_size": 256, "epochs": 20.0, "warmup": 50},
 }
-RANGES = {"batch_size": (2, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
-          "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "log_every": (1, 1e9)}
+RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
+          "patch_dropout": (0, 0.99), "max_bad": (0, 1), "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "save_minutes": (0, 1e6), "keep": (1, 1e4),
+          "log_every": (1, 1e9)}
 # May differ when a run continues, for they do not change the result. (The data may have moved: captions, picture names and the first picture have a fingerprint.)
-FREE = {"out", "data", "data_root", "workers", "log_every", "save_every", "grad_checkpointing"}
+FREE = {"out", "data", "data_root", "valid_data", "workers", "processes", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing"}
 
 
 def main():
@@ -71,7 +78,9 @@ def main():
     config = CONFIGS[args.model] if args.model else checkpoint.config_of(state) if state else CONFIGS["tiny"]
 
     # data and settings
-    train_split, valid_split = (data.open_split(args.data, split, args.data_root, config.context_length) for split in ("train", "valid"))
+    train_split = data.open_split(args.data, "train", args.data_root, config.context_length)
+    valid_data = args.valid_data or (None if data.is_pattern(args.data) else args.data)             # a pattern of shards is one split, to train on
+    valid_split = data.open_split(valid_data, "valid", args.data_root, config.context_length) if valid_data else None
     autocast, precision = precision_of(args.precision, device)
     settings = resolve(args, config, train_split, valid_split, precision, world)
     total = settings.total_steps
@@ -82,43 +91,54 @@ def main():
     if settings.stage == "1":
         model.freeze_vision()
     model.set_grad_checkpointing(settings.grad_checkpointing)
+    model.vision.patch_dropout = settings.patch_dropout                         # of a ViT; resolve refuses it for others
     model.to(device).train()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # not enabled, it passes everything through
     optimizer = make_optimizer(model, settings.weight_decay)
+    gradients = GradientSum([p for p in model.parameters() if p.requires_grad])
 
     run = Run(last.parent, vars(settings), rank, model, optimizer, scaler)
     first_step = run.resume(state) if source == last else 0
     if state:
         checkpoint.load_into(model, state, source)
+    agree(settings=vars(settings), first_step=first_step, weights=sum(x.double().abs().sum().item() for x in model.state_dict().values()))
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
     if first_step == total:
         return run.say(f"nothing to do: {run.summary(total)}. To train on from there: --init {last} with another --out")
-    validate = lambda step: run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=settings.workers), valid_split.positives))
+
+    def validate(step):
+        if valid_split is not None:
+            run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=settings.workers), valid_split.positives))
+
     run.start(first_step)
     signals = catch_signals(rank == 0)
     if first_step == 0:
         validate(0)
         run.snapshot(0)
 
-    batches = data.Batches(len(train_split), settings.batch_size, settings.seed, first_step, total, rank, world)
-    loader = data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda")
-    meter = Meter(first_step, total, settings.batch_size, device)
-    for step, batch in enumerate(loader, first_step + 1):                       # `step` optimizer steps are done at the end of this round
+    batches = data.Batches(train_split, settings.batch_size, settings.seed, first_step, total, rank, world, settings.micro_batch)
+    loader = iter(data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda"))
+    meter = Meter(first_step, total, settings, len(train_split), device)
+    for step in range(first_step + 1, total + 1):                               # `step` optimizer steps are done at the end of this round
         lr = set_lr(optimizer, learning_rate(step - 1, settings.lr, settings.warmup, total))
-        torch.manual_seed(random_seed(settings.seed, step, rank))               # for dropout: a function of (seed, step, process), so never stored
-        pixels, ids, image_keys, text_keys = (x.to(device, non_blocking=True) for x in batch)
-        pixels, ids = prepare(pixels, ids, settings, step, rank, world)
-        meter.losses.append(train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast))
+        pixels, ids, image_keys, text_keys, bad = zip(*(next(loader) for _ in batches.shares))      # a list of micro-batches each
+        truth, bad = exchange(image_keys, text_keys, sum(bad, []))
+        run.report(step, bad, min(step * settings.batch_size, len(train_split)), len(train_split))
+        draws = random_draws(settings, step, ids[0].shape[1])
+        ready = [functools.partial(prepare, *micro, draws, settings, device) for micro in zip(pixels, ids, batches.shares)]
+        seeds = [random_seed(settings.seed, step, rank, k) for k in range(len(ready))]              # functions of (seed, step, process, micro-batch), so never stored
+        loss, norm = train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast)
+        run.took(step, loss, norm, lambda: [train_split.where(k) for _, k in batches.pairs(step - 1, range(settings.batch_size))])
 
         due = lambda every: step == total or (every and step % every == 0)
         if due(settings.log_every):
-            run.log(meter.record(step, lr, model))
+            run.log(meter.record(step, lr, norm, model, run))
         if due(settings.valid_every):
             with meter.paused():
                 validate(step)
-        stopping = summed(torch.tensor(float(len(signals)))) > 0                # a signal to any process stops all of them after the same step
-        if due(settings.valid_every) or due(settings.save_every) or stopping:
+        stopping = largest(len(signals)) > 0                                    # a signal to any process stops all of them after the same step
+        if due(settings.valid_every) or due(settings.save_every) or run.minutes_since_snapshot() >= (settings.save_minutes or math.inf) or stopping:
             run.snapshot(step)
         if stopping and step < total:
             run.say(f"stopped by a signal after step {step}; the same command continues from there")
@@ -126,49 +146,148 @@ def main():
     run.say(run.summary(total))
 
 
-def train_step(model, pixels, ids, image_keys, text_keys, optimizer, scaler, autocast):
-    """One optimizer step on this process's share of the global batch: forward, loss, backward, step, clamp. Returns this process's share of the loss."""
-    with autocast():
-        image_embed, text_embed, scale = model(pixels, ids)                     # (B, D), (B, D), scalar
-    loss = contrastive_loss(image_embed, text_embed, scale, image_keys, text_keys)
-    optimizer.zero_grad()
-    scaler.scale(loss).backward()
-    sum_gradients(model)
-    scaler.step(optimizer)
-    scaler.update()
-    model.clamp_logit_scale()
-    return loss.detach()
+def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast):
+    """One optimizer step on this process's share of the global batch, however many micro-batches it takes -> loss of the global batch, norm of its gradient.
+
+    ready: for each micro-batch, a function that gives (pixels, ids); seeds: the seed of its dropout and patch masks. With one micro-batch the graph of the forward pass is kept;
+    with several each is embedded without, and once more, alike, when the gradient at its embeddings is known (gradient caching, arXiv 2101.06983).
+    When loss or gradient are not finite, the weights stay as they are.
+    """
+    def embed(k, vision=True):
+        torch.manual_seed(seeds[k])
+        pixels, ids = ready[k]()
+        with autocast():
+            return model.encode_image(pixels) if vision else None, model.encode_text(ids)
+
+    # 1. embed every micro-batch
+    once = len(ready) == 1
+    with torch.set_grad_enabled(once):
+        image_embeds, text_embeds = zip(*(embed(k) for k in range(len(ready))))                     # each (b, D)
+
+    # 2. the loss, and its gradient at the embeddings, over all processes
+    scale = model.logit_scale.exp()
+    loss, d_image, d_text, d_scale = tiled_loss(torch.cat(image_embeds).detach(), torch.cat(text_embeds).detach(), scale.detach(), truth)
+
+    # 3. backward through each micro-batch; parameter gradients add up over them and over the processes
+    gradients.zero(loss)
+    sizes = [len(x) for x in text_embeds]
+    for k, (d_i, d_t) in enumerate(zip(d_image.split(sizes), d_text.split(sizes))):
+        if once:
+            image_embed, text_embed = image_embeds[0], text_embeds[0]
+        else:
+            with statistics_kept(model):
+                image_embed, text_embed = embed(k, vision=not model.vision_frozen)
+        ends = [(text_embed, d_t)] + [(image_embed, d_i)] * (not model.vision_frozen)
+        if k == len(ready) - 1:
+            gradients.send_when_done()
+            ends += [(scale, d_scale)]
+        torch.autograd.backward([x for x, _ in ends], [scaler.scale(d) for _, d in ends])
+        del image_embed, text_embed, ends
+    loss = gradients.wait()
+
+    # 4. step, clamp
+    scaler.unscale_(optimizer)
+    norm = gradients.norm()
+    if scaler.is_enabled() or math.isfinite(loss) and math.isfinite(norm):      # the scaler itself skips what is not finite, and lowers its scale
+        scaler.step(optimizer)
+        scaler.update()
+        model.clamp_logit_scale()
+    return loss, norm
 
 
-def sum_gradients(model, bucket=2**25):
-    """Add up the gradients of all processes (see loss.py for why the sum), in flat buckets of up to 32 M numbers. Frozen parameters have none and send none."""
+class GradientSum:
+    """The parameters' gradients, in flat buckets (p.grad are views of them) that are summed over all processes while the backward pass still runs; for why the sum, see loss.py.
+
+    Backward passes go from the last layers to the first, so the buckets are filled in that order, and each is sent as soon as it is complete, in the same order on every process.
+    Frozen parameters are in none. The loss travels in the first bucket.
+    """
+
+    def __init__(self, params, most=2**23):
+        self.buckets, self.works, self.sending = [], [], False                  # up to `most` numbers (32 MiB) each, one parameter at least
+        groups = [[]]
+        for p in reversed(params):
+            if groups[-1] and sum(q.numel() for q in groups[-1]) + p.numel() > most:
+                groups.append([])
+            groups[-1].append(p)
+        self.sizes = [len(group) for group in groups]
+        for number, group in enumerate(groups):
+            flat = torch.zeros(sum(p.numel() for p in group) + 1, device=group[0].device)           # the last number: the loss, in the first bucket
+            for p, part in zip(group, flat[:-1].split([p.numel() for p in group])):
+                p.grad = part.view_as(p)
+                p.register_post_accumulate_grad_hook(functools.partial(self._done, number))
+            self.buckets.append(flat)
+
+    def zero(self, loss):
+        """Before the first backward pass of a step. `loss`: this process's share of it."""
+        for flat in self.buckets:
+            flat.zero_()
+        self.buckets[0][-1] = loss
+
+    def send_when_done(self):
+        """The next backward pass is the last one of this step."""
+        self.sending, self.waiting = dist.is_initialized(), list(self.sizes)
+
+    def _done(self, number, _):
+        if self.sending:
+            self.waiting[number] -= 1
+            while len(self.works) < len(self.buckets) and self.waiting[len(self.works)] <= 0:
+                self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
+
+    def wait(self):
+        """-> the loss, once all sums have arrived."""
+        if self.sending:
+            for flat in self.buckets[len(self.works):]:                         # of parameters that the loss did not touch
+                self.works.append(dist.all_reduce(flat, async_op=True))
+            for work in self.works:
+                work.wait()
+        self.works, self.sending = [], False
+        return self.buckets[0][-1].item()
+
+    def norm(self):
+        return torch.stack([flat[:-1].norm() for flat in self.buckets]).norm().item()
+
+
+def exchange(image_keys, text_keys, bad):
+    """Before a step, between all processes: lists of the micro-batches' keys -> the truth of the global batch (loss.py, matches), and all reports of bad pairs."""
+    most, reports = largest(max(keys.shape[1] for keys in image_keys)), largest(len(bad))
+    image_keys = torch.cat([F.pad(keys, (0, most - keys.shape[1]), value=-1) for keys in image_keys])           # (B, M)
+    if reports and dist.is_initialized():
+        shares = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, bad)
+        bad = sum(shares, [])
+    return matches(gather(image_keys), gather(torch.cat(text_keys))), bad
+
+
+def agree(**facts):
+    """Stop when the processes do not have the same settings, data, step and weights: on several nodes each must see the same files."""
     if not dist.is_initialized():
         return
-    waiting = [p.grad for p in model.parameters() if p.grad is not None]
-    while waiting:
-        grads, size = [], 0
-        while waiting and (not grads or size + waiting[-1].numel() <= bucket):
-            grads.append(waiting.pop())
-            size += grads[-1].numel()
-        flat = torch.cat([g.flatten() for g in grads])
-        dist.all_reduce(flat)
-        for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(part.view_as(g))
+    shares = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, facts)
+    flat = [facts["settings"] | {k: v for k, v in facts.items() if k != "settings"} for facts in shares]
+    for rank, other in enumerate(flat):
+        differ = [f"{name} {other.get(name)} where process 0 has {flat[0][name]}" for name in flat[0] if other.get(name) != flat[0][name]]
+        if differ:
+            raise data.BadInput(f"process {rank} has {'; '.join(differ)}: every node must see the same data, weights and --out (a shared file system)")
 
 
-def prepare(pixels, ids, settings, step, rank, world):
-    """uint8 pictures -> augmented and normalised, some tokens -> [MASK], on the same device.
-
-    The random numbers of a pair depend on (seed, step, its place in the global batch): each process draws those of the whole batch and takes its own.
-    """
+def random_draws(settings, step, context_length):
+    """The random numbers of a step, for the whole batch: for augmentation (N, DRAWS) in -1..1, and for masking tokens (N, L) in 0..1. A pair's are those of its place in the
+    batch, so they do not depend on the number of processes."""
     generator = torch.Generator().manual_seed(random_seed(settings.seed, step, -1))
-    pixels = pixels.float() / 255
-    if data.AUGMENT[settings.augment]:
-        draws = 2 * torch.rand(settings.batch_size, data.DRAWS, generator=generator) - 1
-        pixels = data.augment(pixels, draws.chunk(world)[rank], **data.AUGMENT[settings.augment])
-    if settings.mask_tokens:
-        draws = torch.rand(settings.batch_size, ids.shape[1], generator=generator).chunk(world)[rank].to(ids.device)
-        ids = torch.where((draws < settings.mask_tokens) & (ids > SEP), MASK, ids)                  # never [PAD], [UNK], [CLS], [SEP]
+    pictures = 2 * torch.rand(settings.batch_size, data.DRAWS, generator=generator) - 1 if data.AUGMENT[settings.augment] else None
+    tokens = torch.rand(settings.batch_size, context_length, generator=generator) if settings.mask_tokens else None
+    return pictures, tokens
+
+
+def prepare(pixels, ids, share, draws, settings, device):
+    """A micro-batch as read, (b, 3, R, R) uint8 and (b, L), with its places in the global batch -> augmented and normalised pictures, captions with some tokens [MASK]; on the device."""
+    pixels, ids = pixels.to(device, non_blocking=True).float() / 255, ids.to(device, non_blocking=True)
+    for_pictures, for_tokens = (x if x is None else x[share.start : share.stop].to(device) for x in draws)
+    if for_pictures is not None:
+        pixels = data.augment(pixels, for_pictures, **data.AUGMENT[settings.augment])
+    if for_tokens is not None:
+        ids = torch.where((for_tokens < settings.mask_tokens) & (ids > SEP), MASK, ids)             # never [PAD], [UNK], [CLS], [SEP]
     return data.normalize(pixels), ids
 
 
@@ -193,9 +312,9 @@ def set_lr(optimizer, lr):
     return lr
 
 
-def random_seed(seed, step, rank):
-    """One number for (seed, step, rank); rank -1 is what all processes share."""
-    mixed = ((seed * 1_000_003 + step) * 65_537 + rank + 1) % 2**63
+def random_seed(seed, step, rank, micro=0):
+    """One number for (seed, step, rank, micro-batch); rank -1 is what all processes share."""
+    mixed = ((seed * 1_000_003 + step) * 65_537 + rank + 1 + micro * 0x9E3779B97F4A7C15) % 2**63
     return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(mixed)))
 
 
@@ -203,12 +322,15 @@ def random_seed(seed, step, rank):
 
 
 class Run:
-    """What a run leaves on disk: settings.json, metrics.jsonl, last.pt, best.pt. Only the first process writes; every process reads last.pt to continue."""
+    """What a run leaves on disk: settings.json, metrics.jsonl, bad_samples.jsonl, last.pt, best.pt. Only the first process writes; every process reads last.pt to continue."""
 
     def __init__(self, out, settings, rank, model, optimizer, scaler):
         self.out, self.settings, self.first = out, settings, rank == 0
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.best, self.best_step = -1.0, 0                                     # highest score on the valid split so far, and when
+        self.losses, self.skipped = [], 0                                       # of the steps since the last line; steps that fp16 scaling has skipped
+        self.bad = set()                                                        # numbers of the pairs that could not be read
+        self.saved = time.time()
 
     def say(self, line):
         if self.first:
@@ -223,20 +345,24 @@ class Run:
 
     def _resume(self, state):
         last = self.out / "last.pt"
-        missing = {"settings", "optimizer", "scaler", "best", "best_step", "step"} - state.keys()
+        missing = {"settings", "optimizer", "scaler", "best", "best_step", "losses", "skipped", "step"} - state.keys()
         if missing:
             raise data.BadInput(f"{last} is no training snapshot (it lacks {', '.join(sorted(missing))}), so nothing can continue from it; choose another --out")
         before, now = state["settings"], self.settings
-        changed = [f"{name} {before.get(name)}, now it is {now.get(name)}" for name in sorted((before.keys() | now.keys()) - FREE) if before.get(name) != now.get(name)]
+        masks = self.model.cfg.text_dropout > 0 or now["patch_dropout"] > 0     # drawn for a micro-batch of a process: others with other sizes
+        free = FREE if masks else FREE | {"micro_batch"}
+        changed = [f"{name} {before.get(name)}, now it is {now.get(name)}" for name in sorted((before.keys() | now.keys()) - free) if before.get(name) != now.get(name)]
         if changed:
             raise data.BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
                                 f"or start a new run from it: --init {last} --out {self.out}-2")
+        if masks and before["processes"] != now["processes"]:
+            self.say(f"note: {now['processes']} processes instead of {before['processes']} draw other dropout masks from here on; all else stays the same")
         self.optimizer.load_state_dict(state["optimizer"])
         for p, moments in self.optimizer.state.items():                         # the fused kernel would write past the end of a moment that is too short
             if not all(moments[name].shape == p.shape and moments[name].isfinite().all() for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer's moments do not fit the parameters")
         self.scaler.load_state_dict(state["scaler"])
-        self.best, self.best_step = float(state["best"]), int(state["best_step"])
+        self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped"])
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
             raise ValueError(f"step {state['step']!r}")
         return state["step"]
@@ -255,18 +381,50 @@ class Run:
             raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
         write = lambda name, text: checkpoint.write(self.out / name, lambda f: f.write(text.encode()))
         write("settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
-        path, kept = self.out / "metrics.jsonl", []
-        if path.exists() and step:
-            kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if logged_step(line) <= step]
-        write("metrics.jsonl", "".join(line + "\n" for line in kept))
+        for name in ("metrics.jsonl", "bad_samples.jsonl"):
+            path, kept = self.out / name, []
+            if path.exists() and step:
+                kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if logged_step(line) <= step]
+            if path.exists() or name == "metrics.jsonl":
+                write(name, "".join(line + "\n" for line in kept))
+        self.bad = {json.loads(line)["pair"] for line in kept}
+
+    def report(self, step, reports, seen, total):
+        """List the pairs that could not be read, each once; stop when they are more than the share `max_bad` of the `seen` ones (of 1,000 at least, if there are as many)."""
+        fresh = [r for r in {r["pair"]: r for r in reports}.values() if r["pair"] not in self.bad]
+        if not fresh or not self.first:
+            return
+        self.bad |= {r["pair"] for r in fresh}
+        for r in fresh:
+            self._append({"step": step, **r}, "bad_samples.jsonl")
+        of = max(seen, min(total, 1000))
+        self.say(f"step {step:6} {len(fresh)} pair{'s' * (len(fresh) > 1)} could not be read and {'were' if len(fresh) > 1 else 'was'} replaced, {len(self.bad):,} of {of:,} so far "
+                 f"({self.out / 'bad_samples.jsonl'}); the first: {fresh[0]['reason']}")
+        if len(self.bad) > self.settings["max_bad"] * of:
+            raise data.BadInput(f"step {step}: {len(self.bad):,} of {of:,} pairs cannot be read, more than --max-bad {self.settings['max_bad']:g}; {self.out / 'bad_samples.jsonl'} lists them. "
+                                f"The first: {fresh[0]['reason']}")
+
+    def took(self, step, loss, norm, pairs):
+        """After a step: keep its loss; or stop, when loss or gradient were not finite. Under fp16 scaling such steps are counted: they are how the scale is found."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return self.losses.append(loss)
+        self.skipped += 1
+        if self.scaler.is_enabled() and self.scaler.get_scale() > 2**-10:
+            return
+        where = self.out / "nonfinite.json"
+        if self.first:
+            text = json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "pairs": pairs()}, ensure_ascii=False)
+            checkpoint.write(where, lambda f: f.write(text.encode()))
+        raise data.BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {norm}; the step was not taken. {where} lists the pairs of the batch; "
+                            f"{self.out / 'last.pt'} holds the run before. A lower --lr or --precision fp32 may help")
 
     def log(self, record):
         """One line for the reader, the same figures in metrics.jsonl."""
         total = self.settings["total_steps"]
-        if not math.isfinite(record["loss"]):
-            raise data.BadInput(f"step {record['step']}: the loss is {record['loss']}; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
+        self.losses = []
+        skipped = f" skipped {record['skipped']}" if record["skipped"] else ""
         self.say(f"step {record['step']:6}/{total} loss {record['loss']:.4f} lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
-                 f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB")
+                 f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB{skipped}")
         self._append(record)
 
     def validated(self, step, recall):
@@ -283,6 +441,8 @@ class Run:
 
     def summary(self, total):
         """What the finished run leaves, and whether it learned anything."""
+        if self.best < 0:
+            return f"finished. {self.out / 'last.pt'}: the last weights (nothing was validated)"
         return (f"finished. {self.out / 'best.pt'}: highest recall on the valid split, after step {self.best_step} of {total}"
                 + ("" if self.best_step else " (that is the START: training did not raise the recall)") + f"; {self.out / 'last.pt'}: the last weights")
 
@@ -291,13 +451,25 @@ class Run:
         if self.first:
             if not all(x.isfinite().all() for x in self.model.state_dict().values()):
                 raise data.BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
-            checkpoint.save(self.out / "last.pt", self.model, step=step, best=self.best, best_step=self.best_step, settings=self.settings,
+            last = self.out / "last.pt"
+            checkpoint.save(last, self.model, step=step, best=self.best, best_step=self.best_step, losses=self.losses, skipped=self.skipped, settings=self.settings,
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+            if self.settings["keep"] > 1:
+                name = self.out / f"step-{step:08}.pt"
+                name.unlink(missing_ok=True)
+                os.link(last, name)                                             # a second name for the same file: it costs no room until last.pt is replaced
+                kept = sorted(path for path in self.out.glob("step-*.pt") if path.name <= name.name)
+                for path in kept[: -self.settings["keep"]]:
+                    path.unlink()
+        self.saved = time.time()
 
-    def _append(self, record):
+    def minutes_since_snapshot(self):
+        return (time.time() - self.saved) / 60
+
+    def _append(self, record, name="metrics.jsonl"):
         if self.first:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(record) + "\n")
+            with open(self.out / name, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def logged_step(line):
@@ -311,18 +483,16 @@ def logged_step(line):
 class Meter:
     """Loss, speed, time left and memory since the last line."""
 
-    def __init__(self, first_step, total, batch_size, device):
-        self.first_step, self.total, self.batch_size, self.device = first_step, total, batch_size, device
-        self.begin = self.tick = time.time()
-        self.losses = []                                                        # this process's share of the loss, for each step since the last line
+    def __init__(self, first_step, total, settings, pairs, device):
+        self.first_step, self.total, self.batch_size, self.pairs, self.device = first_step, total, settings.batch_size, pairs, device
+        self.begin, self.tick, self.last = time.time(), time.time(), first_step
 
-    def record(self, step, lr, model):
-        loss = summed(torch.stack(self.losses).mean())                          # shares add up to the loss
-        now = time.time()
-        record = {"step": step, "loss": loss, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(),
-                  "samples_per_s": len(self.losses) * self.batch_size / (now - self.tick),
+    def record(self, step, lr, norm, model, run):
+        now, loss = time.time(), sum(run.losses) / len(run.losses) if run.losses else None
+        record = {"step": step, "epoch": step * self.batch_size / self.pairs, "loss": loss, "gradient_norm": norm, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(), "skipped": run.skipped,
+                  "samples_per_s": (step - self.last) * self.batch_size / (now - self.tick),
                   "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step), "memory_mib": memory_mib(self.device)}
-        self.tick, self.losses = now, []
+        self.tick, self.last = now, step
         return record
 
     @contextlib.contextmanager
@@ -333,12 +503,12 @@ class Meter:
         self.tick += time.time() - start
 
 
-def summed(value):
-    """The sum of a scalar tensor over all processes, as a number."""
-    value = value.detach().clone()
+def largest(number):
+    """The largest of all processes' numbers."""
+    number = torch.tensor(number)
     if dist.is_initialized():
-        dist.all_reduce(value)
-    return value.item()
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
 
 
 def memory_mib(device):
@@ -378,14 +548,19 @@ def description(settings, model, train_split, valid_split, device, world, first_
         lines.append(f"left out: {state['skipped']}")
     if settings.stage == "1" and settings.init is None and settings.vision_weights is None:
         lines.append("note: the frozen vision tower has random weights, from which little can be learned; stage 1 is meant to start from a trained one (--vision-weights or --init)")
-    lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions")
+    valid = f"{valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions" if valid_split else "no validation, so no best.pt (--valid-data names what to validate on)"
+    lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid}")
     if settings.batch_size > len(train_split):
         lines.append(f"warning: --batch-size {settings.batch_size} is more than the {len(train_split)} training pairs, so every step repeats pairs; a smaller one, with more --epochs, learns more")
-    if len(valid_split.image_ids) < 50:
+    if valid_split and len(valid_split.image_ids) < 50:
         lines.append(f"warning: {len(valid_split.image_ids)} pictures in {valid_split.name} are too few to choose a checkpoint well; 100 or more are better")
     if settings.stage == "finetune" and source == "random weights":
         lines.append("note: there is nothing to fine-tune in random weights; name a checkpoint, for example --init cn-clip-vit-b-16")
-    lines.append(f"{settings.total_steps:,} step{'s' * (settings.total_steps > 1)} of {settings.batch_size:,} pairs; {world} process{'es' * (world > 1)}, {device.type}, {settings.precision}"
+    if settings.norm_batch is not None and settings.norm_batch < settings.batch_size:
+        lines.append(f"note: BatchNorm in this ResNet sees {settings.norm_batch:,} pictures at a time (--micro-batch x processes), not the whole batch; a ViT has none")
+    share = settings.batch_size // world
+    several = f" ({math.ceil(share / settings.micro_batch):,} micro-batches a process)" if settings.micro_batch and settings.micro_batch < share else ""
+    lines.append(f"{settings.total_steps:,} step{'s' * (settings.total_steps > 1)} of {settings.batch_size:,} pairs{several}; {world} process{'es' * (world > 1)}, {device.type}, {settings.precision}"
                  + (f"; continues after step {first_step:,}" if first_step else ""))
     lines.append("settings: " + " ".join(f"{k}={v}" for k, v in vars(settings).items()))
     return "\n".join(lines)
@@ -398,13 +573,15 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Train CE-CLIP.", epilog=f"{__doc__}\n{defaults}", formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=list(STAGES), required=True, help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init or --vision-weights, else tiny)")
-    parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder (default: demo)")
+    parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, a folder, or a pattern of tar shards like 'shards/{{000000..020000}}.tar' (default: demo)")
+    parser.add_argument("--valid-data", help="what to validate on: name, folder or pattern (default: the valid split of --data; with a pattern of shards, nothing)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--init", help="a checkpoint to start from: a file, a folder, or the name of released weights (see checkpoint.py)")
     parser.add_argument("--vision-weights", help="a checkpoint whose vision tower and temperature to start from: OpenAI CLIP or any Chinese CLIP")
     parser.add_argument("--text-weights", help="a checkpoint whose text tower to start from: BERT, RoBERTa, RBT3 of Hugging Face or any Chinese CLIP (default: a fresh one)")
     parser.add_argument("--out", help="folder of the run (default: runs/stage1, runs/stage2 or runs/finetune)")
     parser.add_argument("--batch-size", type=int, help="pairs per optimizer step, over all processes")
+    parser.add_argument("--micro-batch", type=int, help="pairs that a process holds at a time; several make up its share of the batch (default: the whole share)")
     parser.add_argument("--epochs", type=float, help="passes over the training pairs")
     parser.add_argument("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs")
     parser.add_argument("--lr", type=float, help="peak learning rate")
@@ -412,12 +589,16 @@ def parse_args(argv=None):
     parser.add_argument("--weight-decay", type=float, default=0.001, help="of matrices and tables (default: %(default)s)")
     parser.add_argument("--augment", choices=list(data.AUGMENT), default="none", help="(default: none) photo: small shifts and stretches, mild colours; drawing: bends, turns and recolours")
     parser.add_argument("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training (default: 0)")
+    parser.add_argument("--patch-dropout", type=float, default=0.0, help="share of a picture's patches that a ViT leaves out in training: less time and memory (default: 0)")
+    parser.add_argument("--max-bad", type=float, default=0.01, help="share of the pairs that may be unreadable and are replaced; above it the run stops (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
     parser.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures, for each training process (default: 1)")
     parser.add_argument("--valid-every", type=int, default=0, help="steps between validations (default: a tenth of the run)")
     parser.add_argument("--save-every", type=int, default=0, help="steps between snapshots, beside those at each validation (default: none)")
+    parser.add_argument("--save-minutes", type=float, default=15.0, help="minutes between snapshots, beside those (default: %(default)g; 0: none)")
+    parser.add_argument("--keep", type=int, default=1, help="how many of the latest snapshots to keep (default: 1, last.pt)")
     parser.add_argument("--log-every", type=int, default=10, help="steps between lines (default: 10)")
     args = parser.parse_args(argv)
     args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
@@ -440,6 +621,8 @@ def resolve(args, config, train_split, valid_split, precision, world):
     settings = argparse.Namespace(**{name: defaults.get(name) if value is None else value for name, value in vars(args).items()})
     if settings.batch_size % world:
         raise data.BadInput(f"--batch-size {settings.batch_size} does not divide by {world} processes; {max(1, settings.batch_size // world) * world} does")
+    if settings.patch_dropout and (args.stage == "1" or isinstance(config.vision_layers, tuple)):
+        raise data.BadInput(f"--patch-dropout {settings.patch_dropout}: there are no patches to leave out, for {'the vision tower is frozen' if args.stage == '1' else 'a ResNet has none'}")
     if not len(train_split):
         raise data.BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
     settings.model, settings.precision = checkpoint.name_of(config), precision
@@ -447,7 +630,9 @@ def resolve(args, config, train_split, valid_split, precision, world):
     settings.epochs = None if args.max_steps else settings.epochs
     settings.valid_every = args.valid_every or max(1, settings.total_steps // 10)
     settings.warmup = min(settings.warmup, settings.total_steps // 2)
-    settings.train_data, settings.valid_data = train_split.fingerprint(), valid_split.fingerprint()
+    settings.processes = world
+    settings.norm_batch = min(settings.batch_size, world * (settings.micro_batch or settings.batch_size)) if isinstance(config.vision_layers, tuple) and args.stage != "1" else None
+    settings.train_pairs, settings.valid_pairs = train_split.fingerprint(), valid_split.fingerprint() if valid_split else None
     return settings
 
 
