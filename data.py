@@ -512,7 +512,7 @@ def scan(path):
     for _, members in itertools.groupby(tar_members(path, damaged), key=lambda member: member[0]):
         files = {extension: (offset, length) for _, extension, offset, length in members}
         image = next((files[e] for e in PICTURES if e in files), (0, -1))
-        kind = next((e for e in ("txt", "json") if e in files), "")
+        kind = next((e for e in ("txt", "json") if e in files), None)
         text = files.get(kind, (0, -1))
         if image[1] < 0 and text[1] < 0 or sum(max(image, text)) > size:        # neither, or cut off by the end of the file
             continue

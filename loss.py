@@ -71,46 +71,46 @@ def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**22):
     i, j = truth if truth is not None else (torch.arange(N), torch.arange(N))   # on the CPU
     Yr, Yc = 1 / torch.bincount(i)[i].to(image.dtype), 1 / torch.bincount(j)[j].to(image.dtype)     # (E,)
     by_column = j.argsort(stable=True)
-    pictures = scale * image_embed, text, i, j, Yr, Yc                          # own rows of S: pictures look at captions
-    captions = scale * text_embed, image, *(x[by_column] for x in (j, i, Yc, Yr))                   # own columns, turned into rows: captions look at pictures
+    pictures = image_embed, text, scale, i, j, Yr, Yc, tile                     # own rows of S: pictures look at captions
+    captions = text_embed, image, scale, *(x[by_column] for x in (j, i, Yc, Yr)), tile              # own columns, turned into rows: captions look at pictures
 
-    r, to_captions = _log_sums(*pictures, tile=tile)
-    c, to_pictures = _log_sums(*captions, tile=tile)
+    r, to_captions = _log_sums(*pictures)
+    c, to_pictures = _log_sums(*captions)
     all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
-    d_image = _gradient(*pictures, r, all_c, tile=tile) * (scale / (2 * N))     # s G T
-    d_text = _gradient(*captions, c, all_r, tile=tile) * (scale / (2 * N))      # s Gᵀ I
+    d_image = _gradient(*pictures, r, all_c)                                    # s G T
+    d_text = _gradient(*captions, c, all_r)                                     # s Gᵀ I
     d_scale = (image_embed * d_image).sum() / scale
     return (to_captions + to_pictures) / (2 * N), d_image, d_text, d_scale
 
 
-def _log_sums(own, other, rows, columns, own_weight, _, tile):
+def _log_sums(own, other, scale, rows, columns, own_weight, _, tile):
     """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ weight S) over them: the cross-entropies."""
     log_sums, loss = own.new_empty(len(own)), own.new_zeros(())
-    for stripe, logits, ones, place in _stripes(own, other, rows, columns, tile):
+    for stripe, logits, ones, place in _stripes(own, other, scale, rows, columns, tile):
         log_sums[stripe] = logits.logsumexp(dim=1)
         loss += log_sums[stripe].sum() - (own_weight[ones].to(own.device) * logits[place]).sum()
     return log_sums, loss
 
 
-def _gradient(own, other, rows, columns, own_weight, other_weight, own_log_sums, other_log_sums, tile):
-    """-> 2N G @ other: own rows of G, as many as a stripe holds at a time, times the other side's embeddings (B, D)."""
+def _gradient(own, other, scale, rows, columns, own_weight, other_weight, tile, own_log_sums, other_log_sums):
+    """-> s G @ other (B, D): own rows of G, as many as a stripe holds at a time, times the other side's embeddings."""
     gradient = torch.empty_like(own)
-    for stripe, logits, ones, place in _stripes(own, other, rows, columns, tile):
+    for stripe, logits, ones, place in _stripes(own, other, scale, rows, columns, tile):
         G = (logits - own_log_sums[stripe, None]).exp_()                        # exp(S - r)
         G += logits.sub_(other_log_sums).exp_()                                 # exp(S - c), in the place of S
         G[place] -= (own_weight + other_weight)[ones].to(own.device)            # Yr + Yc
         torch.mm(G, other, out=gradient[stripe])
-    return gradient
+    return gradient.mul_(scale / (2 * len(other)))
 
 
-def _stripes(own, other, rows, columns, tile):
+def _stripes(own, other, scale, rows, columns, tile):
     """Own rows of S, some at a time -> (which of the own rows, their logits (t, N), which of the ones of Y lie in them, where in the logits)."""
     t, first = max(1, tile // len(other)), own_rows(own).start
     starts = list(range(0, len(own), t)) + [len(own)]
     bounds = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
     for start, stop, a, b in zip(starts, starts[1:], bounds, bounds[1:]):
         place = (rows[a:b] - first - start).to(own.device), columns[a:b].to(own.device)
-        yield slice(start, stop), own[start:stop] @ other.T, slice(a, b), place
+        yield slice(start, stop), (scale * own[start:stop]) @ other.T, slice(a, b), place
 
 
 # ---------------------------------------------------------------------------------------------------------------- between processes

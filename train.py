@@ -57,7 +57,7 @@ RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6)
           "patch_dropout": (0, 0.99), "max_bad": (0, 1), "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "save_minutes": (0, 1e6), "keep": (1, 1e4),
           "log_every": (1, 1e9)}
 # May differ when a run continues, for they do not change the result. (The data may have moved: captions, picture names and the first picture have a fingerprint.)
-FREE = {"out", "data", "data_root", "valid_data", "workers", "processes", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing"}
+FREE = {"out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing"}
 
 
 def main():
@@ -328,7 +328,7 @@ class Run:
         self.out, self.settings, self.first = out, settings, rank == 0
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.best, self.best_step = -1.0, 0                                     # highest score on the valid split so far, and when
-        self.losses, self.skipped = [], 0                                       # of the steps since the last line; steps that fp16 scaling has skipped
+        self.losses, self.skipped = [], 0                                       # of the steps since the last line; how many steps fp16 scaling has skipped
         self.bad = set()                                                        # numbers of the pairs that could not be read
         self.saved = time.time()
 
@@ -345,7 +345,7 @@ class Run:
 
     def _resume(self, state):
         last = self.out / "last.pt"
-        missing = {"settings", "optimizer", "scaler", "best", "best_step", "losses", "skipped", "step"} - state.keys()
+        missing = {"settings", "optimizer", "scaler", "best", "best_step", "losses", "skipped_steps", "step"} - state.keys()
         if missing:
             raise data.BadInput(f"{last} is no training snapshot (it lacks {', '.join(sorted(missing))}), so nothing can continue from it; choose another --out")
         before, now = state["settings"], self.settings
@@ -362,7 +362,7 @@ class Run:
             if not all(moments[name].shape == p.shape and moments[name].isfinite().all() for name in ("exp_avg", "exp_avg_sq")):
                 raise ValueError("the optimizer's moments do not fit the parameters")
         self.scaler.load_state_dict(state["scaler"])
-        self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped"])
+        self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped_steps"])
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
             raise ValueError(f"step {state['step']!r}")
         return state["step"]
@@ -406,11 +406,13 @@ class Run:
 
     def took(self, step, loss, norm, pairs):
         """After a step: keep its loss; or stop, when loss or gradient were not finite. Under fp16 scaling such steps are counted: they are how the scale is found."""
+        if math.isfinite(loss):
+            self.losses.append(loss)
         if math.isfinite(loss) and math.isfinite(norm):
-            return self.losses.append(loss)
+            return
         self.skipped += 1
         if self.scaler.is_enabled() and self.scaler.get_scale() > 2**-10:
-            return
+            return                                                              # it has halved its scale and left the weights alone
         where = self.out / "nonfinite.json"
         if self.first:
             text = json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "pairs": pairs()}, ensure_ascii=False)
@@ -422,8 +424,9 @@ class Run:
         """One line for the reader, the same figures in metrics.jsonl."""
         total = self.settings["total_steps"]
         self.losses = []
+        loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
         skipped = f" skipped {record['skipped']}" if record["skipped"] else ""
-        self.say(f"step {record['step']:6}/{total} loss {record['loss']:.4f} lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
+        self.say(f"step {record['step']:6}/{total} loss {loss} lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
                  f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB{skipped}")
         self._append(record)
 
@@ -452,7 +455,7 @@ class Run:
             if not all(x.isfinite().all() for x in self.model.state_dict().values()):
                 raise data.BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
             last = self.out / "last.pt"
-            checkpoint.save(last, self.model, step=step, best=self.best, best_step=self.best_step, losses=self.losses, skipped=self.skipped, settings=self.settings,
+            checkpoint.save(last, self.model, step=step, best=self.best, best_step=self.best_step, losses=self.losses, skipped_steps=self.skipped, settings=self.settings,
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
             if self.settings["keep"] > 1:
                 name = self.out / f"step-{step:08}.pt"

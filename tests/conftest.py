@@ -2,8 +2,11 @@ import base64
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
+import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,29 @@ def png(colour=(200, 30, 30), size=(20, 12), seed=None):
     out = io.BytesIO()
     picture.save(out, "PNG")
     return out.getvalue()
+
+
+def jpeg(seed=0):
+    """Bytes of a small JPEG of noise."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(png(size=(40, 30), seed=seed))).save(out, "JPEG")
+    return out.getvalue()
+
+
+def bomb(side=10_000):
+    """A PNG of a few bytes that says it has side x side pixels."""
+    chunk = lambda kind, content: struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def write_tar(path, files):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
 
 
 def write_tsv_split(folder, split, pictures=12, captions_per_picture=1, start=1):

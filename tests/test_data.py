@@ -1,13 +1,16 @@
 """Reading data: both layouts, the order of samples, the painted set, transforms; and every kind of damaged input named in one line."""
 import base64
+import gzip
 import io
 import json
+import os
+import tarfile
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from conftest import png, refused, script, write_tsv_split
+from conftest import bomb, jpeg, png, refused, script, write_tar, write_tsv_split
 from PIL import Image
 
 import data
@@ -121,7 +124,7 @@ DAMAGE = {
     "no captions": (edit("train_texts.jsonl", lambda _: ""), "little/train: the split is empty (12 pictures, 0 captions)"),
     "no pictures": (lambda folder: [(folder / n).write_text("") for n in ("train_imgs.tsv", "train_texts.jsonl")], "the split is empty"),
     "captions missing": (lambda folder: (folder / "train_texts.jsonl").unlink(), "train_texts.jsonl is missing beside train_imgs.tsv"),
-    "split missing": (lambda folder: (folder / "train_imgs.tsv").unlink(), "no split 'train': train_imgs.tsv is missing; it has valid, test"),
+    "split missing": (lambda folder: (folder / "train_imgs.tsv").unlink(), "no split 'train' (train_imgs.tsv or train-000000.tar, …); it has valid, test"),
     "captions not in UTF-8": (lambda folder: (folder / "train_texts.jsonl").write_bytes(b'{"text": "\xff"}'), "train_texts.jsonl, line 1: not UTF-8"),
 }
 
@@ -137,12 +140,17 @@ def test_damaged_files_are_named_with_their_line(tsv_folder, harm, message):
 @pytest.mark.parametrize("content", ["no base64 at all!", base64.b64encode(b"not a picture").decode(), base64.b64encode(png(seed=1)[:-300]).decode(), ""],
                          ids=["not base64", "not a picture", "cut short", "nothing"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_does_not_decode_is_named_by_its_id(tsv_folder, content, workers):
+def test_a_picture_that_does_not_decode_is_replaced_and_reported(tsv_folder, content, workers):
     edit("train_imgs.tsv", nth(4, f"4\t{content}"))(tsv_folder)
-    loader = training_loader(open_split(tsv_folder, "train"), 32, Batches(12, 12, 0, 0, 1), workers)
-    with pytest.raises(BadInput, match="^little/train: picture 4 cannot be read") as caught:
-        list(loader)
-    assert "\n" not in str(caught.value)
+    split = open_split(tsv_folder, "train")
+    loader = training_loader(split, 32, Batches(split, 12, 0, 0, 1), workers)
+    (pixels, ids, image_keys, text_keys, bad), = loader
+    assert [(report["pair"], report["picture"], report["caption"]) for report in bad] == [(3, 4, "第4张图片，说法0")]
+    assert bad[0]["reason"].startswith("little/train: picture 4 cannot be read (") and "\n" not in bad[0]["reason"]
+    assert sorted(text_keys.tolist()) == sorted(split.text_keys[:3] + 2 * split.text_keys[4:5] + split.text_keys[5:])      # its place takes the pair after it
+    with open(bad[0]["file"], "rb") as f:
+        f.seek(bad[0]["offset"])
+        assert f.readline().decode() == content + "\n"
 
 
 @pytest.mark.parametrize("rows, message", [
@@ -188,8 +196,18 @@ def test_command_line(tsv_folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- order
 
 
-def batches(n=10, size=6, steps=(0, 5), seed=3, **process):
-    return list(Batches(n, size, seed, *steps, **process))
+class Numbers:
+    """Ten pairs, or n, of which only the order matters."""
+
+    def __init__(self, n=10):
+        self.n, self.order = n, lambda seed, epoch: np.random.default_rng([seed, epoch]).permutation(n)
+
+    def __len__(self):
+        return self.n
+
+
+def batches(size=6, steps=(0, 5), seed=3, **process):
+    return list(Batches(Numbers(), size, seed, *steps, **process))
 
 
 def test_every_pair_once_per_epoch_and_every_batch_full():
@@ -200,10 +218,16 @@ def test_every_pair_once_per_epoch_and_every_batch_full():
     assert places[:10] != [(0, k) for _, k in places[10:20]] and sum(batches(seed=4), []) != places
 
 
-def test_order_is_the_same_for_any_number_of_processes():
-    for world in (2, 3):
-        shares = [batches(rank=r, world=world) for r in range(world)]
-        assert [sum(parts, []) for parts in zip(*shares)] == batches()
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("micro", [None, 1, 2, 4])
+def test_a_step_takes_the_same_pairs_for_any_number_of_processes_and_any_micro_batch(world, micro):
+    """12 pairs a step. What is in the part of the batch that the processes run together depends on world x micro_batch alone."""
+    shares = [batches(size=12, rank=r, world=world, micro_batch=micro) for r in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    parts = [sum(parts, []) for parts in zip(*shares)]
+    assert sum(parts, []) == sum(batches(size=12), [])
+    assert all(len(part) <= world * (micro or 12) for part in parts)
+    assert parts == batches(size=12, micro_batch=min(12, world * (micro or 12)))
 
 
 def test_order_can_be_taken_up_at_any_step():
@@ -212,9 +236,9 @@ def test_order_can_be_taken_up_at_any_step():
 
 def test_workers_change_nothing(tsv_folder):
     split = open_split(tsv_folder, "train")
-    several = [list(training_loader(split, 32, Batches(12, 6, 0, 0, 5), workers)) for workers in (0, 1, 2)]
+    several = [list(training_loader(split, 32, Batches(split, 6, 0, 0, 5), workers)) for workers in (0, 1, 2)]
     for other in several[1:]:
-        assert all(torch.equal(x, y) for a, b in zip(several[0], other) for x, y in zip(a, b))
+        assert all(torch.equal(x, y) for a, b in zip(several[0], other) for x, y in zip(a[:4], b[:4]))
 
 
 def test_pictures_are_not_kept_in_memory(tsv_folder):
@@ -222,11 +246,185 @@ def test_pictures_are_not_kept_in_memory(tsv_folder):
     assert not any(isinstance(v, (bytes, Image.Image)) for value in vars(split).values() for v in (value if isinstance(value, list) else [value]))
 
 
-def test_the_same_sentence_has_one_key(tmp_path):
+def test_a_picture_knows_all_its_sentences_and_the_same_sentence_has_one_key(tmp_path):
     write_tsv_split(tmp_path / "d", "train", pictures=3)
-    texts = [{"text_id": i, "text": text, "image_ids": [i]} for i, text in ((1, "猫"), (2, "狗"), (3, "猫"))]
+    texts = [{"text_id": i, "text": text, "image_ids": images} for i, text, images in ((1, "猫", [1]), (2, "狗", [2, 1]), (3, "猫", [3]))]
     (tmp_path / "d/train_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
-    assert open_split(tmp_path / "d", "train").text_keys == [0, 1, 0]
+    split = open_split(tmp_path / "d", "train")
+    cat, dog = data.sentence_key("猫"), data.sentence_key("狗")
+    assert split.text_keys == [cat, dog, cat] and split.captions_of == [[cat, dog], [dog], [cat]]
+    assert split.pairs == [(0, 0), (1, 1), (1, 0), (2, 2)]
+    _, _, image_keys, text_keys, _ = next(iter(training_loader(split, 32, [[(0, 1), (0, 2), (0, 3)]], 0)))
+    assert image_keys.tolist() == [[dog, -1], [cat, dog], [cat, -1]] and text_keys.tolist() == [dog, dog, cat]
+
+
+# ---------------------------------------------------------------------------------------------------------------- tar shards
+
+
+def shard(path, numbers):
+    """A shard of pictures that are their number's noise, captioned with it."""
+    return write_tar(path, {name: content for i in numbers for name, content in ((f"{i:06}.png", png(seed=i)), (f"{i:06}.txt", f"第{i}张".encode()))})
+
+
+def read_all(split, seed=0, epoch=0):
+    """Every pair of an epoch, in its order: the captions' tokens and the pictures' pixels."""
+    order = split.order(seed, epoch)
+    return [split.sample(epoch, int(order[place])) for place in range(len(split))]
+
+
+def test_shards_in_all_their_forms(tmp_path):
+    """As webdataset, img2dataset and our own writer make them; several captions; folders inside; what macOS adds; files of other kinds."""
+    write_tar(tmp_path / "a.tar", {
+        "x/1.jpg": png(seed=1), "x/1.txt": "\ufeff 第一张\n".encode(),
+        "x/2.PNG": png(seed=2), "x/2.json": json.dumps({"text": "第二张"}).encode(),
+        "x/3.webp": png(seed=3), "x/3.txt": "第三张".encode(), "x/3.json": json.dumps({"caption": "not this", "width": 3}).encode(),
+        "x/._3.jpg": b"macOS", "x/4.cls": b"7", "README": b"hello",
+        "y/1.jpg": png(seed=4), "y/1.json": json.dumps({"texts": ["甲", "乙"]}).encode(),
+        "z" * 150 + "/5.jpeg": png(seed=5), "z" * 150 + "/5.json": json.dumps({"caption": "第五张"}).encode()})
+    split = open_split(tmp_path / "a.tar", "train")
+    assert len(split) == 6 and split.texts == ["第一张", "第二张", "第三张", "甲", "乙", "第五张"] and split.positives == [[0], [1], [2], [3], [3], [4]]
+    for k, seed in enumerate([1, 2, 3, 4, 4, 5]):
+        picture, ids, sentences, sentence = split.sample(0, k)
+        assert np.array_equal(np.array(picture), np.array(Image.open(io.BytesIO(png(seed=seed))))) and np.array_equal(ids, split.ids[k])
+        assert sentence == data.sentence_key(split.texts[k]) and sentences == ([data.sentence_key("甲"), data.sentence_key("乙")] if k in (3, 4) else [sentence])
+
+
+def test_patterns_of_shards(tmp_path):
+    for n in (8, 9, 10):
+        shard(tmp_path / f"s-{n:03}.tar", range(n * 10, n * 10 + 5))
+    assert len(open_split(f"{tmp_path}/s-{{008..010}}.tar", "train")) == 15 and len(open_split(f"{tmp_path}/s-*.tar", "train")) == 15
+    assert data.shards_of(f"{tmp_path}/s-0{{08..09}}.tar")[1].name == "s-009.tar"
+    with pytest.raises(BadInput, match="2 of 4 shards are missing, the first .*s-011.tar"):
+        open_split(f"{tmp_path}/s-{{009..012}}.tar", "train")
+    for pattern in ("t-*.tar", "s-{010..008}.tar"):
+        with pytest.raises(BadInput, match="no such shards"):
+            open_split(f"{tmp_path}/{pattern}", "train")
+
+
+def test_any_layout_can_be_written_as_shards_and_holds_the_same(tsv_folder, tmp_path):
+    """By two processes, through the command line; killed half-way it goes on; other shards in the folder are not touched."""
+    text = json.dumps({"text_id": 1, "text": "三张", "image_ids": [3, 1, 7]}) + "\n"
+    (tsv_folder / "train_texts.jsonl").write_text(text + (tsv_folder / "train_texts.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    command = ["data.py", tsv_folder, "--write-shards", tmp_path / "shards", "--per-shard", 5, "--processes", 2]
+    assert "12 pictures with 15 captions in 3 shards" in script(*command)
+    assert sorted(p.name for p in (tmp_path / "shards").glob("*.tar")) == [f"{s}-{n:06}.tar" for s in ("test", "train", "valid") for n in range(3)]
+    before, after = open_split(tsv_folder, "train"), open_split(tmp_path / "shards", "train")
+    seen = lambda split: sorted((p.tobytes(), ids.tolist(), tuple(sorted(keys)), key) for p, ids, keys, key in read_all(split))
+    assert len(after) == 15 and seen(before) == seen(after)
+    relation = lambda split: sorted((text, sorted(split.picture(i).tobytes() for i in images)) for text, images in zip(split.texts, split.positives))
+    assert relation(before) == relation(after)
+    whole = {p: p.read_bytes() for p in (tmp_path / "shards").glob("*.tar")}
+    lost = tmp_path / "shards/train-000001.tar"
+    lost.rename(lost.with_name(lost.name + ".part"))
+    script(*command)
+    assert {p: p.read_bytes() for p in whole} == whole
+    assert "it holds other shards of 'train'; name another folder" in refused(*command[:4], "--per-shard", 6)
+    assert "       3 shards       15 pairs" in script("data.py", tmp_path / "shards")
+
+
+def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
+    path, scans = shard(tmp_path / "a.tar", range(4)), []
+    monkeypatch.setattr(data, "scan", lambda path, scan=data.scan: scans.append(path) or scan(path))
+    for _ in range(2):
+        assert len(open_split(path, "train")) == 4
+    assert len(scans) == 1 and (tmp_path / "a.tar.index").is_file()
+    shard(path, range(7))
+    assert len(open_split(path, "train")) == 7 and len(scans) == 2
+    (tmp_path / "a.tar.index").write_bytes((tmp_path / "a.tar.index").read_bytes()[:100])
+    assert len(open_split(path, "train")) == 7 and len(scans) == 3
+    monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.tar.index").unlink()
+    (tmp_path / "a.tar.index").mkdir()                                          # cannot be written: as on a disk that is only read
+    for _ in range(2):
+        assert len(open_split(path, "train")) == 7 and len(scans) == 4
+
+
+def test_damaged_shards_are_named_and_what_is_whole_is_used(tmp_path):
+    whole = shard(tmp_path / "a.tar", range(6)).read_bytes()
+    second = whole.index(b"000002.png")
+    for name, content, left in (("cut", whole[: second + 700], 2), ("cut-header", whole[: second + 100], 2), ("broken-header", whole[:second] + b"\xff" * 300 + whole[second + 300 :], 2)):
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        for _ in range(2):                                                      # with the index made now, and with the one that is there
+            with pytest.warns(UserWarning, match=rf"{name}.tar: damaged or cut short at byte [\d,]+; what comes after is lost \({left} pairs"):
+                assert len(open_split(tmp_path / f"{name}.tar", "train")) == left
+    (tmp_path / "b.tar").write_bytes(gzip.compress(whole))
+    write_tar(tmp_path / "c.tar", {"a.cls": b"1"})
+    (tmp_path / "d.tar").write_bytes(b"")
+    for name, message in (("b", "not an uncompressed tar archive"), ("c", "no pictures with captions in 1 shard; expected"), ("d", "not an uncompressed tar archive")):
+        with pytest.raises(BadInput, match=message):
+            open_split(tmp_path / f"{name}.tar", "train")
+
+
+BAD_SAMPLES = {
+    "truncated JPEG": ({"b.jpg": jpeg()[:-400], "b.txt": "坏".encode()}, "the picture cannot be read (image file is truncated"),
+    "wrong bytes": ({"b.jpg": b"not a picture at all", "b.txt": "坏".encode()}, "the picture cannot be read (not a picture in a format"),
+    "empty picture": ({"b.jpg": b"", "b.txt": "坏".encode()}, "the picture cannot be read (it is empty)"),
+    "missing text": ({"b.jpg": jpeg()}, "the caption is missing"),
+    "missing picture": ({"b.txt": "坏".encode()}, "the picture is missing"),
+    "empty text": ({"b.jpg": jpeg(), "b.txt": b" \n"}, "the caption cannot be read (ValueError: it is empty)"),
+    "text that is no UTF-8": ({"b.jpg": jpeg(), "b.txt": b"\xff\xfe"}, "the caption cannot be read (UnicodeDecodeError"),
+    "broken JSON": ({"b.jpg": jpeg(), "b.json": b'{"text": '}, "the caption cannot be read (JSONDecodeError"),
+    "JSON without a text": ({"b.jpg": jpeg(), "b.json": b'{"width": 3}'}, "the caption cannot be read (KeyError: 'caption')"),
+    "JSON that is no object": ({"b.jpg": jpeg(), "b.json": b"[1]"}, "the caption cannot be read (TypeError"),
+    "half a character": ({"b.jpg": jpeg(), "b.json": b'{"text": "\\ud800"}'}, "the caption cannot be read (UnicodeEncodeError"),
+    "decompression bomb": ({"b.png": bomb(), "b.txt": "坏".encode()}, "the picture cannot be read (Image size (100000000 pixels) exceeds limit"),
+    "larger bomb": ({"b.png": bomb(100_000), "b.txt": "坏".encode()}, "the picture cannot be read (Image size (10000000000 pixels) exceeds limit"),
+}
+
+
+@pytest.mark.parametrize("files, message", BAD_SAMPLES.values(), ids=BAD_SAMPLES)
+def test_bad_samples_are_replaced_by_the_next_one_and_reported_with_file_and_offset(tmp_path, files, message):
+    good = {name: content for i in (1, 2) for name, content in ((f"{i}.png", png(seed=i)), (f"{i}.txt", f"第{i}张".encode()))}
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(), "0.txt": "好".encode()} | files | good)
+    split = open_split(path, "train")
+    assert len(split) == 4
+    pixels, ids, _, text_keys, bad = next(iter(training_loader(split, 16, [[(0, k) for k in range(4)]], 0)))
+    assert [key for key in text_keys.tolist()] == [data.sentence_key(text) for text in ("好", "第1张", "第1张", "第2张")] and torch.equal(pixels[1], pixels[2])
+    (report,) = bad
+    assert report["pair"] == 1 and report["file"] == str(path) and message in report["reason"] and "\n" not in report["reason"]
+    first = next(iter(files.values()))
+    assert path.read_bytes()[report["offset"] :].startswith(first)
+
+
+def test_when_nothing_can_be_read_the_run_stops(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": b"x" for i in range(3)})
+    with pytest.raises(BadInput, match="100 pairs in a row cannot be read; the first: .*a.tar, offset 512: the caption is missing"):
+        next(iter(training_loader(open_split(path, "train"), 16, [[(0, 0)]], 0)))
+
+
+def test_shard_order_takes_every_pair_once_and_reads_nearly_from_front_to_back():
+    counts = np.array([1000, 20, 0, 3000, 1] + [1000] * 60)
+    n, starts = counts.sum(), np.cumsum(counts) - counts
+    epochs = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        order = data.ShardOrder(counts, seed, epoch)
+        pairs = np.array([order[place] for place in range(n)])
+        assert np.array_equal(np.sort(pairs), np.arange(n)) and np.array_equal([data.ShardOrder(counts, seed, epoch)[p] for p in (0, 5000, n - 1)], pairs[[0, 5000, n - 1]])
+        shards, reach = np.searchsorted(starts, pairs, side="right") - 1, {}
+        for a in range(0, n - 2000, 500):                                       # what 2,000 pairs in a row touch: a few stretches of files
+            here = shards[a : a + 2000]
+            assert len(set(here)) <= 2 * data.ShardOrder.TOGETHER
+        for s in (0, 3, 30):                                                    # each shard is read forwards: a pair never comes more than a window's stretch too early
+            rows = (pairs - starts[s])[shards == s]
+            lag = np.maximum.accumulate(rows) - rows
+            assert lag.max() < 0.8 * counts[s] and np.corrcoef(np.arange(len(rows)), rows)[0, 1] > 0.5
+        epochs.append(pairs)
+    assert all((a != b).mean() > 0.99 for a, b in ((epochs[0], epochs[1]), (epochs[0], epochs[2])))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_sample_of_the_shards_once_per_epoch_also_across_a_stop(tmp_path, seed):
+    """The shares of 2 processes with 4 readers each, in runs that begin anew at step 3 of 10 an epoch. (CE_CLIP_SAMPLES=10000: with so many samples.)"""
+    n = int(os.environ.get("CE_CLIP_SAMPLES", 600)) // 60 * 60
+    for s in range(6):
+        shard(tmp_path / f"{s}.tar", range(s * n // 6, (s + 1) * n // 6))
+    split, keys = open_split(f"{tmp_path}/{{0..5}}.tar", "train"), []
+    for rank in range(2):
+        for first, last in ((0, 3), (3, n // 60)):
+            loader = training_loader(split, 16, Batches(split, 60, seed, first, last, rank, 2, micro_batch=14), 4)
+            keys += [key for batch in loader for key in batch[3].tolist()]
+    assert sorted(keys) == sorted(data.sentence_key(f"第{i}张") for i in range(n))
 
 
 # ---------------------------------------------------------------------------------------------------------------- pictures

@@ -1,12 +1,15 @@
-"""The loss: its value by hand and by loops, several positives, and that processes share it exactly."""
+"""The loss: its value by hand and by loops, several positives, that processes share it exactly, and that the tiled one equals autograd of the plain one at little memory."""
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import on_processes
+from conftest import ROOT, on_processes
 
-from loss import contrastive_loss
+from loss import contrastive_loss, matches, tiled_loss
 
 
 def embeddings(n=8, d=5, seed=0, dtype=torch.float64):
@@ -15,14 +18,14 @@ def embeddings(n=8, d=5, seed=0, dtype=torch.float64):
 
 
 def by_loops(image, text, scale, truth):
-    """The formula of loss.py's docstring, term by term."""
+    """The formula of loss.py's docstring, term by term; truth (N, N) as lists."""
     N, total = len(image), 0.0
     S = [[scale * float(image[i] @ text[j]) for j in range(N)] for i in range(N)]
     for i in range(N):
         row, column = S[i], [S[k][i] for k in range(N)]
-        for values, matches in ((row, truth[i]), (column, [truth[k][i] for k in range(N)])):
+        for values, ones in ((row, truth[i]), (column, [truth[k][i] for k in range(N)])):
             log_sum = math.log(sum(math.exp(v) for v in values))
-            total -= sum(y * (v - log_sum) for v, y in zip(values, matches)) / sum(matches)
+            total -= sum(y * (v - log_sum) for v, y in zip(values, ones)) / sum(ones)
     return total / (2 * N)
 
 
@@ -36,29 +39,86 @@ def test_equals_the_formula_with_one_match_each():
     assert contrastive_loss(image, text, torch.tensor(7.0, dtype=torch.float64)).item() == pytest.approx(by_loops(image, text, 7.0, torch.eye(8).tolist()), rel=1e-12)
 
 
-def test_pairs_that_share_a_picture_or_a_caption_are_positives():
-    image, text = embeddings()
-    image_ids, text_ids = torch.tensor([0, 1, 0, 3, 4, 5, 6, 7]), torch.tensor([0, 1, 2, 3, 4, 4, 6, 7])
-    truth = torch.eye(8)
-    truth[0, 2] = truth[2, 0] = truth[4, 5] = truth[5, 4] = 1
-    loss = contrastive_loss(image, text, torch.tensor(7.0, dtype=torch.float64), image_ids, text_ids)
-    assert loss.item() == pytest.approx(by_loops(image, text, 7.0, truth.tolist()), rel=1e-12)
+# Captions 0..5 are the sentences a b c a d e; picture 0 has a and c, picture 1 b, 2 c and (in another pair) d, 3 a, 4 d, 5 e and one that is not in the batch.
+IMAGE_KEYS = torch.tensor([[1, 3], [2, -1], [3, 4], [1, -1], [4, 4], [5, 77]])
+TEXT_KEYS = torch.tensor([1, 2, 3, 1, 4, 5])
+TRUTH = [[1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0], [1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]
 
 
-def _share(rank, world, ids):
-    image, text = (x.chunk(world)[rank].requires_grad_() for x in embeddings(n=12))
-    logit_scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
-    keys = [x.chunk(world)[rank] for x in (torch.arange(12) % 7, torch.arange(12) % 11)] if ids else []
-    loss = contrastive_loss(image, text, logit_scale.exp(), *keys)
+def test_a_caption_matches_every_picture_that_it_describes():
+    i, j = matches(IMAGE_KEYS, TEXT_KEYS)
+    assert list(zip(i.tolist(), j.tolist())) == [(a, b) for a in range(6) for b in range(6) if TRUTH[a][b]]
+    image, text = embeddings(6)
+    loss = contrastive_loss(image, text, torch.tensor(7.0, dtype=torch.float64), (i, j))
+    assert loss.item() == pytest.approx(by_loops(image, text, 7.0, TRUTH), rel=1e-12)
+
+
+def test_matches_of_large_batches_equal_a_plain_comparison():
+    g = torch.Generator().manual_seed(1)
+    image_keys, text_keys = torch.randint(-1, 40, (150, 4), generator=g).clamp(min=-1), torch.randint(0, 60, (150,), generator=g)
+    expected = ((image_keys[:, None, :] == text_keys[None, :, None]) & (image_keys >= 0)[:, None, :]).any(2)
+    assert torch.equal(torch.stack(matches(image_keys, text_keys)), expected.nonzero().T)
+
+
+# ---------------------------------------------------------------------------------------------------------------- processes and tiles
+
+
+def _case(several):
+    """12 pairs and their truth; `several`: pairs 0-7-… share captions, and pictures have a second caption that stands elsewhere in the batch."""
+    sentences = torch.arange(12) % 7
+    return embeddings(n=12), (matches(torch.stack([sentences, torch.arange(12) * 5 % 11], dim=1), sentences) if several else None)
+
+
+def _plain(rank, world, several):
+    embeds, truth = _case(several)
+    image, text = (x.chunk(world)[rank].requires_grad_() for x in embeds)
+    scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
+    loss = contrastive_loss(image, text, scale, truth)
     loss.backward()
-    return loss.detach(), image.grad, text.grad, logit_scale.grad
+    return loss.detach(), image.grad, text.grad, scale.grad
 
 
-@pytest.mark.parametrize("ids", [False, True], ids=["one match", "several matches"])
-@pytest.mark.parametrize("world", [2, 3])
-def test_shares_of_processes_sum_to_the_loss_and_give_its_gradient(world, ids, tmp_path):
-    whole = on_processes(_share, 1, tmp_path / "one", ids)[0]
-    shares = on_processes(_share, world, tmp_path / "many", ids)
-    combine = (sum, torch.cat, torch.cat, sum)
-    for expected, function, parts in zip(whole, combine, zip(*shares)):
-        torch.testing.assert_close(function(list(parts)), expected, rtol=1e-12, atol=1e-14)
+def _tiled(rank, world, several):
+    embeds, truth = _case(several)
+    image, text = (x.chunk(world)[rank] for x in embeds)
+    scale = torch.tensor(9.0, dtype=torch.float64)
+    return [tiled_loss(image, text, scale, truth, tile) for tile in (1, 12, 29, 60, 10**6)]         # stripes of 1, 1, 2, 5 and all rows: ragged ones among them
+
+
+def _both(rank, world, several):
+    return [_plain(rank, world, several), *_tiled(rank, world, several)]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one match", "several matches"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_any_tile_on_any_number_of_processes_equals_autograd_of_the_plain_loss(world, several, tmp_path):
+    """The loss, and the gradients at both embeddings and at the scale, fp64, to 1e-12."""
+    combine, whole = (sum, torch.cat, torch.cat, sum), _plain(0, 1, several)
+    shares = on_processes(_both, world, tmp_path, several) if world > 1 else [_both(0, 1, several)]
+    largest = 0.0
+    for way in zip(*shares):                                                    # plain, then each tile: what the processes returned
+        for function, expected, parts in zip(combine, whole, zip(*way)):
+            largest = max(largest, (function(list(parts)) - expected).abs().max().item())
+    print(f"\n{world} processes, {'several matches' if several else 'one match'}: largest difference {largest:.1e}")
+    assert largest < 1e-12
+
+
+MEMORY = """
+import resource, sys, torch, torch.nn.functional as F
+from loss import tiled_loss
+N, D = int(sys.argv[1]), 512
+image, text = (F.normalize(torch.randn(N, D), dim=1) for _ in range(2))
+tiled_loss(image[:64], text[:64], torch.tensor(14.0))                           # what the libraries need once
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+before = peak()
+tiled_loss(image, text, torch.tensor(14.0))
+print(peak() - before)
+"""
+
+
+def test_memory_of_the_tiled_loss():
+    """Above the embeddings: the two gradients and some stripes. (CE_CLIP_LOSS_PAIRS=32768 asks for the paper's size: one matrix of the plain loss would have 4.3 GB.)"""
+    pairs = int(os.environ.get("CE_CLIP_LOSS_PAIRS", 8192))
+    more = float(subprocess.run([sys.executable, "-c", MEMORY, str(pairs)], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    print(f"\ntiled loss, N = {pairs:,}, D = 512: {more:.3f} GB above the embeddings")
+    assert more < 0.1 + 2 * pairs * 512 * 4 / 1e9
