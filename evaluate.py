@@ -65,7 +65,10 @@ def start_processes():
     if rank:
         warnings.simplefilter("ignore")                                         # the first process warns for all
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # After a restart by torchrun its store still holds the addresses of the processes that died (pytorch issue 135712): keep each attempt's apart.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "0"
+        store, rank, world = next(dist.rendezvous("env://", rank, world))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
         atexit.register(dist.destroy_process_group)
     return device, rank, world
 

@@ -211,7 +211,7 @@ class GradientSum:
             groups[-1].append(p)
         self.sizes = [len(group) for group in groups]
         for number, group in enumerate(groups):
-            flat = torch.zeros(sum(p.numel() for p in group) + 1, device=group[0].device)           # the last number: the loss, in the first bucket
+            flat = group[0].new_zeros(sum(p.numel() for p in group) + 1, requires_grad=False)      # the last number: the loss, in the first bucket
             for p, part in zip(group, flat[:-1].split([p.numel() for p in group])):
                 p.grad = part.view_as(p)
                 p.register_post_accumulate_grad_hook(functools.partial(self._done, number))

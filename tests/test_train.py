@@ -4,9 +4,13 @@ import dataclasses
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import peers
@@ -18,6 +22,7 @@ from test_model import RESNET, VIT, batch, build
 
 import checkpoint
 import train
+from data import BadInput
 from loss import contrastive_loss, matches
 from model import Config
 
@@ -34,6 +39,26 @@ def same(a, b):
 
 def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """train.py with these arguments, in this process (a tenth of the time of `script`)."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
+        train.main()
+    return run
+
+
+@pytest.fixture
+def stops(trained):
+    """The message with which train.py stops on these arguments."""
+    def run(*arguments):
+        with pytest.raises(BadInput) as caught:
+            trained(*arguments)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------- stages
@@ -106,8 +131,8 @@ def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path):
     assert json.loads((tmp_path / "settings.json").read_text())["total_steps"] == 2
 
 
-def test_recall_is_measured_before_the_first_step_and_as_often_as_asked(tmp_path, tsv_folder):
-    script("train.py", "--stage", "finetune", "--data", tsv_folder, "--max-steps", 5, "--valid-every", 2, *QUICK, "--out", tmp_path)
+def test_recall_is_measured_before_the_first_step_and_as_often_as_asked(tmp_path, tsv_folder, trained):
+    trained("train.py", "--stage", "finetune", "--data", tsv_folder, "--max-steps", 5, "--valid-every", 2, *QUICK, "--out", tmp_path)
     assert [m["step"] for m in metrics(tmp_path) if "valid" in m] == [0, 2, 4, 5]
     scores = {m["step"]: m["score"] for m in metrics(tmp_path) if "valid" in m}
     assert scores[checkpoint.read(tmp_path / "best.pt")["step"]] == max(scores.values())
@@ -148,9 +173,9 @@ def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, tsv_folder)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_mixed_precision_stays_near_fp32(precision, tmp_path, tsv_folder):
+def test_mixed_precision_stays_near_fp32(precision, tmp_path, tsv_folder, trained):
     for p in ("fp32", precision):
-        script("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, "--lr", 1e-5, *QUICK, "--precision", p, "--grad-checkpointing", "--out", tmp_path / p)
+        trained("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, "--lr", 1e-5, *QUICK, "--precision", p, "--grad-checkpointing", "--out", tmp_path / p)
     assert losses(tmp_path / precision) == pytest.approx(losses(tmp_path / "fp32"), rel=0.03) and losses(tmp_path / precision) != losses(tmp_path / "fp32")
     assert bool(checkpoint.read(tmp_path / precision / "last.pt")["scaler"]) == (precision == "fp16")
 
@@ -163,27 +188,94 @@ def arguments(tsv_folder, out, *more):
 
 
 @pytest.fixture
-def undisturbed(tsv_folder, tmp_path):
-    script(*arguments(tsv_folder, tmp_path / "whole"))
+def undisturbed(tsv_folder, tmp_path, trained):
+    trained(*arguments(tsv_folder, tmp_path / "whole"))
     return tmp_path / "whole"
 
 
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=["SIGKILL", "SIGTERM", "SIGINT"])
-def test_a_killed_run_continues_to_the_same_weights(kill, tsv_folder, tmp_path, undisturbed):
-    out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, *map(str, arguments(tsv_folder, out))], cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+def equal_runs(out, other):
+    """The same weights and optimizer state bit for bit, the same best weights, metrics (all that is not time and memory) and bad samples."""
+    for name in ("last.pt", "best.pt"):
+        a, b = checkpoint.read(out / name), checkpoint.read(other / name)
+        assert a["step"] == b["step"] and same(a["model"], b["model"]) == set(b["model"])
+        for k, moments in a.get("optimizer", {"state": {}})["state"].items():
+            assert all(torch.equal(x, b["optimizer"]["state"][k][n]) for n, x in moments.items())
+    timeless = lambda folder: [{k: v for k, v in m.items() if k not in ("samples_per_s", "seconds_left", "memory_mib")} for m in metrics(folder)]
+    assert timeless(out) == timeless(other)
+    assert (out / "bad_samples.jsonl").exists() == (other / "bad_samples.jsonl").exists()
+    if (out / "bad_samples.jsonl").exists():
+        assert (out / "bad_samples.jsonl").read_bytes() == (other / "bad_samples.jsonl").read_bytes()
+
+
+def start(command, processes=1, **more):
+    command = [sys.executable, *map(str, command)] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *map(str, command)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
+
+
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_run_continues_to_the_same_weights(kill, tsv_folder, tmp_path, undisturbed, trained):
+    out = tmp_path / "run"
+    torch.set_num_threads(1)
+    process = start([*arguments(tsv_folder, out), "--save-every", 0])
     for line in process.stdout:
-        if line.startswith("step      3/8"):
+        if line.startswith("step      2/8"):
             process.send_signal(kill)
             break
-    process.stdout.read()
-    assert process.wait() != 0
-    reached = checkpoint.read(out / "last.pt")["step"]
-    assert 2 <= reached < 8
-    output = script(*arguments(tsv_folder, out))
-    assert f"continues after step {reached}" in output
-    assert same(tensors(out / "last.pt"), tensors(undisturbed / "last.pt")) == set(tensors(out / "last.pt"))
-    assert [(m["step"], m.get("loss"), m.get("score")) for m in metrics(out)] == [(m["step"], m.get("loss"), m.get("score")) for m in metrics(undisturbed)]
+    assert "stopped by a signal after step" in process.stdout.read() and process.wait() == 128 + kill
+    assert 2 <= checkpoint.read(out / "last.pt")["step"] < 8
+    trained(*arguments(tsv_folder, out))
+    trained(*arguments(tsv_folder, tmp_path / "whole1"))
+    equal_runs(out, tmp_path / "whole1")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(processes, tsv_folder, tmp_path):
+    """SIGKILL in training, in validation, while a snapshot is written (one is, most of the time); the whole run or, of two processes, one. On tar shards with a bad sample, readers on.
+
+    CE_CLIP_KILLS=20: so many moments."""
+    files = {f"{i:02}.{extension}": content for i in range(40) for extension, content in (("png", png(seed=i)), ("txt", f"第{i}张".encode()))}
+    files["07.png"] = b"damaged"
+    write_tar(tmp_path / "a.tar", files)
+    command = lambda out: ["train.py", "--stage", 2, "--data", tmp_path / "a.tar", "--valid-data", tsv_folder, "--batch-size", 8, "--max-steps", 24, "--save-every", 1, "--valid-every", 3, "--max-bad", 0.5,
+                           "--log-every", 2, "--precision", "fp32", "--workers", 1, "--out", out]
+    script(*command(tmp_path / "whole"), processes=processes)
+    rng, kills, during = random.Random(processes), 0, []
+    while kills < int(os.environ.get("CE_CLIP_KILLS", 2)):
+        process = start(command(tmp_path / "killed"), processes, stderr=subprocess.DEVNULL)
+        for line in process.stdout:
+            if line.startswith(("step ", "nothing to do")):
+                break
+        time.sleep(rng.uniform(0, 1.0))
+        workers = [int(pid) for pid in subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()]
+        if process.poll() is None:
+            kills += 1
+            during.append("a snapshot" if list((tmp_path / "killed").glob("last.pt.part")) else "best.pt" if list((tmp_path / "killed").glob("best.pt.part")) else "a step")
+            if processes == 2 and rng.random() < 0.5:
+                os.kill(rng.choice(workers), signal.SIGKILL)                    # torchrun then ends the other one
+                process.stdout.read()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        for pid in workers:                                                     # torchrun's workers are groups of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    print(f"\n{processes} processes, {kills} kills, {Counter(during)}; the last one after step {checkpoint.read(tmp_path / 'killed/last.pt')['step']}")
+    script(*command(tmp_path / "killed"), processes=processes)
+    equal_runs(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_torchrun_restarts_a_run_whose_worker_died(tsv_folder, tmp_path):
+    command = lambda out: [*arguments(tsv_folder, out), "--max-steps", 12]
+    script(*command(tmp_path / "whole"), processes=2)
+    process = start(["--max-restarts", 1, *command(tmp_path / "run")], 2, stderr=subprocess.DEVNULL)
+    for line in process.stdout:
+        if line.startswith("step      3/12"):
+            workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+            os.kill(int(workers[1]), signal.SIGKILL)
+            break
+    output = process.stdout.read()
+    assert process.wait() == 0 and "continues after step" in output and "finished" in output
+    equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tsv_folder, undisturbed):
@@ -192,22 +284,69 @@ def test_a_finished_run_says_so_and_changes_nothing(tsv_folder, undisturbed):
     assert {p.name: p.read_bytes() for p in undisturbed.iterdir()} == before
 
 
-def test_other_settings_are_refused_by_name(tsv_folder, undisturbed):
-    for more, message in ((["--lr", "0.5"], "lr 0.002, now it is 0.5"), (["--seed", "7"], "seed 0, now it is 7"), (["--stage", "1"], "lr 0.002, now it is 0.001"), (["--model", "vit-b-32"], "model tiny, now it is vit-b-32")):
-        assert message in refused(*arguments(tsv_folder, undisturbed, *more))
-    assert "nothing to do: finished." in script(*arguments(tsv_folder, undisturbed, "--workers", 1, "--log-every", 3))
+def test_other_settings_are_refused_by_name(tsv_folder, undisturbed, trained, stops, capsys):
+    for more, message in ((["--lr", "0.5"], "lr 0.002, now it is 0.5"), (["--seed", "7"], "seed 0, now it is 7"), (["--stage", "1"], "lr 0.002, now it is 0.001"), (["--model", "vit-b-32"], "model tiny, now it is vit-b-32"),
+                          (["--micro-batch", 3], "norm_batch 6, now it is 3")):
+        assert message in stops(*arguments(tsv_folder, undisturbed, *more))
+    trained(*arguments(tsv_folder, undisturbed, "--workers", 1, "--log-every", 3, "--micro-batch", 6, "--keep", 3, "--max-bad", 0.5))
+    assert "nothing to do: finished." in capsys.readouterr().out
 
 
-def test_a_damaged_snapshot_is_refused(tsv_folder, undisturbed):
+def test_a_micro_batch_may_change_where_it_changes_nothing(tsv_folder, tmp_path, trained, stops):
+    """A ViT without dropout continues with another one; with dropout the masks would be others."""
+    for dropout in (0.0, 0.1):
+        out = tmp_path / str(dropout)
+        checkpoint.save(tmp_path / "start.pt", train.CLIP(dataclasses.replace(SMALL_VIT, text_dropout=dropout)))
+        command = ["train.py", "--stage", 2, "--data", tsv_folder, "--init", tmp_path / "start.pt", "--max-steps", 2, *QUICK, "--out", out]
+        trained(*command)
+        if dropout:
+            assert "micro_batch None, now it is 3" in stops(*command, "--micro-batch", 3)
+        else:
+            trained(*command, "--micro-batch", 3)
+
+
+def test_a_damaged_snapshot_is_refused(tsv_folder, undisturbed, stops):
     whole = (undisturbed / "last.pt").read_bytes()
     (undisturbed / "last.pt").write_bytes(whole[:1000])
     assert "last.pt: not a readable checkpoint" in refused(*arguments(tsv_folder, undisturbed))
     (undisturbed / "last.pt").write_bytes(whole)
     state = torch.load(undisturbed / "last.pt")
     short = {"state": {k: v | {"exp_avg": torch.ones(3)} for k, v in state["optimizer"]["state"].items()}, "param_groups": state["optimizer"]["param_groups"]}
-    for change in ({"settings": None}, {"optimizer": {}}, {"optimizer": short}, {"step": "1"}, {"step": 99}, {"best": None}):
+    for change in ({"settings": None}, {"optimizer": {}}, {"optimizer": short}, {"step": "1"}, {"step": 99}, {"best": None}, {"losses": "x"}):
         torch.save(state | change, undisturbed / "last.pt")
-        assert "last.pt is damaged: its entries are not those of a training snapshot" in refused(*arguments(tsv_folder, undisturbed))
+        assert "last.pt is damaged: its entries are not those of a training snapshot" in stops(*arguments(tsv_folder, undisturbed))
+
+
+def test_the_latest_snapshots_are_kept_and_the_run_goes_on_from_any(tsv_folder, tmp_path, undisturbed, trained):
+    trained(*arguments(tsv_folder, tmp_path / "run", "--keep", 3))
+    assert sorted(p.name for p in (tmp_path / "run").glob("step-*.pt")) == [f"step-{n:08}.pt" for n in (6, 7, 8)]
+    shutil.copy(tmp_path / "run/step-00000006.pt", tmp_path / "run/last.pt")
+    trained(*arguments(tsv_folder, tmp_path / "run", "--keep", 3))
+    assert same(tensors(tmp_path / "run/last.pt"), tensors(undisturbed / "last.pt")) == set(tensors(undisturbed / "last.pt"))
+
+
+def test_snapshots_by_the_clock(tsv_folder, tmp_path, trained, monkeypatch):
+    steps = []
+    monkeypatch.setattr(train.Run, "snapshot", lambda self, step, snapshot=train.Run.snapshot: steps.append(step) or snapshot(self, step))
+    for minutes, expected in ((1e-6, [0, 1, 2, 3, 4]), (0, [0, 4]), (60, [0, 4])):
+        steps.clear()
+        trained("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 4, "--valid-every", 4, "--save-minutes", minutes, *QUICK, "--out", tmp_path / str(minutes))
+        assert steps == expected
+
+
+FULL = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); del sys.argv[:2]; sys.argv.insert(0, 'train.py'); runpy.run_path('train.py', run_name='__main__')"
+
+
+def test_a_full_disk_leaves_the_snapshot_before_and_says_so(tsv_folder, tmp_path, trained):
+    """Stands for it: files may not grow over 1 MiB, as the system then says "File too large"."""
+    trained(*arguments(tsv_folder, tmp_path / "run")[:6], 8, *arguments(tsv_folder, tmp_path / "run")[7:])
+    out = tmp_path / "run"
+    state = checkpoint.read(out / "last.pt")
+    torch.save(torch.load(out / "last.pt") | {"step": 5}, out / "last.pt")      # as if killed after step 5
+    before = (out / "last.pt").read_bytes()
+    done = subprocess.run([sys.executable, "-c", FULL, str(2**20), *map(str, arguments(tsv_folder, out)[1:])], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "last.pt: cannot be written (" in done.stderr and "nothing there was changed" in done.stderr
+    assert state["step"] == 8 and (out / "last.pt").read_bytes() == before and not list(out.glob("*.part"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
@@ -220,15 +359,19 @@ def test_a_damaged_snapshot_is_refused(tsv_folder, undisturbed):
     (["--init", ""], ": there is no such checkpoint"),
     (["--batch-size", "0"], "--batch-size 0: out of range"),
     (["--mask-tokens", "1.5"], "--mask-tokens 1.5: out of range"),
+    (["--micro-batch", "0"], "--micro-batch 0: out of range"),
+    (["--max-bad", "nan"], "--max-bad nan: out of range"),
+    (["--patch-dropout", "0.5"], "--patch-dropout 0.5: there are no patches to leave out, for a ResNet has none"),
+    (["--data", "shards/{000..002}.tar"], "3 of 3 shards are missing, the first shards/000.tar"),
 ])
-def test_wrong_arguments_give_one_line(more, message, tmp_path):
-    assert message in refused("train.py", "--stage", 2, "--out", tmp_path / "run", *more)
+def test_wrong_arguments_give_one_line(more, message, tmp_path, stops):
+    assert message in stops("train.py", "--stage", 2, "--out", tmp_path / "run", *more)
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path):
+def test_weights_of_another_architecture_are_refused(tmp_path, stops):
     checkpoint.save(tmp_path / "vit.pt", build(VIT))
-    assert "do not fit the architecture tiny" in refused("train.py", "--stage", 2, "--model", "tiny", "--init", tmp_path / "vit.pt", "--out", tmp_path / "run")
+    assert "do not fit the architecture tiny" in stops("train.py", "--stage", 2, "--model", "tiny", "--init", tmp_path / "vit.pt", "--out", tmp_path / "run")
 
 
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
@@ -281,16 +424,16 @@ def test_too_many_damaged_samples_stop_the_run(damaged_shards, tmp_path):
     assert len((tmp_path / "run/bad_samples.jsonl").read_text().splitlines()) == 11 and checkpoint.read(tmp_path / "run/last.pt")["step"] < 20
 
 
-def test_in_a_small_data_set_one_bad_picture_stops_the_run_with_its_id(tsv_folder, tmp_path):
+def test_in_a_small_data_set_one_bad_picture_stops_the_run_with_its_id(tsv_folder, tmp_path, stops):
     path = tsv_folder / "train_imgs.tsv"
     lines = path.read_text().splitlines(keepends=True)
     lines[4] = lines[4].replace("\tiVBOR", "\tiVBOX")
     path.write_text("".join(lines))
-    assert "little/train: picture 5 cannot be read" in refused("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, "--batch-size", 6, "--workers", 1, "--out", tmp_path / "run")
+    assert "little/train: picture 5 cannot be read" in stops("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, "--batch-size", 6, "--workers", 1, "--out", tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tsv_folder, tmp_path):
-    line = refused("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 30, *QUICK, "--valid-every", 30, "--lr", 1e30, "--warmup", 0, "--out", tmp_path / "run")
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tsv_folder, tmp_path, stops):
+    line = stops("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 30, *QUICK, "--valid-every", 30, "--lr", 1e30, "--warmup", 0, "--out", tmp_path / "run")
     assert "step 2: the loss is nan and the norm of its gradient nan; the step was not taken" in line
     record = json.loads((tmp_path / "run/nonfinite.json").read_text())
     assert record["step"] == 2 and len(record["pairs"]) == 6 and all(pair["file"].endswith("train_imgs.tsv") and pair["picture"] in range(1, 13) for pair in record["pairs"])
@@ -310,7 +453,7 @@ def test_fp16_scaling_skips_steps_that_overflow_and_counts_them():
         run.took(step, loss, norm, None)
         taken.append(not torch.equal(before, model.text_projection))
         assert taken[-1] == math.isfinite(norm)
-    assert 0 < run.skipped == taken.count(False) < 40 and all(taken[run.skipped :]) and len(run.losses) == 40
+    assert 0 < run.skipped == taken.count(False) < 20 and not taken[0] and len(run.losses) == 40
 
 
 # ---------------------------------------------------------------------------------------------------------------- parts of a step
@@ -345,7 +488,7 @@ def test_random_seeds_differ():
 
 @pytest.mark.parametrize("stage", ["1", "2"])
 @pytest.mark.parametrize("cfg", [dataclasses.replace(VIT, text_dropout=0.3), dataclasses.replace(RESNET, text_dropout=0.3)], ids=["vit", "resnet"])
-def test_the_cached_step_equals_autograd_through_the_same_chunks_kept_in_memory(cfg, stage, monkeypatch):
+def test_the_cached_step_equals_autograd_through_the_same_chunks_kept_in_memory(cfg, stage):
     """Dropout and patch dropout on, ragged micro-batches, several matches: gradients, loss and BatchNorm's statistics, relative 1e-6 in fp64; no second pass through a frozen tower."""
     pixels, ids = batch(cfg, n=11)
     chunks = list(zip(pixels.double().split(4), ids.split(4)))
@@ -370,6 +513,7 @@ def test_the_cached_step_equals_autograd_through_the_same_chunks_kept_in_memory(
             loss.backward()
             loss, norm = loss.item(), gradients.norm()
         results.append({"loss": torch.tensor(loss), "norm": torch.tensor(norm)} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers()))
+        results[-1].pop("vision.attention_pool.key.bias", None)                 # softmax cancels it: its gradient is rounding alone
     assert passes.count(False) == 3 and passes.count(True) == (3 if stage == "1" else 6)
     worst = max(((a - b).norm() / (a.norm() + 1e-12)).item() for a, b in ((results[0][k].double(), results[1][k].double()) for k in results[0]))
     print(f"\nlargest relative difference of a gradient: {worst:.1e}")
@@ -424,4 +568,3 @@ def test_patch_dropout_leaves_out_patches_in_training_alone():
     for mode in (True, False):
         model.train(mode).encode_image(pixels)
     assert seen == [1 + 4, 1 + 16]
-    assert "--patch-dropout 0.5: there are no patches to leave out" in refused("train.py", "--stage", 2, "--patch-dropout", 0.5)
