@@ -810,6 +810,11 @@ def training_loader(split, image_size, batches, workers, pin_memory=False):
                       prefetch_factor=4 if workers else None, worker_init_fn=start_worker)
 
 
+def own_memory(batch):
+    """A batch out of the shared memory through which readers send it, where it would take up open files and room in /dev/shm for as long as it is kept."""
+    return [x.clone() if isinstance(x, torch.Tensor) and x.is_shared() else x for x in batch]
+
+
 def start_worker(_):
     """Ctrl-C and torchrun's SIGTERM go to whole process groups. Readers leave it: the process they read for still needs them to finish its step."""
     os.setsid()
@@ -1132,7 +1137,7 @@ def run(main):
     except KeyboardInterrupt:
         sys.exit(130)
     except (BadInput, OSError) as error:
-        message = f"error: {error}"
+        message = f"error: {str(error).strip().splitlines()[-1]}"               # an OSError of a reader comes with a traceback before it
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
             message = "error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command"

@@ -101,7 +101,7 @@ def main():
     first_step = run.resume(state) if source == last else 0
     if state:
         checkpoint.load_into(model, state, source)
-    agree(settings=vars(settings), first_step=first_step, weights=sum(x.double().abs().sum().item() for x in model.state_dict().values()))
+    agree(settings=vars(settings), first_step=first_step, weights=sum(x.flatten().view(torch.int32).sum().item() for x in model.state_dict().values()))     # as integers: exact everywhere
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
     if first_step == total:
@@ -122,7 +122,7 @@ def main():
     meter = Meter(first_step, total, settings, len(train_split), device)
     for step in range(first_step + 1, total + 1):                               # `step` optimizer steps are done at the end of this round
         lr = set_lr(optimizer, learning_rate(step - 1, settings.lr, settings.warmup, total))
-        pixels, ids, image_keys, text_keys, bad = zip(*(next(loader) for _ in batches.shares))      # a list of micro-batches each
+        pixels, ids, image_keys, text_keys, bad = zip(*(data.own_memory(next(loader)) for _ in batches.shares))     # of each micro-batch
         truth, bad = exchange(image_keys, text_keys, sum(bad, []))
         run.report(step, bad, min(step * settings.batch_size, len(train_split)), len(train_split))
         draws = random_draws(settings, step, ids[0].shape[1])
