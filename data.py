@@ -10,8 +10,8 @@ Four layouts, one interface (`Split`): how many captions and pictures, who descr
 1. Chinese-CLIP: {train,valid,test}_imgs.tsv with lines `id<TAB>base64 picture`, and {split}_texts.jsonl with {"text_id": 1, "text": "…", "image_ids": [7]}.
 2. A folder of pictures with captions.csv (first line: image,caption) or captions.jsonl ({"image": "a.jpg", "caption": "…"}), paths relative to the folder. A picture may
    stand in several rows. A further column `split` (train, valid, test, …) divides the pictures; without it 80 % train, 10 % valid, 10 % test, by a hash of the path.
-3. Tar shards (WebDataset), for any number of pictures: files key.jpg (png, webp, …) beside key.txt, the caption, or key.json with {"text": "…"} or {"texts": ["…", "…"]}; named by a
-   pattern such as 'shards/{000000..000020}.tar' or 'shards/*.tar', or a folder with train-000000.tar, …, valid-000000.tar, ….
+3. Tar shards (WebDataset), for any number of pictures: files key.jpg (png, webp, …) beside key.txt, the caption, or key.json with {"text": "…"}, {"caption": "…"} or
+   {"texts": ["…", "…"]}; named by a pattern such as 'shards/{000000..000020}.tar' or 'shards/*.tar', or a folder with train-000000.tar, …, valid-000000.tar, ….
 4. `demo`: painted scenes whose captions say what is in them, made here, endless, no download.
 
 A training sample is a (caption, picture) pair. Pictures are read when a worker needs them; the captions of layouts 1 and 2 are kept in memory, those of shards are not.
@@ -21,6 +21,7 @@ import argparse
 import base64
 import colorsys
 import csv
+import ctypes
 import fcntl
 import functools
 import glob
@@ -36,6 +37,7 @@ import os
 import posixpath
 import random
 import re
+import signal
 import sys
 import tarfile
 import time
@@ -81,8 +83,11 @@ class Split:
     positives      T lists of picture indices: positives[t] = the pictures that caption t describes; may be empty (such a caption is no query)
     image_ids      I names of the pictures, as the data set has them
     ids            (T, L) uint16 tokens of the captions
-    captions_of    I lists of sentence keys: all that describe a picture
+    text_keys      T numbers, equal for equal sentences
+    captions_of    I lists of text keys: all that describe a picture
     pairs          (caption, picture) index pairs, in the data set's order: the training samples
+
+    Training asks for len(), sample(), order(), where() and fingerprint(); evaluation for texts, image_ids, positives, ids and picture().
     """
 
     endless = False
@@ -106,7 +111,7 @@ class Split:
         return decoded(lambda: self.picture_bytes(i), f"{self.name}: picture {self.image_ids[i]}")
 
     def where(self, k):
-        """Where training pair k lies, for a report: {"file", "offset" in bytes, …}."""
+        """Where training pair k lies, for a report: {"file", "offset" in bytes, …} (of the painted set: its number)."""
         return self.picture_place(self.pairs[k][1]) | {"caption": self.texts[self.pairs[k][0]]}
 
     def fingerprint(self):
@@ -320,8 +325,10 @@ def utf8_lines(path):
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 LARGEST = 2**28                                                                 # bytes of a picture file: more is a mistake, or an attack
-# An index is an int64 table beside its shard, one row per pair: where the picture's and the caption's bytes are (size -1: missing), whether they are JSON, and which of its
-# texts is meant. A first row tells for which file it was made: version, size, time of change (ns), where the file is damaged (-1: nowhere), 0, 0.
+# An index is an int64 table beside its shard, one row per pair, all in bytes, a size of -1 for what is missing:
+#     picture's offset, its size, caption's offset, its size, whether that is JSON, which of its captions is meant
+# after a first row that tells for which file it was made:
+#     version, size of the shard, its time of change (ns), where it is damaged (-1: nowhere), 0, 0
 INDEX_VERSION, COLUMNS = 1, 6
 
 
@@ -360,7 +367,10 @@ class ShardSplit(Split):
 
     def _row(self, k):
         s = int(np.searchsorted(self.starts, k, side="right")) - 1
-        return self.shards[s], opened_index(self.shards[s])[k - self.starts[s] + 1].tolist()
+        index = opened_index(self.shards[s])
+        if len(index) - 1 != self.starts[s + 1] - self.starts[s]:
+            raise OSError(f"{self.shards[s]}: it was changed while it was being read; run the same command again")
+        return self.shards[s], index[k - self.starts[s] + 1].tolist()
 
     def where(self, k):
         path, (image, image_size, text, *_) = self._row(k)
@@ -393,27 +403,24 @@ class ShardSplit(Split):
                 index_of[path, image] = len(pictures)
                 pictures.append(k)
             caption = captions_in(read_at(path, text, text_size, f"{name}: the caption"), is_json, name)[which]
-            described.setdefault(caption, []).append(index_of[path, image])
+            described.setdefault(caption, {})[index_of[path, image]] = None     # as keys: the same caption twice says nothing new
         return described, pictures
 
-    texts = property(lambda self: list(self._whole[0]))
-    positives = property(lambda self: list(self._whole[0].values()))
-    image_ids = property(lambda self: [f"{w['file']}:{w['offset']}" for w in map(self.where, self._whole[1])])
+    texts = functools.cached_property(lambda self: list(self._whole[0]))
+    positives = functools.cached_property(lambda self: [list(images) for images in self._whole[0].values()])
+    image_ids = functools.cached_property(lambda self: [f"{w['file']}:{w['offset']}" for w in map(self.where, self._whole[1])])
+    ids = functools.cached_property(lambda self: self.tokenizer(self.texts, self.context_length).numpy().astype(np.uint16))
 
-    @functools.cached_property
-    def ids(self):
-        return self.tokenizer(self.texts, self.context_length).numpy().astype(np.uint16)
-
-    def picture(self, i):
+    def picture_bytes(self, i):
         path, (image, image_size, *_) = self._row(self._whole[1][i])
-        return decoded(lambda: read_at(path, image, image_size, "the picture"), f"{path}, offset {image}: the picture")
+        return read_at(path, image, image_size, f"{path}, offset {image}: the picture")
 
 
 class ShardOrder:
     """The order of the n pairs of some shards in an epoch, place -> pair: random, and yet the files are read nearly from front to back.
 
-    The shards are shuffled and taken 16 together. Of those, a window holds the same share of each, of consecutive pairs, about 8,192 in all; within a window the order is random.
-    So at any time 16 stretches of files are being read, and what is in memory is one window. A function of (seed, epoch) and the shards' counts alone.
+    The shards are shuffled and taken 16 together. Those are cut into K windows of about 8,192 pairs: window k has the k-th of K equal stretches of each of the 16 shards, in random
+    order. So at any time 16 stretches of files are being read, and what is kept in memory are the numbers of one window's pairs. A function of (seed, epoch) and the shards' counts alone.
     """
 
     TOGETHER, WINDOW = 16, 8192
@@ -468,12 +475,14 @@ def captions_in(content, is_json, name):
     try:
         if is_json:
             record = json.loads(content)
-            texts = record["texts"] if "texts" in record else [record["text"] if "text" in record else record["caption"]]
+            texts = record["texts"] if isinstance(record.get("texts"), list) else [record["text"] if "text" in record else record["caption"]]
         else:
             texts = [content.decode("utf-8-sig")]
-        if not texts or not all(text.strip() and text.encode() for text in texts):
+        texts = [text.strip() for text in texts if text.strip()]
+        if not texts:
             raise ValueError("it is empty")
-        return [text.strip() for text in texts]
+        "".join(texts).encode()                                                 # raises for half a character
+        return texts
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"{name}: the caption cannot be read ({type(error).__name__}: {error})") from None
 
@@ -514,7 +523,7 @@ def scan(path):
         image = next((files[e] for e in PICTURES if e in files), (0, -1))
         kind = next((e for e in ("txt", "json") if e in files), None)
         text = files.get(kind, (0, -1))
-        if image[1] < 0 and text[1] < 0 or sum(max(image, text)) > size:        # neither, or cut off by the end of the file
+        if image[1] < 0 and text[1] < 0 or max(image[0] + image[1], text[0] + text[1]) > size:     # neither, or cut off by the end of the file
             continue
         captions = 1
         if kind == "json":
@@ -541,7 +550,8 @@ def tar_members(path, damaged):
                 pass
             with open(path, "rb") as f:
                 f.seek(tar.offset)
-                if f.read(512) != bytes(512):                                   # an archive ends with zeros; tarfile itself stops at a damaged header without a word
+                rest = f.read(512)                                              # an archive ends with zeros; tarfile itself stops at a damaged header without a word
+                if rest != bytes(512) or any(any(block) for block in iter(lambda: f.read(2**16), b"")):             # not the end, or another archive follows
                     damaged[0] = min(tar.offset, os.path.getsize(path))
     except tarfile.ReadError as error:
         raise BadInput(f"{path}: not an uncompressed tar archive ({error}); unpack .gz, .bz2 and the like first, since pictures are read from anywhere in it") from None
@@ -560,7 +570,8 @@ def shards_of(pattern):
 
 
 def write_shards(split, folder, name, per_shard=10_000, processes=1):
-    """Write a split as tar shards folder/name-000000.tar, …: each picture once, its bytes as they are, with all its captions. Killed, it goes on where it stopped.
+    """Write a split as tar shards folder/name-000000.tar, …: each picture once, its bytes as they are, with all its captions. Killed, it goes on where it stopped. What cannot be
+    read from the old files is named and left out; whether a picture decodes is not looked at.
 
     The pictures come in a fixed random order, so that every shard is a fair sample of the whole.
     """
@@ -573,7 +584,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
             texts_of[i].append(text)
     pictures = [i for i in np.random.default_rng(0).permutation(len(texts_of)).tolist() if texts_of[i]]
     shards = [(folder / f"{name}-{number:06}.tar", pictures[a : a + per_shard]) for number, a in enumerate(range(0, len(pictures), per_shard))]
-    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "shards": len(shards)})
+    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "per_shard": per_shard})
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / f"{name}.json"
     if (marker.exists() or any(folder.glob(f"{name}-*.tar"))) and not (marker.exists() and marker.read_text() == plan):
@@ -599,7 +610,11 @@ def _write_shard(split, texts_of, path, pictures):
     with open(part, "wb") as f:
         with tarfile.open(fileobj=f, mode="w") as tar:
             for i in pictures:
-                encoded = split.picture_bytes(i)
+                try:
+                    encoded = split.picture_bytes(i)
+                except (BadInput, OSError, ValueError) as error:                # ValueError: base64
+                    warnings.warn(f"{split.name}: picture {split.image_ids[i]} is left out: it cannot be read ({error})")
+                    continue
                 kind = next((kind for start, kind in ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp")) if encoded.startswith(start)), "tif")
                 record = json.dumps({"id": split.image_ids[i], "texts": texts_of[i]}, ensure_ascii=False).encode()
                 for extension, content in ((kind, encoded), ("json", record)):
@@ -739,7 +754,7 @@ def augment(pixels, draws, rotate, zoom, stretch, shift, warp, ink, tint, satura
 # ---------------------------------------------------------------------------------------------------------------- batches for training
 
 
-def shares(batch_size, micro_batch, rank, world):
+def micro_batch_places(batch_size, micro_batch, rank, world):
     """Which places of the global batch each micro-batch of this process takes: a list of ranges.
 
     The batch is cut into parts of world x micro_batch pairs (the last one may be smaller), and each part into `world` equal slices, of which process r takes the r-th. So all processes
@@ -756,21 +771,21 @@ class Batches(Sampler):
 
     def __init__(self, split, batch_size, seed, first_step, last_step, rank=0, world=1, micro_batch=None):
         self.split, self.batch_size, self.seed = split, batch_size, seed
-        self.steps, self.shares = range(first_step, last_step), shares(batch_size, micro_batch or batch_size // world, rank, world)
+        self.steps, self.places = range(first_step, last_step), micro_batch_places(batch_size, micro_batch or batch_size // world, rank, world)
         self.order = {}                                                         # the epoch at hand -> its order
 
     def __len__(self):
-        return len(self.steps) * len(self.shares)
+        return len(self.steps) * len(self.places)
 
     def __iter__(self):
         for step in self.steps:
-            for share in self.shares:
-                yield self.pairs(step, share)
+            for places in self.places:
+                yield self.pairs(step, places)
 
-    def pairs(self, step, share):
-        """(epoch, pair) at some places of the batch that step `step` (from 0) takes."""
+    def pairs(self, step, places):
+        """(epoch, pair) at some places, a range, of the batch that step `step` (from 0) takes."""
         result = []
-        for place in range(step * self.batch_size + share.start, step * self.batch_size + share.stop):
+        for place in range(step * self.batch_size + places.start, step * self.batch_size + places.stop):
             epoch, k = divmod(place, len(self.split))
             if epoch not in self.order:
                 self.order = {epoch: self.split.order(self.seed, epoch)}
@@ -779,7 +794,8 @@ class Batches(Sampler):
 
 
 class TrainingPairs(Dataset):
-    """(epoch, pair number) -> tensors of one pair. In the place of one that cannot be read comes the next one that can: a function of the data alone, so the run stays what it is."""
+    """(epoch, pair number) -> tensors of one pair. In the place of one that cannot be read comes the next one that can: as long as reading itself does not fail by chance, a function of
+    the data alone."""
 
     def __init__(self, split, image_size, tries=100):
         self.split, self.image_size, self.tries = split, image_size, tries
@@ -787,8 +803,7 @@ class TrainingPairs(Dataset):
     def __getitem__(self, place):
         epoch, k = place
         bad = []                                                                # reports: {"file", "offset", …, "reason"}
-        for other in range(k, k + self.tries):
-            other %= len(self.split)
+        for other in ((k + n) % len(self.split) for n in range(self.tries)):
             try:
                 picture, ids, picture_sentences, sentence = self.split.sample(epoch, other)
                 return to_uint8(picture, self.image_size), ids, picture_sentences, sentence, bad
@@ -807,7 +822,7 @@ def collate(samples):
 
 def training_loader(split, image_size, batches, workers, pin_memory=False):
     return DataLoader(TrainingPairs(split, image_size), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-                      prefetch_factor=4 if workers else None, worker_init_fn=start_worker)
+                      prefetch_factor=4 if workers else None, worker_init_fn=reader_start())
 
 
 def own_memory(batch):
@@ -815,9 +830,18 @@ def own_memory(batch):
     return [x.clone() if isinstance(x, torch.Tensor) and x.is_shared() else x for x in batch]
 
 
-def start_worker(_):
-    """Ctrl-C and torchrun's SIGTERM go to whole process groups. Readers leave it: the process they read for still needs them to finish its step."""
+def reader_start():
+    """For DataLoader's worker_init_fn. Ctrl-C and torchrun's SIGTERM go to whole process groups. Readers leave it: the process they read for still needs them to finish its step. But they end
+    with it: DataLoader's own watch misses a process that is killed while its readers start, and then they would stay for ever."""
+    return functools.partial(_start_reader, os.getpid())
+
+
+def _start_reader(parent, _):
     os.setsid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                              # PR_SET_PDEATHSIG: this signal when the parent dies
+    if os.getppid() != parent:                                                  # it died before that
+        os._exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the painted data set

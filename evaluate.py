@@ -13,7 +13,9 @@ import atexit
 import functools
 import json
 import os
+import time
 import unicodedata
+import uuid
 import warnings
 from pathlib import Path
 
@@ -65,12 +67,32 @@ def start_processes():
     if rank:
         warnings.simplefilter("ignore")                                         # the first process warns for all
     if world > 1:
-        # After a restart by torchrun its store still holds the addresses of the processes that died (pytorch issue 135712): keep each attempt's apart.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "0"
         store, rank, world = next(dist.rendezvous("env://", rank, world))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank, world_size=world)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = fresh_store(store, rank, world)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
         atexit.register(dist.destroy_process_group)
     return device, rank, world
+
+
+def fresh_store(store, rank, world, minutes=30):
+    """A part of torchrun's store that only living processes share. The store outlives them: after a restart it still holds the addresses of those that died, and the counts of restarts differ
+    from node to node (pytorch issue 135712). So process 0 draws a name, and answers everybody's question under that question, which no dead process ever asked.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"question {rank}", name)
+        name = store.get(f"answer {name}").decode()                             # waits for it
+        store.add(f"{name} heard", 1)
+    deadline = time.time() + 60 * minutes
+    while rank == 0 and store.add(f"{name} heard", 0) < world - 1:
+        for other in range(1, world):
+            if store.check([f"question {other}"]):
+                store.set(f"answer {store.get(f'question {other}').decode()}", name)
+        if time.time() > deadline:
+            raise data.BadInput(f"not all of the {world} processes of this run came within {minutes} minutes")
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 def bf16_is_fast(device):
@@ -168,7 +190,7 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0):
     rank = dist.get_rank() if world > 1 else 0
 
     mine, my_texts = range(rank, len(split.image_ids), world), range(rank, len(split.texts), world)
-    loader = DataLoader(_Pictures(split, model.cfg.image_size, mine), batch_size=batch_size, num_workers=workers, worker_init_fn=data.start_worker)
+    loader = DataLoader(_Pictures(split, model.cfg.image_size, mine), batch_size=batch_size, num_workers=workers, worker_init_fn=data.reader_start())
     images, texts = [torch.empty(0, model.cfg.embed_dim)], [torch.empty(0, model.cfg.embed_dim)]
     for pixels in loader:
         with autocast():

@@ -16,9 +16,9 @@
     G = dloss/dS = 1/2N ( exp(S - r) + exp(S - c) - Yr - Yc )            (r subtracted from each row, c from each column)
     dI = s G T      dT = s Gᵀ I      ds = Σ_ij G_ij S_ij / s = Σ_i I_i·dI_i / s
 
-On W processes each owns B = N/W pairs: their rows of S, and their columns. `contrastive_loss` is the first equation as one would write it, for autograd: it holds whole matrices,
-and its backward pass sums gradients over the processes. `tiled_loss` is the same function with the second line worked out by hand: S and G exist a few rows at a time, and
-all that processes exchange is the embeddings, r and c, before. A test compares them to 1e-12.
+On W processes each owns B = N/W pairs: their rows of S, and their columns. `contrastive_loss` is the loss as one would write it, for autograd: it holds whole matrices, and its backward
+pass sends gradients between processes. `tiled_loss` computes the same loss and, by the formulas for G, dI, dT and ds, its gradient: S and G exist a few rows at a time, and processes exchange
+nothing but the embeddings, and then r and c. A test compares the two to 1e-12.
 
 Each returns its process's share of the loss: the shares add up to the loss, and so do the gradients that processes get for the shared weights and for s. Parameter
 gradients are therefore SUMMED over processes, not averaged.
@@ -32,7 +32,7 @@ def matches(image_keys, text_keys):
     """Which captions of the batch describe which pictures -> truth: rows i (E,) and columns j (E,) of the ones of Y, sorted by row.
 
     text_keys (N,) int64, at least 0: the sentence of each caption. image_keys (N, M) int64: all the sentences that describe each picture, filled up with -1, those that are
-    not in the batch among them. So a caption is right for every picture that it describes, whichever picture it stands beside.
+    not in the batch among them. So a caption is right for every picture that it describes, whichever picture it stands beside. Memory: of the order of E + NM numbers.
     """
     N, M = image_keys.shape
     keys, order = text_keys.sort()
@@ -40,7 +40,7 @@ def matches(image_keys, text_keys):
     first, end = torch.searchsorted(keys, wanted), torch.searchsorted(keys, wanted, right=True)
     count = end - first
     found = torch.arange(N * M).repeat_interleave(count)                        # (E',): which of `wanted`
-    nth = torch.arange(len(found)) - (count.cumsum(0) - count)[found]           # (E',): its how-manieth occurrence
+    nth = torch.arange(len(found)) - (count.cumsum(0) - count)[found]           # (E',): 0 for its first occurrence, 1 for its second, …
     cells = torch.unique(found // M * N + order[first[found] + nth])            # i N + j, each once, sorted
     return cells // N, cells % N
 
@@ -64,53 +64,53 @@ def contrastive_loss(image_embed, text_embed, scale, truth=None):
 def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**22):
     """The same share of the loss, and the gradient of the whole loss; takes the same arguments -> loss (), d_image (B, D), d_text (B, D), d_scale ().
 
-    d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which two are held at a time.
+    d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which at most three are held at a time.
     """
     image, text = gather(image_embed), gather(text_embed)                       # (N, D)
     N = len(image)
     i, j = truth if truth is not None else (torch.arange(N), torch.arange(N))   # on the CPU
     Yr, Yc = 1 / torch.bincount(i)[i].to(image.dtype), 1 / torch.bincount(j)[j].to(image.dtype)     # (E,)
-    by_column = j.argsort(stable=True)
-    pictures = image_embed, text, scale, i, j, Yr, Yc, tile                     # own rows of S: pictures look at captions
-    captions = text_embed, image, scale, *(x[by_column] for x in (j, i, Yc, Yr)), tile              # own columns, turned into rows: captions look at pictures
+    turn = j.argsort(stable=True)                                               # the ones of Y sorted by column
+    pictures = image_embed, text, scale, i, j, tile                             # own rows of S: pictures look at captions
+    captions = text_embed, image, scale, j[turn], i[turn], tile                 # own columns, turned into rows: captions look at pictures
 
-    r, to_captions = _log_sums(*pictures)
-    c, to_pictures = _log_sums(*captions)
+    r, to_captions = _log_sums(*pictures, Yr)
+    c, to_pictures = _log_sums(*captions, Yc[turn])
     all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
-    d_image = _gradient(*pictures, r, all_c)                                    # s G T
-    d_text = _gradient(*captions, c, all_r)                                     # s Gᵀ I
+    d_image = _gradient(*pictures, Yr + Yc, r, all_c)                           # s G T
+    d_text = _gradient(*captions, (Yr + Yc)[turn], c, all_r)                    # s Gᵀ I
     d_scale = (image_embed * d_image).sum() / scale
     return (to_captions + to_pictures) / (2 * N), d_image, d_text, d_scale
 
 
-def _log_sums(own, other, scale, rows, columns, own_weight, _, tile):
-    """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ weight S) over them: the cross-entropies."""
+def _log_sums(own, other, scale, rows, columns, tile, Y):
+    """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ Y S) over them: the cross-entropies."""
     log_sums, loss = own.new_empty(len(own)), own.new_zeros(())
-    for stripe, logits, ones, place in _stripes(own, other, scale, rows, columns, tile):
-        log_sums[stripe] = logits.logsumexp(dim=1)
-        loss += log_sums[stripe].sum() - (own_weight[ones].to(own.device) * logits[place]).sum()
+    for stripe, S, entries, cells in _stripes(own, other, scale, rows, columns, tile):
+        log_sums[stripe] = S.logsumexp(dim=1)
+        loss += log_sums[stripe].sum() - (Y[entries].to(S.device) * S[cells]).sum()
     return log_sums, loss
 
 
-def _gradient(own, other, scale, rows, columns, own_weight, other_weight, tile, own_log_sums, other_log_sums):
+def _gradient(own, other, scale, rows, columns, tile, Y, own_log_sums, other_log_sums):
     """-> s G @ other (B, D): own rows of G, as many as a stripe holds at a time, times the other side's embeddings."""
     gradient = torch.empty_like(own)
-    for stripe, logits, ones, place in _stripes(own, other, scale, rows, columns, tile):
-        G = (logits - own_log_sums[stripe, None]).exp_()                        # exp(S - r)
-        G += logits.sub_(other_log_sums).exp_()                                 # exp(S - c), in the place of S
-        G[place] -= (own_weight + other_weight)[ones].to(own.device)            # Yr + Yc
+    for stripe, S, entries, cells in _stripes(own, other, scale, rows, columns, tile):
+        G = (S - own_log_sums[stripe, None]).exp_()                             # exp(S - r)
+        G += S.sub_(other_log_sums).exp_()                                      # exp(S - c), in the place of S
+        G[cells] -= Y[entries].to(S.device)                                     # Yr + Yc
         torch.mm(G, other, out=gradient[stripe])
     return gradient.mul_(scale / (2 * len(other)))
 
 
 def _stripes(own, other, scale, rows, columns, tile):
-    """Own rows of S, some at a time -> (which of the own rows, their logits (t, N), which of the ones of Y lie in them, where in the logits)."""
+    """Own rows of S, some at a time -> (which of the own rows, their logits (t, N), which of the ones of Y lie in them, and at which cells of the logits)."""
     t, first = max(1, tile // len(other)), own_rows(own).start
     starts = list(range(0, len(own), t)) + [len(own)]
     bounds = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
     for start, stop, a, b in zip(starts, starts[1:], bounds, bounds[1:]):
-        place = (rows[a:b] - first - start).to(own.device), columns[a:b].to(own.device)
-        yield slice(start, stop), (scale * own[start:stop]) @ other.T, slice(a, b), place
+        cells = (rows[a:b] - first - start).to(own.device), columns[a:b].to(own.device)
+        yield slice(start, stop), (scale * own[start:stop]) @ other.T, slice(a, b), cells
 
 
 # ---------------------------------------------------------------------------------------------------------------- between processes

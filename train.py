@@ -12,7 +12,7 @@ Stage 1 trains the text tower against the frozen vision tower; stage 2 and fine-
 process holds at a time. Neither the number of processes nor the micro-batch changes the steps that are taken (dropout masks and rounding apart; for a ResNet that trains, their
 product counts: BatchNorm sees so many pictures at a time).
 
-The same command run again continues where the run stopped, to the same result, after any kill. In --out: last.pt (to continue from; with --keep also step-00001000.pt, …), best.pt
+The same command run again continues where the run stopped, after any kill, to the same result (bit for bit on CPUs; kernels of GPUs round differently each time). In --out: last.pt (to continue from; with --keep also step-00001000.pt, …), best.pt
 (highest recall on the valid split), metrics.jsonl, settings.json, bad_samples.jsonl (pairs that could not be read).
 """
 import argparse
@@ -23,12 +23,14 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,7 +58,8 @@ TINY = {
 RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
           "patch_dropout": (0, 0.99), "max_bad": (0, 1), "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "save_minutes": (0, 1e6), "keep": (1, 1e4),
           "log_every": (1, 1e9)}
-# May differ when a run continues, for they do not change the result. (The data may have moved: captions, picture names and the first picture have a fingerprint.)
+# May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
+# picture names, or of the shards' names and sizes.)
 FREE = {"out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing"}
 
 
@@ -101,7 +104,7 @@ def main():
     first_step = run.resume(state) if source == last else 0
     if state:
         checkpoint.load_into(model, state, source)
-    agree(settings=vars(settings), first_step=first_step, weights=sum(x.flatten().view(torch.int32).sum().item() for x in model.state_dict().values()))     # as integers: exact everywhere
+    agree(settings=vars(settings), device=device.type, first_step=first_step, weights=sum(x.flatten().view(torch.int32).sum().item() for x in model.state_dict().values()))     # as integers: exact everywhere
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
     if first_step == total:
@@ -122,11 +125,11 @@ def main():
     meter = Meter(first_step, total, settings, len(train_split), device)
     for step in range(first_step + 1, total + 1):                               # `step` optimizer steps are done at the end of this round
         lr = set_lr(optimizer, learning_rate(step - 1, settings.lr, settings.warmup, total))
-        pixels, ids, image_keys, text_keys, bad = zip(*(data.own_memory(next(loader)) for _ in batches.shares))     # of each micro-batch
+        pixels, ids, image_keys, text_keys, bad = zip(*(data.own_memory(next(loader)) for _ in batches.places))     # of each micro-batch
         truth, bad = exchange(image_keys, text_keys, sum(bad, []))
         run.report(step, bad, min(step * settings.batch_size, len(train_split)), len(train_split))
         draws = random_draws(settings, step, ids[0].shape[1])
-        ready = [functools.partial(prepare, *micro, draws, settings, device) for micro in zip(pixels, ids, batches.shares)]
+        ready = [functools.partial(prepare, *micro, draws, settings, device) for micro in zip(pixels, ids, batches.places)]
         seeds = [random_seed(settings.seed, step, rank, k) for k in range(len(ready))]              # functions of (seed, step, process, micro-batch), so never stored
         loss, norm = train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast)
         run.took(step, loss, norm, lambda: [train_split.where(k) for _, k in batches.pairs(step - 1, range(settings.batch_size))])
@@ -151,8 +154,9 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
 
     ready: for each micro-batch, a function that gives (pixels, ids); seeds: the seed of its dropout and patch masks. With one micro-batch the graph of the forward pass is kept;
     with several each is embedded without, and once more, alike, when the gradient at its embeddings is known (gradient caching, arXiv 2101.06983).
-    When loss or gradient are not finite, the weights stay as they are.
+    When loss or gradient are not finite, the model stays as it is.
     """
+    buffers = [(x, x.clone()) for x in model.buffers()]                         # BatchNorm's statistics: the forward pass changes them before one knows
     def embed(k, vision=True):
         torch.manual_seed(seeds[k])
         pixels, ids = ready[k]()
@@ -188,17 +192,20 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
     # 4. step, clamp
     scaler.unscale_(optimizer)
     norm = gradients.norm()
-    if scaler.is_enabled() or math.isfinite(loss) and math.isfinite(norm):      # the scaler itself skips what is not finite, and lowers its scale
+    if math.isfinite(loss) and math.isfinite(norm):
         scaler.step(optimizer)
-        scaler.update()
         model.clamp_logit_scale()
+    else:
+        for x, before in buffers:
+            x.copy_(before)
+    scaler.update()                                                             # under fp16: a lower scale after what was not finite, a higher one after a long while without
     return loss, norm
 
 
 class GradientSum:
     """The parameters' gradients, in flat buckets (p.grad are views of them) that are summed over all processes while the backward pass still runs; for why the sum, see loss.py.
 
-    Backward passes go from the last layers to the first, so the buckets are filled in that order, and each is sent as soon as it is complete, in the same order on every process.
+    Backward passes go from the last layers to the first, so the buckets are filled roughly in that order. Each is sent as soon as it and those before it are complete: in the same order on every process.
     Frozen parameters are in none. The loss travels in the first bucket.
     """
 
@@ -230,7 +237,7 @@ class GradientSum:
     def _done(self, number, _):
         if self.sending:
             self.waiting[number] -= 1
-            while len(self.works) < len(self.buckets) and self.waiting[len(self.works)] <= 0:
+            while len(self.works) < len(self.buckets) and self.waiting[len(self.works)] == 0:
                 self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
 
     def wait(self):
@@ -314,8 +321,7 @@ def set_lr(optimizer, lr):
 
 def random_seed(seed, step, rank, micro=0):
     """One number for (seed, step, rank, micro-batch); rank -1 is what all processes share."""
-    mixed = ((seed * 1_000_003 + step) * 65_537 + rank + 1 + micro * 0x9E3779B97F4A7C15) % 2**63
-    return int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(mixed)))
+    return int(np.random.SeedSequence([seed, step, rank + 1, micro]).generate_state(1)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------- the run's folder
@@ -349,7 +355,7 @@ class Run:
         if missing:
             raise data.BadInput(f"{last} is no training snapshot (it lacks {', '.join(sorted(missing))}), so nothing can continue from it; choose another --out")
         before, now = state["settings"], self.settings
-        masks = self.model.cfg.text_dropout > 0 or now["patch_dropout"] > 0     # drawn for a micro-batch of a process: others with other sizes
+        masks = self.model.cfg.text_dropout > 0 or now["patch_dropout"] > 0     # drawn for each micro-batch of a process: with another size or number of processes, others
         free = FREE if masks else FREE | {"micro_batch"}
         changed = [f"{name} {before.get(name)}, now it is {now.get(name)}" for name in sorted((before.keys() | now.keys()) - free) if before.get(name) != now.get(name)]
         if changed:
@@ -381,13 +387,13 @@ class Run:
             raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
         write = lambda name, text: checkpoint.write(self.out / name, lambda f: f.write(text.encode()))
         write("settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
+        kept = {}
         for name in ("metrics.jsonl", "bad_samples.jsonl"):
-            path, kept = self.out / name, []
-            if path.exists() and step:
-                kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if logged_step(line) <= step]
+            path = self.out / name
+            kept[name] = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if logged_step(line) <= step] if path.exists() and step else []
             if path.exists() or name == "metrics.jsonl":
-                write(name, "".join(line + "\n" for line in kept))
-        self.bad = {json.loads(line)["pair"] for line in kept}
+                write(name, "".join(line + "\n" for line in kept[name]))
+        self.bad = {json.loads(line)["pair"] for line in kept["bad_samples.jsonl"]}
 
     def report(self, step, reports, seen, total):
         """List the pairs that could not be read, each once; stop when they are more than the share `max_bad` of the `seen` ones (of 1,000 at least, if there are as many)."""
@@ -412,12 +418,12 @@ class Run:
             return
         self.skipped += 1
         if self.scaler.is_enabled() and self.scaler.get_scale() > 2**-10:
-            return                                                              # it has halved its scale and left the weights alone
+            return                                                              # it has halved its scale
         where = self.out / "nonfinite.json"
         if self.first:
             text = json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "pairs": pairs()}, ensure_ascii=False)
             checkpoint.write(where, lambda f: f.write(text.encode()))
-        raise data.BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {norm}; the step was not taken. {where} lists the pairs of the batch; "
+        raise data.BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {norm}; the step was not taken. {where} lists the pairs of the batch (before any replacement); "
                             f"{self.out / 'last.pt'} holds the run before. A lower --lr or --precision fp32 may help")
 
     def log(self, record):
@@ -460,7 +466,10 @@ class Run:
             if self.settings["keep"] > 1:
                 name = self.out / f"step-{step:08}.pt"
                 name.unlink(missing_ok=True)
-                os.link(last, name)                                             # a second name for the same file: it costs no room until last.pt is replaced
+                try:
+                    os.link(last, name)                                         # a second name for the same file: it costs no room until last.pt is replaced
+                except OSError:                                                 # on disks without such links
+                    shutil.copyfile(last, name)
                 kept = sorted(path for path in self.out.glob("step-*.pt") if path.name <= name.name)
                 for path in kept[: -self.settings["keep"]]:
                     path.unlink()
@@ -492,7 +501,7 @@ class Meter:
 
     def record(self, step, lr, norm, model, run):
         now, loss = time.time(), sum(run.losses) / len(run.losses) if run.losses else None
-        record = {"step": step, "epoch": step * self.batch_size / self.pairs, "loss": loss, "gradient_norm": norm, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(), "skipped": run.skipped,
+        record = {"step": step, "epoch": step * self.batch_size / self.pairs, "loss": loss, "gradient_norm": norm if math.isfinite(norm) else None, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(), "skipped": run.skipped,
                   "samples_per_s": (step - self.last) * self.batch_size / (now - self.tick),
                   "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step), "memory_mib": memory_mib(self.device)}
         self.tick, self.last = now, step

@@ -279,7 +279,7 @@ def test_shards_in_all_their_forms(tmp_path):
         "x/2.PNG": png(seed=2), "x/2.json": json.dumps({"text": "第二张"}).encode(),
         "x/3.webp": png(seed=3), "x/3.txt": "第三张".encode(), "x/3.json": json.dumps({"caption": "not this", "width": 3}).encode(),
         "x/._3.jpg": b"macOS", "x/4.cls": b"7", "README": b"hello",
-        "y/1.jpg": png(seed=4), "y/1.json": json.dumps({"texts": ["甲", "乙"]}).encode(),
+        "y/1.jpg": png(seed=4), "y/1.json": json.dumps({"texts": ["甲", "", "乙"]}).encode(),
         "z" * 150 + "/5.jpeg": png(seed=5), "z" * 150 + "/5.json": json.dumps({"caption": "第五张"}).encode()})
     split = open_split(tmp_path / "a.tar", "train")
     assert len(split) == 6 and split.texts == ["第一张", "第二张", "第三张", "甲", "乙", "第五张"] and split.positives == [[0], [1], [2], [3], [3], [4]]
@@ -319,6 +319,9 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(tsv_folder, tmp_
     script(*command)
     assert {p: p.read_bytes() for p in whole} == whole
     assert "it holds other shards of 'train'; name another folder" in refused(*command[:4], "--per-shard", 6)
+    again = tmp_path / "again"                                                  # shards as shards of another size
+    data.write_shards(after, again, "train", per_shard=7)
+    assert seen(open_split(again, "train")) == seen(before) and len(list(again.glob("*.tar"))) == 2
     assert "       3 shards       15 pairs" in script("data.py", tmp_path / "shards")
 
 
@@ -342,7 +345,7 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
 def test_damaged_shards_are_named_and_what_is_whole_is_used(tmp_path):
     whole = shard(tmp_path / "a.tar", range(6)).read_bytes()
     second = whole.index(b"000002.png")
-    for name, content, left in (("cut", whole[: second + 700], 2), ("cut-header", whole[: second + 100], 2), ("broken-header", whole[:second] + b"\xff" * 300 + whole[second + 300 :], 2)):
+    for name, content, left in (("cut", whole[: second + 700], 2), ("cut-header", whole[: second + 100], 2), ("broken-header", whole[:second] + b"\xff" * 300 + whole[second + 300 :], 2), ("two-in-one", whole + whole, 6)):
         (tmp_path / f"{name}.tar").write_bytes(content)
         for _ in range(2):                                                      # with the index made now, and with the one that is there
             with pytest.warns(UserWarning, match=rf"{name}.tar: damaged or cut short at byte [\d,]+; what comes after is lost \({left} pairs"):
@@ -363,9 +366,11 @@ BAD_SAMPLES = {
     "missing picture": ({"b.txt": "坏".encode()}, "the picture is missing"),
     "empty text": ({"b.jpg": jpeg(), "b.txt": b" \n"}, "the caption cannot be read (ValueError: it is empty)"),
     "text that is no UTF-8": ({"b.jpg": jpeg(), "b.txt": b"\xff\xfe"}, "the caption cannot be read (UnicodeDecodeError"),
+    "texts that is no list": ({"b.jpg": jpeg(), "b.json": json.dumps({"texts": "一只猫"}).encode()}, "the caption cannot be read (KeyError: 'caption')"),
+    "only blank texts": ({"b.jpg": jpeg(), "b.json": json.dumps({"texts": ["", " "]}).encode()}, "the caption cannot be read (ValueError: it is empty)"),
     "broken JSON": ({"b.jpg": jpeg(), "b.json": b'{"text": '}, "the caption cannot be read (JSONDecodeError"),
     "JSON without a text": ({"b.jpg": jpeg(), "b.json": b'{"width": 3}'}, "the caption cannot be read (KeyError: 'caption')"),
-    "JSON that is no object": ({"b.jpg": jpeg(), "b.json": b"[1]"}, "the caption cannot be read (TypeError"),
+    "JSON that is no object": ({"b.jpg": jpeg(), "b.json": b"[1]"}, "the caption cannot be read (AttributeError"),
     "half a character": ({"b.jpg": jpeg(), "b.json": b'{"text": "\\ud800"}'}, "the caption cannot be read (UnicodeEncodeError"),
     "decompression bomb": ({"b.png": bomb(), "b.txt": "坏".encode()}, "the picture cannot be read (Image size (100000000 pixels) exceeds limit"),
     "larger bomb": ({"b.png": bomb(100_000), "b.txt": "坏".encode()}, "the picture cannot be read (Image size (10000000000 pixels) exceeds limit"),
