@@ -344,7 +344,7 @@ class ShardSplit(Split):
         counts = self._build_indexes()
         self.starts = np.concatenate([[0], np.cumsum(counts)])                  # (S + 1,): shard s holds pairs starts[s] .. starts[s+1] - 1
         if not len(self):
-            raise BadInput(f"{name}: no pictures with captions in {len(shards)} shard{'s' * (len(shards) > 1)}; expected files like 0001.jpg beside 0001.txt or 0001.json")
+            raise BadInput(f"{name}: no pictures with captions in {len(shards)} shard{'s' * (len(shards) > 1)}; expected 0001.jpg, right after it 0001.txt or 0001.json, and so on (the name ends at the first dot)")
 
     def _build_indexes(self):
         """Make the indexes that are missing -> number of pairs in each shard. Processes of one run start at different shards, so they share the work without a word."""
@@ -374,7 +374,13 @@ class ShardSplit(Split):
 
     def where(self, k):
         path, (image, image_size, text, *_) = self._row(k)
-        return {"file": str(path), "offset": image if image_size >= 0 else text}
+        offset = image if image_size >= 0 else text
+        header = os.pread(opened_shard(path).fileno(), 100, offset - 512)       # a file's name is the first field of the header before it
+        return {"file": str(path), "offset": offset, "member": header.rstrip(b"\0").decode(errors="replace")}
+
+    def incomplete(self):
+        """How many pairs lack their picture or their caption."""
+        return sum(int((opened_index(path)[1:, [1, 3]] < 0).any(axis=1).sum()) for path in self.shards)
 
     def sample(self, epoch, k):
         path, (image, image_size, text, text_size, is_json, which) = self._row(k)
@@ -475,7 +481,9 @@ def captions_in(content, is_json, name):
     try:
         if is_json:
             record = json.loads(content)
-            texts = record["texts"] if isinstance(record.get("texts"), list) else [record["text"] if "text" in record else record["caption"]]
+            texts = record["texts"] if isinstance(record.get("texts"), list) else [record.get("text", record.get("caption"))]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError('it needs "text", "caption" or a list "texts"')
         else:
             texts = [content.decode("utf-8-sig")]
         texts = [text.strip() for text in texts if text.strip()]
@@ -484,7 +492,7 @@ def captions_in(content, is_json, name):
         "".join(texts).encode()                                                 # raises for half a character
         return texts
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{name}: the caption cannot be read ({type(error).__name__}: {error})") from None
+        raise BadInput(f"{name}: the caption cannot be read ({error})") from None
 
 
 def shard_index(path):
@@ -588,7 +596,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / f"{name}.json"
     if (marker.exists() or any(folder.glob(f"{name}-*.tar"))) and not (marker.exists() and marker.read_text() == plan):
-        raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder")
+        raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or delete them and {marker.name}")
     marker.write_text(plan)
     jobs = [shards[p::processes] for p in range(min(processes, len(shards)))]
     helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job)) for job in jobs]
@@ -598,7 +606,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
         helper.join()
     if any(helper.exitcode for helper in helpers):
         raise BadInput(f"{folder}: not all shards were written; the line above says why. Run it again to go on")
-    print(f"{folder}: {len(pictures):,} pictures with {sum(map(len, texts_of)):,} captions in {len(shards):,} shards; train on them with --data {folder}")
+    print(f"{folder}: {name}: {len(pictures):,} pictures with {sum(map(len, texts_of)):,} captions in {len(shards):,} shard{'s' * (len(shards) > 1)}")
 
 
 def _write_some(split, texts_of, shards):
@@ -1117,13 +1125,13 @@ def main():
     if args.write_shards:
         for name in [args.split] if args.split else names:
             write_shards(open_split(args.data, name, args.data_root), args.write_shards, name, args.per_shard, args.processes)
-        return
+        return print(f"Train on them with --data {args.write_shards}")
     for name in names:
         split = open_split(args.data, name, args.data_root)
         if split.endless:
             print(f"{name:8} endless; {len(split):,} pairs an epoch")
         elif isinstance(split, ShardSplit):
-            print(f"{'' if is_pattern(args.data) else name:8} {len(split.shards):8,} shards {len(split):8,} pairs")
+            print(f"{'all' if is_pattern(args.data) else name:8} {len(split.shards):8,} shards   {len(split):8,} pairs, {split.incomplete():,} of them without picture or caption")
         else:
             print(f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs")
 

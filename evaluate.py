@@ -248,9 +248,9 @@ def table(result, name, split, model_name, ckpt):
 def main():
     parser = argparse.ArgumentParser(description="Recall@K of a checkpoint, in both directions.")
     parser.add_argument("--ckpt", required=True, help="a checkpoint: a file, a folder, or the name of released weights (see checkpoint.py)")
-    parser.add_argument("--data", required=True, help=f"{', '.join([*data.NAMES, 'demo'])}, or a folder")
+    parser.add_argument("--data", required=True, help=f"{', '.join([*data.NAMES, 'demo'])}, a folder, or a pattern of tar shards (all of it)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
-    parser.add_argument("--split", default="test", help="(default: test)")
+    parser.add_argument("--split", help="(default: test)")
     parser.add_argument("--batch-size", type=int, default=128, help="pictures or captions embedded at a time (default: 128)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="fp32", help="of the towers; recall itself is always computed in fp32 (default: fp32)")
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures (default: 1)")
@@ -261,18 +261,22 @@ def main():
     if args.json is not None and (Path(args.json).is_dir() or not Path(args.json).resolve().parent.is_dir()):
         raise data.BadInput(f"--json {args.json!r}: name a file in a folder that is there")
 
+    if args.split and data.is_pattern(args.data):
+        raise data.BadInput(f"--split {args.split}: a pattern of shards has no splits, it is one")
+    split_name = "all" if data.is_pattern(args.data) else args.split or "test"
+
     device, rank, _ = start_processes()
     model, _ = checkpoint.load(args.ckpt, device)
-    split = data.open_split(args.data, args.split, args.data_root, model.cfg.context_length)
+    split = data.open_split(args.data, split_name, args.data_root, model.cfg.context_length)
     if split.endless:
         raise data.BadInput(f"{split.name} is endless: evaluate on valid or test")
     autocast, precision = precision_of(args.precision, device)
     result = retrieval_recall(*embed_split(model, split, device, autocast, args.batch_size, args.workers), split.positives)
     if rank == 0:
         model_name = checkpoint.name_of(model.cfg)
-        print(table(result, args.data, args.split, model_name, args.ckpt))
+        print(table(result, args.data, split_name, model_name, args.ckpt))
         if args.json is not None:
-            report = {"ckpt": str(args.ckpt), "model": model_name, "data": args.data, "split": args.split, "precision": precision, **result}
+            report = {"ckpt": str(args.ckpt), "model": model_name, "data": args.data, "split": split_name, "precision": precision, **result}
             text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
             checkpoint.write(args.json, lambda f: f.write(text.encode()))
 

@@ -357,7 +357,8 @@ class Run:
         before, now = state["settings"], self.settings
         masks = self.model.cfg.text_dropout > 0 or now["patch_dropout"] > 0     # drawn for each micro-batch of a process: with another size or number of processes, others
         free = FREE if masks else FREE | {"micro_batch"}
-        changed = [f"{name} {before.get(name)}, now it is {now.get(name)}" for name in sorted((before.keys() | now.keys()) - free) if before.get(name) != now.get(name)]
+        names = {"norm_batch": "BatchNorm over --micro-batch x processes ="}
+        changed = [f"{names.get(name, name)} {before.get(name)}, now it is {now.get(name)}" for name in sorted((before.keys() | now.keys()) - free) if before.get(name) != now.get(name)]
         if changed:
             raise data.BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
                                 f"or start a new run from it: --init {last} --out {self.out}-2")
@@ -403,12 +404,12 @@ class Run:
         self.bad |= {r["pair"] for r in fresh}
         for r in fresh:
             self._append({"step": step, **r}, "bad_samples.jsonl")
-        of = max(seen, min(total, 1000))
-        self.say(f"step {step:6} {len(fresh)} pair{'s' * (len(fresh) > 1)} could not be read and {'were' if len(fresh) > 1 else 'was'} replaced, {len(self.bad):,} of {of:,} so far "
+        most = int(self.settings["max_bad"] * max(seen, min(total, 1000)))
+        self.say(f"step {step:6} {len(fresh)} pair{'s' * (len(fresh) > 1)} could not be read and {'were' if len(fresh) > 1 else 'was'} replaced; {len(self.bad):,} so far, {most:,} may be "
                  f"({self.out / 'bad_samples.jsonl'}); the first: {fresh[0]['reason']}")
-        if len(self.bad) > self.settings["max_bad"] * of:
-            raise data.BadInput(f"step {step}: {len(self.bad):,} of {of:,} pairs cannot be read, more than --max-bad {self.settings['max_bad']:g}; {self.out / 'bad_samples.jsonl'} lists them. "
-                                f"The first: {fresh[0]['reason']}")
+        if len(self.bad) > most:
+            raise data.BadInput(f"step {step}: {len(self.bad):,} pairs cannot be read, and of {max(seen, min(total, 1000)):,} only {most:,} may be (--max-bad {self.settings['max_bad']:g}); "
+                                f"{self.out / 'bad_samples.jsonl'} lists them. The first: {fresh[0]['reason']}")
 
     def took(self, step, loss, norm, pairs):
         """After a step: keep its loss; or stop, when loss or gradient were not finite. Under fp16 scaling such steps are counted: they are how the scale is found."""
@@ -586,7 +587,7 @@ def parse_args(argv=None):
     parser.add_argument("--stage", choices=list(STAGES), required=True, help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init or --vision-weights, else tiny)")
     parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, a folder, or a pattern of tar shards like 'shards/{{000000..020000}}.tar' (default: demo)")
-    parser.add_argument("--valid-data", help="what to validate on: name, folder or pattern (default: the valid split of --data; with a pattern of shards, nothing)")
+    parser.add_argument("--valid-data", help="what to validate on: the valid split of a name or folder, or all of a pattern (default: that of --data; with a pattern of shards, nothing)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--init", help="a checkpoint to start from: a file, a folder, or the name of released weights (see checkpoint.py)")
     parser.add_argument("--vision-weights", help="a checkpoint whose vision tower and temperature to start from: OpenAI CLIP or any Chinese CLIP")

@@ -160,7 +160,7 @@ def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, tsv_folder)
     command = ["train.py", "--stage", 2, "--data", folder, "--init", tmp_path / "start.pt", "--batch-size", 60, "--max-steps", 20, "--lr", 5e-4, "--augment", "drawing", "--mask-tokens", 0.2,
                "--workers", 0, "--precision", "fp32", "--log-every", 1, "--valid-every", 20]
     runs, worst = {}, 0.0
-    for processes, micro in ((1, None), (1, 30), (1, 17), (2, None), (2, 15), (3, None), (3, 8)):
+    for processes, micro in ((1, None), (1, 30), (1, 17), (2, None), (2, 13), (3, 10)):
         out = tmp_path / f"{processes}-{micro}"
         script(*command, *(["--micro-batch", micro] if micro else []), "--out", out, processes=processes)
         runs[out.name] = losses(out), [m["gradient_norm"] for m in metrics(out) if "loss" in m]
@@ -290,7 +290,7 @@ def test_a_finished_run_says_so_and_changes_nothing(tsv_folder, undisturbed):
 
 def test_other_settings_are_refused_by_name(tsv_folder, undisturbed, trained, stops, capsys):
     for more, message in ((["--lr", "0.5"], "lr 0.002, now it is 0.5"), (["--seed", "7"], "seed 0, now it is 7"), (["--stage", "1"], "lr 0.002, now it is 0.001"), (["--model", "vit-b-32"], "model tiny, now it is vit-b-32"),
-                          (["--micro-batch", 3], "norm_batch 6, now it is 3")):
+                          (["--micro-batch", 3], "BatchNorm over --micro-batch x processes = 6, now it is 3")):
         assert message in stops(*arguments(tsv_folder, undisturbed, *more))
     trained(*arguments(tsv_folder, undisturbed, "--workers", 1, "--log-every", 3, "--micro-batch", 6, "--keep", 3, "--max-bad", 0.5))
     assert "nothing to do: finished." in capsys.readouterr().out
@@ -381,7 +381,6 @@ def test_weights_of_another_architecture_are_refused(tmp_path, stops):
 def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     output = script("train.py", "--stage", 1, "--batch-size", 7, "--out", tmp_path / "run", processes=2, ok=False)
     assert output.count("error: --batch-size 7 does not divide by 2 processes; 6 does") == 1        # not once per process
-    assert "--batch-size 256 does not divide by 3 processes; 255 does" in script("train.py", "--stage", 1, "--out", tmp_path / "run", processes=3, ok=False)
 
 
 def test_a_mistake_that_one_process_meets_is_told_by_it(tsv_folder, tmp_path):
@@ -410,13 +409,13 @@ def damaged_shards(tmp_path_factory):
     return f"{folder}/{{0..3}}.tar"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(damaged_shards, tmp_path, processes):
-    command = ["train.py", "--stage", 2, "--data", damaged_shards, "--epochs", 2, "--batch-size", 50, "--max-bad", 0.05, "--precision", "fp32", "--out", tmp_path / "run"]
-    output = script(*command, processes=processes)
-    assert "no validation, so no best.pt" in output and "20 of 1,000 so far" in output and "finished" in output
+def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(damaged_shards, tmp_path):
+    """Two processes, an epoch and a half."""
+    command = ["train.py", "--stage", 2, "--data", damaged_shards, "--epochs", 1.5, "--batch-size", 100, "--max-bad", 0.05, "--precision", "fp32", "--log-every", 15, "--out", tmp_path / "run"]
+    output = script(*command, processes=2)
+    assert "no validation, so no best.pt" in output and "20 so far, 50 may be" in output and "finished" in output
     bad = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
-    assert len(bad) == 20 and {b["pair"] for b in bad} == {i for i in range(1000) if i % 50 == 7} and all(1 <= b["step"] <= 20 for b in bad)              # each once, all in the first epoch
+    assert len(bad) == 20 and {b["pair"] for b in bad} == {i for i in range(1000) if i % 50 == 7} and all(1 <= b["step"] <= 10 for b in bad)              # each once, all in the first epoch
     for reason in ("image file is truncated", "not a picture in a format", "the caption is missing", "exceeds limit"):
         assert sum(reason in b["reason"] for b in bad) == 5
     assert all(Path(b["file"]).is_file() and b["offset"] > 0 for b in bad)
@@ -424,7 +423,7 @@ def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(damaged
 
 def test_too_many_damaged_samples_stop_the_run(damaged_shards, tmp_path):
     line = refused("train.py", "--stage", 2, "--data", damaged_shards, "--epochs", 2, "--batch-size", 50, "--precision", "fp32", "--out", tmp_path / "run")
-    assert "11 of 1,000 pairs cannot be read, more than --max-bad 0.01" in line and "The first: " in line
+    assert "11 pairs cannot be read, and of 1,000 only 10 may be (--max-bad 0.01)" in line and "The first: " in line
     assert len((tmp_path / "run/bad_samples.jsonl").read_text().splitlines()) == 11 and checkpoint.read(tmp_path / "run/last.pt")["step"] < 20
 
 
