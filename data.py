@@ -20,6 +20,7 @@ A pair that cannot be read is replaced by the next one that can, and reported (`
 import argparse
 import base64
 import colorsys
+import contextlib
 import csv
 import ctypes
 import fcntl
@@ -349,12 +350,13 @@ class ShardSplit(Split):
     def _build_indexes(self):
         """Make the indexes that are missing -> number of pairs in each shard. Processes of one run start at different shards, so they share the work without a word."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        counts, begin, shown = {}, time.time(), time.time()
+        counts, begin, shown, self.damaged = {}, time.time(), time.time(), []
         first = len(self.shards) * rank // world
         for done, s in enumerate([*range(first, len(self.shards)), *range(first)]):
             index = shard_index(self.shards[s])
             counts[s] = len(index) - 1
-            if index[0, 3] >= 0 and rank == 0:
+            if index[0, 3] >= 0:
+                self.damaged.append(self.shards[s])
                 warnings.warn(f"{self.shards[s]}: damaged or cut short at byte {index[0, 3]:,}; what comes after is lost ({counts[s]:,} pairs are there). Replace it")
             if rank == 0 and time.time() > shown + 10:
                 shown = time.time()
@@ -386,7 +388,9 @@ class ShardSplit(Split):
         path, (image, image_size, text, text_size, is_json, which) = self._row(k)
         name = f"{path}, offset {image if image_size >= 0 else text}"
         texts = captions_in(read_at(path, text, text_size, f"{name}: the caption"), is_json, name)
-        picture = decoded(lambda: read_at(path, image, image_size, f"{name}: the picture"), f"{name}: the picture")
+        if which >= len(texts):
+            raise BadInput(f"{name}: the caption is not what the index says; delete {path}.index, it will be made again")
+        picture = decoded(lambda: read_at(path, image, image_size, "it"), f"{name}: the picture")
         return picture, self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
 
     def order(self, seed, epoch):
@@ -399,6 +403,8 @@ class ShardSplit(Split):
     @functools.cached_property
     def _whole(self):
         """-> (positives by sentence, pictures as pair numbers): for evaluation, which needs all of them."""
+        if self.damaged:
+            raise BadInput(f"{self.damaged[0]}: damaged or cut short, so recall would be that of a part; replace it")
         described, pictures, index_of = {}, [], {}
         for k in range(len(self)):
             path, (image, image_size, text, text_size, is_json, which) = self._row(k)
@@ -419,7 +425,7 @@ class ShardSplit(Split):
 
     def picture_bytes(self, i):
         path, (image, image_size, *_) = self._row(self._whole[1][i])
-        return read_at(path, image, image_size, f"{path}, offset {image}: the picture")
+        return read_at(path, image, image_size, "it")
 
 
 class ShardOrder:
@@ -458,7 +464,7 @@ def opened_shard(path):
 
 @functools.lru_cache(maxsize=64)
 def opened_index(path):
-    return shard_index(path)
+    return shard_index(path, thorough=True)
 
 
 def read_at(path, offset, size, name):
@@ -495,8 +501,8 @@ def captions_in(content, is_json, name):
         raise BadInput(f"{name}: the caption cannot be read ({error})") from None
 
 
-def shard_index(path):
-    """The index of a shard, its first row included; made when there is none of this file: beside it or, where that cannot be written, under CE_CLIP_CACHE."""
+def shard_index(path, thorough=False):
+    """The index of a shard, its first row included; made when there is none of this file: beside it or, where that cannot be written, under CE_CLIP_CACHE. `thorough`: look at all its rows."""
     status = os.stat(path)
     head = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
     cache = Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
@@ -504,9 +510,13 @@ def shard_index(path):
     for place in places:
         try:
             index = np.load(place, mmap_mode="r")                               # of 20,000 shards only the first rows are looked at now
-            if index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == COLUMNS and index[0, :3].tolist() == head:
+            whole = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == COLUMNS and index[0, :3].tolist() == head
+            if whole and thorough:
+                image, image_size, text, text_size, is_json, which = index[1:].T
+                whole = min(image.min(), text.min(), which.min()) >= 0 and max((image + image_size).max(), (text + text_size).max()) <= status.st_size if len(index) > 1 else True
+            if whole:
                 return index
-        except (OSError, ValueError, EOFError, IndexError):                     # not there, or not whole
+        except Exception:                                                       # not there, or damaged in one of many ways
             pass
     rows, damaged = scan(path)
     index = np.array([[*head, damaged, 0, 0], *rows], dtype=np.int64)
@@ -519,7 +529,8 @@ def shard_index(path):
             os.replace(part, place)
             return index
         except OSError:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink()
     raise BadInput(f"{places[0]}: cannot be written, nor can {places[1]}; set CE_CLIP_CACHE to a folder with room")
 
 
@@ -554,23 +565,25 @@ def tar_members(path, damaged):
                     stem, _, extension = name.partition(".")
                     if member.isreg() and stem:                                 # macOS puts `._name` beside `name`
                         yield posixpath.join(folder, stem), extension.lower(), member.offset_data, member.size
-            except tarfile.ReadError:                                           # the last file is cut
-                pass
+            except (tarfile.TarError, ValueError, OverflowError):               # the last file is cut, or a header makes no sense
+                damaged[0] = min(tar.offset, os.path.getsize(path))
             with open(path, "rb") as f:
-                f.seek(tar.offset)
+                f.seek(min(tar.offset, os.path.getsize(path)))
                 rest = f.read(512)                                              # an archive ends with zeros; tarfile itself stops at a damaged header without a word
                 if rest != bytes(512) or any(any(block) for block in iter(lambda: f.read(2**16), b"")):             # not the end, or another archive follows
                     damaged[0] = min(tar.offset, os.path.getsize(path))
-    except tarfile.ReadError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise BadInput(f"{path}: not an uncompressed tar archive ({error}); unpack .gz, .bz2 and the like first, since pictures are read from anywhere in it") from None
 
 
 def shards_of(pattern):
     """'a/{000..020}.tar' or 'a/*.tar' -> paths in order; all of them are there."""
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if math.prod(max(0, int(b) - int(a) + 1) for a, b in zip(parts[1::3], parts[2::3])) > 10**6:
+        raise BadInput(f"{pattern}: more than a million shards; is that meant?")
     ranges = [[str(n).zfill(len(a)) for n in range(int(a), int(b) + 1)] for a, b in zip(parts[1::3], parts[2::3])]
     names = ["".join(itertools.chain.from_iterable(itertools.zip_longest(parts[::3], numbers, fillvalue=""))) for numbers in itertools.product(*ranges)]
-    paths = [Path(p) for name in names for p in (sorted(glob.glob(name)) if re.search(r"[*?[]", name) else [name])]
+    paths = [Path(p) for name in names for p in ([name] if os.path.exists(name) or not re.search(r"[*?[]", name) else sorted(glob.glob(name)))]
     missing = [p for p in paths if not p.is_file()]
     if missing or not paths:
         raise BadInput(f"{pattern}: {f'{len(missing):,} of {len(paths):,} shards are missing, the first {missing[0]}' if missing else 'no such shards'}")
@@ -586,31 +599,48 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
     folder = Path(folder)
     if split.endless:
         raise BadInput(f"{split.name} is endless; write valid or test")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise BadInput(f"{split.name}: the split's name becomes a part of file names; give it one of letters and digits")
     texts_of = [[] for _ in split.image_ids]
     for text, images in zip(split.texts, split.positives):
         for i in images:
             texts_of[i].append(text)
     pictures = [i for i in np.random.default_rng(0).permutation(len(texts_of)).tolist() if texts_of[i]]
     shards = [(folder / f"{name}-{number:06}.tar", pictures[a : a + per_shard]) for number, a in enumerate(range(0, len(pictures), per_shard))]
-    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "per_shard": per_shard})
-    folder.mkdir(parents=True, exist_ok=True)
+    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "per_shard": per_shard}).encode()
     marker = folder / f"{name}.json"
-    if (marker.exists() or any(folder.glob(f"{name}-*.tar"))) and not (marker.exists() and marker.read_text() == plan):
-        raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or delete them and {marker.name}")
-    marker.write_text(plan)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)                                     # inherited by the helpers: held until the last one ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (marker.exists() or name in split_shards(folder)) and not (marker.exists() and marker.read_bytes() == plan):
+            raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or delete them and {marker.name}")
+        marker.with_suffix(".part").write_bytes(plan)
+        os.replace(marker.with_suffix(".part"), marker)
+    except BlockingIOError:
+        raise BadInput(f"{folder}: another process is writing shards there") from None
+    except OSError as error:
+        raise BadInput(f"{folder}: shards cannot be written there ({error}); make room or name another folder") from None
     jobs = [shards[p::processes] for p in range(min(processes, len(shards)))]
-    helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job)) for job in jobs]
+    helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job, os.getpid())) for job in jobs]
     for helper in helpers:
         helper.start()
     for helper in helpers:
         helper.join()
+    os.close(lock)
     if any(helper.exitcode for helper in helpers):
         raise BadInput(f"{folder}: not all shards were written; the line above says why. Run it again to go on")
     print(f"{folder}: {name}: {len(pictures):,} pictures with {sum(map(len, texts_of)):,} captions in {len(shards):,} shard{'s' * (len(shards) > 1)}")
 
 
-def _write_some(split, texts_of, shards):
-    run(lambda: [_write_shard(split, texts_of, path, pictures) for path, pictures in shards if not path.exists()])
+def _write_some(split, texts_of, shards, parent):
+    end_with(parent)
+    for path, pictures in shards:
+        try:
+            if not path.exists():
+                _write_shard(split, texts_of, path, pictures)
+        except OSError as error:
+            sys.exit(f"error: {path} cannot be written ({error})")
 
 
 def _write_shard(split, texts_of, path, pictures):
@@ -656,11 +686,20 @@ def is_pattern(data):
     return str(data).endswith(".tar")
 
 
+def split_shards(folder):
+    """{split: its shards, in order} of a folder that has train-000000.tar, …"""
+    shards = {}
+    for path in sorted(Path(folder).glob("*.tar")):
+        if match := re.fullmatch(r"(.+)-\d+\.tar", path.name):
+            shards.setdefault(match[1], []).append(path)
+    return shards
+
+
 def split_names(folder):
     """Names of the splits that a folder holds, in any layout."""
     captions = caption_file(folder)
     names = {split for _, _, split in caption_rows(captions)} if captions else {p.name.removesuffix("_imgs.tsv") for p in folder.glob("*_imgs.tsv")}
-    names = names or {match[1] for p in folder.glob("*.tar") if (match := re.fullmatch(r"(.+)-\d+\.tar", p.name))}
+    names = names or set(split_shards(folder))
     if not names:
         raise BadInput(f"{folder}: no captions.csv or captions.jsonl with rows beside pictures, nor *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout), nor train-000000.tar, … "
                        f"(for shards with other names pass a pattern: '{folder}/{{000000..000020}}.tar' or '{folder}/*.tar')")
@@ -680,7 +719,7 @@ def open_split(data, split, data_root="data", context_length=52) -> Split:
     if split not in split_names(folder):
         raise BadInput(f"{folder}: no split {split!r} ({split}_imgs.tsv or {split}-000000.tar, …); it has {', '.join(split_names(folder))}")
     if not (folder / f"{split}_imgs.tsv").is_file():
-        return ShardSplit(shards_of(f"{glob.escape(str(folder))}/{glob.escape(split)}-*.tar"), f"{folder.resolve().name}/{split}", context_length)
+        return ShardSplit(split_shards(folder)[split], f"{folder.resolve().name}/{split}", context_length)
     if not (folder / f"{split}_texts.jsonl").is_file():
         raise BadInput(f"{folder}: {split}_texts.jsonl is missing beside {split}_imgs.tsv")
     return TsvSplit(folder, split, context_length)
@@ -846,10 +885,15 @@ def reader_start():
 
 def _start_reader(parent, _):
     os.setsid()
+    end_with(parent)
+
+
+def end_with(parent, number=signal.SIGKILL):
+    """This process gets a signal when its parent, a process number, dies."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                              # PR_SET_PDEATHSIG: this signal when the parent dies
+        ctypes.CDLL(None).prctl(1, number)                                      # PR_SET_PDEATHSIG
     if os.getppid() != parent:                                                  # it died before that
-        os._exit(1)
+        os.kill(os.getpid(), number)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the painted data set
@@ -1122,7 +1166,9 @@ def main():
         names = ["train"]
     else:
         names = ["valid", "test"] if args.data == "demo" and args.write_shards else list(PaintedSplit.SIZES) if args.data == "demo" else split_names(find(args.data, args.data_root))
-    if args.write_shards:
+    if args.write_shards is not None:
+        if not args.write_shards:
+            raise BadInput("--write-shards '': name a folder")
         for name in [args.split] if args.split else names:
             write_shards(open_split(args.data, name, args.data_root), args.write_shards, name, args.per_shard, args.processes)
         return print(f"Train on them with --data {args.write_shards}")
@@ -1163,7 +1209,7 @@ def run(main):
     exit status 1. Under torchrun a mistake that all processes meet is told by the first alone.
     """
     sys.stdout.reconfigure(errors="backslashreplace")                           # a terminal that knows no Chinese shows \u732b, and the run goes on
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr, flush=True)
+    warnings.showwarning = lambda message, *_, **__: print("warning:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
     try:
         main()
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ import atexit
 import functools
 import json
 import os
+import signal
 import time
 import unicodedata
 import uuid
@@ -67,6 +68,8 @@ def start_processes():
     if rank:
         warnings.simplefilter("ignore")                                         # the first process warns for all
     if world > 1:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            data.end_with(os.getppid(), signal.SIGTERM)                         # should torchrun itself be killed, its processes save and stop
         store, rank, world = next(dist.rendezvous("env://", rank, world))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = fresh_store(store, rank, world)

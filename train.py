@@ -394,7 +394,7 @@ class Run:
             kept[name] = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if logged_step(line) <= step] if path.exists() and step else []
             if path.exists() or name == "metrics.jsonl":
                 write(name, "".join(line + "\n" for line in kept[name]))
-        self.bad = {json.loads(line)["pair"] for line in kept["bad_samples.jsonl"]}
+        self.bad = {json.loads(line).get("pair") for line in kept["bad_samples.jsonl"]}
 
     def report(self, step, reports, seen, total):
         """List the pairs that could not be read, each once; stop when they are more than the share `max_bad` of the `seen` ones (of 1,000 at least, if there are as many)."""
@@ -486,10 +486,11 @@ class Run:
 
 
 def logged_step(line):
-    """The step of a line of metrics.jsonl; infinity for a line that a crash has cut."""
+    """The step of a line of metrics.jsonl or bad_samples.jsonl; infinity for a line that a crash has cut, or that is none of ours."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        record = json.loads(line)
+        return record["step"] if type(record["step"]) is int and type(record.get("pair", 0)) is int else math.inf
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return math.inf
 
 

@@ -294,6 +294,11 @@ def test_patterns_of_shards(tmp_path):
         shard(tmp_path / f"s-{n:03}.tar", range(n * 10, n * 10 + 5))
     assert len(open_split(f"{tmp_path}/s-{{008..010}}.tar", "train")) == 15 and len(open_split(f"{tmp_path}/s-*.tar", "train")) == 15
     assert data.shards_of(f"{tmp_path}/s-0{{08..09}}.tar")[1].name == "s-009.tar"
+    shard(tmp_path / "br[1]/train-000.tar", range(3))
+    shard(tmp_path / "br[1]/train-hidden-000.tar", range(4))
+    assert len(open_split(f"{tmp_path}/br[1]/train-000.tar", "train")) == len(open_split(tmp_path / "br[1]", "train")) == 3
+    with pytest.raises(BadInput, match="more than a million shards"):
+        open_split(f"{tmp_path}/{{0..99999999999}}.tar", "train")
     with pytest.raises(BadInput, match="2 of 4 shards are missing, the first .*s-011.tar"):
         open_split(f"{tmp_path}/s-{{009..012}}.tar", "train")
     for pattern in ("t-*.tar", "s-{010..008}.tar"):
@@ -319,6 +324,8 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(tsv_folder, tmp_
     script(*command)
     assert {p: p.read_bytes() for p in whole} == whole
     assert "it holds other shards of 'train'; name another folder, or delete them and train.json" in refused(*command[:4], "--split", "train", "--per-shard", 6)
+    with pytest.raises(BadInput, match="the split's name becomes a part of file names"):
+        data.write_shards(before, tmp_path / "shards", "../train")
     again = tmp_path / "again"                                                  # shards as shards of another size
     data.write_shards(after, again, "train", per_shard=7)
     assert seen(open_split(again, "train")) == seen(before) and len(list(again.glob("*.tar"))) == 2
@@ -333,23 +340,39 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
     assert len(scans) == 1 and (tmp_path / "a.tar.index").is_file()
     shard(path, range(7))
     assert len(open_split(path, "train")) == 7 and len(scans) == 2
-    (tmp_path / "a.tar.index").write_bytes((tmp_path / "a.tar.index").read_bytes()[:100])
-    assert len(open_split(path, "train")) == 7 and len(scans) == 3
+    whole = (tmp_path / "a.tar.index").read_bytes()
+    np.savez(tmp_path / "z.npz", [1])
+    for n, damaged in enumerate((whole[:100], b"", whole[:10] + b"(((" + whole[13:], (tmp_path / "z.npz").read_bytes()), 3):
+        (tmp_path / "a.tar.index").write_bytes(damaged)
+        assert len(open_split(path, "train")) == 7 and len(scans) == n
+    scans.clear()
+    (tmp_path / "a.tar.index").write_bytes(whole[:-48] + (-5).to_bytes(8, "little", signed=True) + whole[-40:])    # an offset that cannot be
+    data.opened_index.cache_clear()
+    assert open_split(path, "train").sample(0, 6)[0].size == (20, 12) and len(scans) == 1
+    scans += [0, 0]
     monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.tar.index").unlink()
     (tmp_path / "a.tar.index").mkdir()                                          # cannot be written: as on a disk that is only read
     for _ in range(2):
         assert len(open_split(path, "train")) == 7 and len(scans) == 4
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BadInput, match="set CE_CLIP_CACHE to a folder with room"):
+        open_split(path, "train")
 
 
 def test_damaged_shards_are_named_and_what_is_whole_is_used(tmp_path):
     whole = shard(tmp_path / "a.tar", range(6)).read_bytes()
     second = whole.index(b"000002.png")
-    for name, content, left in (("cut", whole[: second + 700], 2), ("cut-header", whole[: second + 100], 2), ("broken-header", whole[:second] + b"\xff" * 300 + whole[second + 300 :], 2), ("two-in-one", whole + whole, 6)):
+    for name, content, left in (("cut", whole[: second + 700], 2), ("cut-header", whole[: second + 100], 2), ("broken-header", whole[:second] + b"\xff" * 300 + whole[second + 300 :], 2), ("two-in-one", whole + whole, 6),
+                                ("endless", whole[: second + 124] + b"\x80" + b"\x7f" * 11 + whole[second + 136 :], 2)):
         (tmp_path / f"{name}.tar").write_bytes(content)
         for _ in range(2):                                                      # with the index made now, and with the one that is there
             with pytest.warns(UserWarning, match=rf"{name}.tar: damaged or cut short at byte [\d,]+; what comes after is lost \({left} pairs"):
-                assert len(open_split(tmp_path / f"{name}.tar", "train")) == left
+                split = open_split(tmp_path / f"{name}.tar", "train")
+        assert len(split) == left
+        with pytest.raises(BadInput, match="damaged or cut short, so recall would be that of a part"):
+            split.texts                                                         # evaluation asks for them
     (tmp_path / "b.tar").write_bytes(gzip.compress(whole))
     write_tar(tmp_path / "c.tar", {"a.cls": b"1"})
     (tmp_path / "d.tar").write_bytes(b"")
@@ -363,7 +386,7 @@ BAD_SAMPLES = {
     "wrong bytes": ({"b.jpg": b"not a picture at all", "b.txt": "坏".encode()}, "the picture cannot be read (not a picture in a format"),
     "empty picture": ({"b.jpg": b"", "b.txt": "坏".encode()}, "the picture cannot be read (it is empty)"),
     "missing text": ({"b.jpg": jpeg()}, "the caption is missing"),
-    "missing picture": ({"b.txt": "坏".encode()}, "the picture is missing"),
+    "missing picture": ({"b.txt": "坏".encode()}, "the picture cannot be read (it is missing)"),
     "empty text": ({"b.jpg": jpeg(), "b.txt": b" \n"}, "the caption cannot be read (it is empty)"),
     "text that is no UTF-8": ({"b.jpg": jpeg(), "b.txt": b"\xff\xfe"}, "the caption cannot be read ('utf-8' codec can't decode"),
     "texts that is no list": ({"b.jpg": jpeg(), "b.json": json.dumps({"texts": "一只猫"}).encode()}, "the caption cannot be read (it needs \"text\", \"caption\" or a list \"texts\")"),

@@ -222,6 +222,8 @@ def test_a_signal_saves_and_the_run_continues_to_the_same_weights(kill, tsv_fold
             process.send_signal(kill)
             break
     assert "stopped by a signal after step" in process.stdout.read() and process.wait() == 128 + kill
+    with open(out / "metrics.jsonl", "a") as f:                                 # what is no line of ours does not stop it either
+        f.write('{"step": "x"}\n' + "[" * 200_000 + '\n{"step": 1, "lo')
     assert 2 <= checkpoint.read(out / "last.pt")["step"] < 8
     trained(*arguments(tsv_folder, out))
     trained(*arguments(tsv_folder, tmp_path / "whole1"))
