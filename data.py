@@ -611,10 +611,10 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
     marker = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)                                     # inherited by the helpers: held until the last one ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if (marker.exists() or name in split_shards(folder)) and not (marker.exists() and marker.read_bytes() == plan):
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or delete them and {marker.name}")
+        lock = os.open(folder, os.O_RDONLY)                                     # inherited by the helpers: held until the last one ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         marker.with_suffix(".part").write_bytes(plan)
         os.replace(marker.with_suffix(".part"), marker)
     except BlockingIOError:

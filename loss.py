@@ -5,10 +5,10 @@
     symbol   variable       shape     meaning
     I, T     image, text    (N, D)    embeddings, unit vectors
     s        scale          ()        exp(logit_scale), the inverse temperature
-    S        logits         (N, N)    s I Tᵀ
-    Y        truth          (E,) x 2  1 where caption j describes picture i, else 0; kept as the rows i and the columns j of its E ones. Without repeats in the batch: the diagonal
-    Yr, Yc   weights        (E,) x 2  Y with its rows, or its columns, divided by their sums
-    r, c     log_sums       (N,) x 2  r_i = log Σ_j exp S_ij,  c_j = log Σ_i exp S_ij
+    S        S              (N, N)    the logits, s I Tᵀ
+    Y        truth          (N, N)    1 where caption j describes picture i, else 0. Kept as the rows i (E,) and the columns j (E,) of its E ones; without repeats in the batch: the diagonal
+    Yr, Yc   Yr, Yc         (N, N)    Y with its rows, or its columns, divided by their sums; kept as the values (E,) at those places
+    r, c     r, c           (N,)      r_i = log Σ_j exp S_ij,  c_j = log Σ_i exp S_ij
 
     loss = 1/2N Σ_i ( r_i - Σ_j Yr_ij S_ij )          picture -> its captions: cross-entropy of row i with Yr_i
          + 1/2N Σ_j ( c_j - Σ_i Yc_ij S_ij )          caption -> its pictures: cross-entropy of column j with Yc_j
