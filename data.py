@@ -1210,24 +1210,32 @@ def run(main):
     """
     sys.stdout.reconfigure(errors="backslashreplace")                           # a terminal that knows no Chinese shows \u732b, and the run goes on
     warnings.showwarning = lambda message, *_, **__: print("warning:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
+    status = 0
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        status = 130
+    except SystemExit as stop:
+        status = stop.code
     except (BadInput, OSError) as error:
-        message = f"error: {str(error).strip().splitlines()[-1]}"               # an OSError of a reader comes with a traceback before it
+        status = f"error: {str(error).strip().splitlines()[-1]}"                # an OSError of a reader comes with a traceback before it
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
-            message = "error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command"
+            status = "error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command"
         elif "onnection" in str(error):                                         # gloo: "Connection closed by peer", "Connection reset by peer", …
-            message = "error: the connection to another process of this run broke; the error line of that process says why"
+            status = "error: the connection to another process of this run broke; the error line of that process says why"
         else:
             raise
-    else:
-        return
-    if int(os.environ.get("RANK", 0)):
+    if isinstance(status, str) and int(os.environ.get("RANK", 0)):
         time.sleep(3)                                                           # if the first process failed too, torchrun ends this one meanwhile
-    sys.exit(message)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+        status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status or 0)                                                       # at once: threads of torch.distributed that are still there can crash a Python that ends in the usual way
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ A query is a hit at K if ANY of its correct items is among the K most similar. T
 image-to-text: every picture asks, all captions are candidates. Queries without any correct item do not count; how many there were is said.
 """
 import argparse
-import atexit
 import functools
 import json
 import os
@@ -74,7 +73,6 @@ def start_processes():
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = fresh_store(store, rank, world)
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-        atexit.register(dist.destroy_process_group)
     return device, rank, world
 
 

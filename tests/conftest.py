@@ -112,7 +112,8 @@ def _process(rank, function, world, folder, args):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)                                                                 # as data.run does
 
 
 def on_processes(function, world, folder, *args):

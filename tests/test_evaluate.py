@@ -118,7 +118,7 @@ def test_command_line_on_one_and_two_processes(tiny_checkpoint, tsv_folder, tmp_
 
 @pytest.mark.parametrize("arguments, message", [
     (["--ckpt", "nowhere.pt", "--data", "demo"], "nowhere.pt: there is no such checkpoint"),
-    (["--ckpt", "CKPT", "--data", "imagenet"], "neither a folder nor a known data set (coco-cn, flickr30k-cn, muge, ap-id, demo)"),
+    (["--ckpt", "CKPT", "--data", "imagenet"], "neither a folder, nor a pattern of tar shards, nor a known data set (coco-cn, flickr30k-cn, muge, ap-id, demo)"),
     (["--ckpt", "CKPT", "--data", "coco-cn", "--data-root", "nowhere"], "there is no folder nowhere/COCO-CN"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "dev"], "no split 'dev'; it has train, valid, test"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "train"], "endless"),
