@@ -61,7 +61,7 @@ def contrastive_loss(image_embed, text_embed, scale, truth=None):
 
 
 @torch.no_grad()
-def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**22):
+def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
     """The same share of the loss, and the gradient of the whole loss; takes the same arguments -> loss (), d_image (B, D), d_text (B, D), d_scale ().
 
     d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which at most three are held at a time.
