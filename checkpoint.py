@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from data import BadInput, Transform
+from data import BadInput, Transform, write
 from model import CLIP, CONFIGS, Config
 from tokenizer import VOCAB
 
@@ -59,23 +59,6 @@ NAMES = {
 def save(path, model, **extra):
     """Write a checkpoint, whole or not at all."""
     write(path, lambda f: torch.save({"format": FORMAT, "config": dataclasses.asdict(model.cfg), "model": model.state_dict(), **extra}, f))
-
-
-def write(path, fill, shown=None):
-    """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, it is flushed to the disk, then renamed. `shown`: its name in a message."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.unlink(missing_ok=True)                                            # of a killed run; or a link, whose target is not ours
-        with open(part, "xb") as f:
-            fill(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:                                    # torch.save turns "disk full" into a RuntimeError about its archive
-        with contextlib.suppress(OSError):
-            part.unlink()                                                       # a full disk needs the room
-        raise BadInput(f"{shown or path}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- read

@@ -72,6 +72,30 @@ class BadInput(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
+def write(path, fill, shown=None, part=".part"):
+    """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, under its name + `part`, it is flushed to the disk, then renamed.
+
+    `shown`: its name in a message. Of processes that write the same file at the same time each needs a `part` of its own.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + part)
+    try:
+        part.unlink(missing_ok=True)                                            # of a killed run; or a link, whose target is not ours
+        with open(part, "xb") as f:
+            fill(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:                                    # torch.save turns "disk full" into a RuntimeError about its archive
+        with contextlib.suppress(OSError):
+            part.unlink()                                                       # a full disk needs the room
+        raise BadInput(f"{shown or path}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
+
+
+def write_text(path, text):
+    write(path, lambda f: f.write(text.encode()))
+
+
 # ---------------------------------------------------------------------------------------------------------------- splits: what lies on disk
 
 
@@ -374,6 +398,10 @@ class ShardSplit(Split):
             raise OSError(f"{self.shards[s]}: it was changed while it was being read; run the same command again")
         return self.shards[s], index[k - self.starts[s] + 1].tolist()
 
+    def _place(self, k):
+        path, (image, image_size, text, *_) = self._row(k)
+        return f"{path}, offset {image if image_size >= 0 else text}"
+
     def where(self, k):
         path, (image, image_size, text, *_) = self._row(k)
         offset = image if image_size >= 0 else text
@@ -384,13 +412,22 @@ class ShardSplit(Split):
         """How many pairs lack their picture or their caption."""
         return sum(int((opened_index(path)[1:, [1, 3]] < 0).any(axis=1).sum()) for path in self.shards)
 
-    def sample(self, epoch, k):
-        path, (image, image_size, text, text_size, is_json, which) = self._row(k)
-        name = f"{path}, offset {image if image_size >= 0 else text}"
+    def _captions(self, k):
+        """The captions of pair k's picture -> which of them is meant, all of them. Raises BadInput when they cannot be read."""
+        path, (_, _, text, text_size, is_json, which) = self._row(k)
+        name = self._place(k)
         texts = captions_in(read_at(path, text, text_size, f"{name}: the caption"), is_json, name)
         if which >= len(texts):
             raise BadInput(f"{name}: the caption is not what the index says; delete {path}.index, it will be made again")
-        picture = decoded(lambda: read_at(path, image, image_size, "it"), f"{name}: the picture")
+        return which, texts
+
+    def _picture_bytes(self, k):
+        path, (image, image_size, *_) = self._row(k)
+        return read_at(path, image, image_size, "it")
+
+    def sample(self, epoch, k):
+        which, texts = self._captions(k)
+        picture = decoded(lambda: self._picture_bytes(k), f"{self._place(k)}: the picture")
         return picture, self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
 
     def order(self, seed, epoch):
@@ -407,25 +444,23 @@ class ShardSplit(Split):
             raise BadInput(f"{self.damaged[0]}: damaged or cut short, so recall would be that of a part; replace it")
         described, pictures, index_of = {}, [], {}
         for k in range(len(self)):
-            path, (image, image_size, text, text_size, is_json, which) = self._row(k)
-            name = f"{path}, offset {image if image_size >= 0 else text}"
+            path, (image, image_size, *_) = self._row(k)
             if image_size < 0:
-                raise BadInput(f"{name}: a caption without a picture; remove it")
+                raise BadInput(f"{self._place(k)}: a caption without a picture; remove it")
             if (path, image) not in index_of:
                 index_of[path, image] = len(pictures)
                 pictures.append(k)
-            caption = captions_in(read_at(path, text, text_size, f"{name}: the caption"), is_json, name)[which]
-            described.setdefault(caption, {})[index_of[path, image]] = None     # as keys: the same caption twice says nothing new
+            which, texts = self._captions(k)
+            described.setdefault(texts[which], {})[index_of[path, image]] = None                    # as keys: the same caption twice says nothing new
         return described, pictures
 
     texts = functools.cached_property(lambda self: list(self._whole[0]))
     positives = functools.cached_property(lambda self: [list(images) for images in self._whole[0].values()])
-    image_ids = functools.cached_property(lambda self: [f"{w['file']}:{w['offset']}" for w in map(self.where, self._whole[1])])
+    image_ids = functools.cached_property(lambda self: [self._place(k) for k in self._whole[1]])
     ids = functools.cached_property(lambda self: self.tokenizer(self.texts, self.context_length).numpy().astype(np.uint16))
 
     def picture_bytes(self, i):
-        path, (image, image_size, *_) = self._row(self._whole[1][i])
-        return read_at(path, image, image_size, "it")
+        return self._picture_bytes(self._whole[1][i])
 
 
 class ShardOrder:
@@ -497,7 +532,7 @@ def captions_in(content, is_json, name):
             raise ValueError("it is empty")
         "".join(texts).encode()                                                 # raises for half a character
         return texts
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:               # AttributeError: JSON that is no object
         raise BadInput(f"{name}: the caption cannot be read ({error})") from None
 
 
@@ -510,28 +545,26 @@ def shard_index(path, thorough=False):
     for place in places:
         try:
             index = np.load(place, mmap_mode="r")                               # of 20,000 shards only the first rows are looked at now
-            whole = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == COLUMNS and index[0, :3].tolist() == head
-            if whole and thorough:
-                image, image_size, text, text_size, is_json, which = index[1:].T
-                whole = min(image.min(), text.min(), which.min()) >= 0 and max((image + image_size).max(), (text + text_size).max()) <= status.st_size if len(index) > 1 else True
-            if whole:
+            if index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == COLUMNS and index[0, :3].tolist() == head and not (thorough and points_outside(index, status.st_size)):
                 return index
         except Exception:                                                       # not there, or damaged in one of many ways
             pass
     rows, damaged = scan(path)
     index = np.array([[*head, damaged, 0, 0], *rows], dtype=np.int64)
     for place in places:
-        part = place.with_name(f"{place.name}.{os.getpid()}.part")              # processes that index the same shard write the same
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            with open(part, "wb") as f:
-                np.save(f, index)
-            os.replace(part, place)
+            write(place, lambda f: np.save(f, index), part=f".{os.getpid()}.part")                  # processes that index the same shard write the same
             return index
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink()
+        except (BadInput, OSError):
+            pass
     raise BadInput(f"{places[0]}: cannot be written, nor can {places[1]}; set CE_CLIP_CACHE to a folder with room")
+
+
+def points_outside(index, size):
+    """Whether a row of an index means bytes that a shard of this size has not."""
+    image, image_size, text, text_size, _, which = index[1:].T
+    return bool((np.minimum(np.minimum(image, text), which) < 0).any() or (np.maximum(image + image_size, text + text_size) > size).any())
 
 
 def scan(path):
@@ -558,6 +591,7 @@ def tar_members(path, damaged):
     """(name up to the first dot, the rest of it, offset, size) of every file. `damaged[0]` becomes the byte where the archive stops to be one."""
     try:
         with tarfile.open(path, "r:") as tar:
+            broken = False
             try:
                 while (member := tar.next()) is not None:
                     tar.members.clear()                                         # it would remember them all
@@ -566,12 +600,12 @@ def tar_members(path, damaged):
                     if member.isreg() and stem:                                 # macOS puts `._name` beside `name`
                         yield posixpath.join(folder, stem), extension.lower(), member.offset_data, member.size
             except (tarfile.TarError, ValueError, OverflowError):               # the last file is cut, or a header makes no sense
-                damaged[0] = min(tar.offset, os.path.getsize(path))
+                broken = True
+            end = min(tar.offset, os.path.getsize(path))
             with open(path, "rb") as f:
-                f.seek(min(tar.offset, os.path.getsize(path)))
-                rest = f.read(512)                                              # an archive ends with zeros; tarfile itself stops at a damaged header without a word
-                if rest != bytes(512) or any(any(block) for block in iter(lambda: f.read(2**16), b"")):             # not the end, or another archive follows
-                    damaged[0] = min(tar.offset, os.path.getsize(path))
+                f.seek(end)                                                     # here are zeros, or it is not the end: tarfile itself stops at a damaged header without a word
+                if broken or f.read(512) != bytes(512) or any(any(block) for block in iter(lambda: f.read(2**16), b"")):     # or another archive follows
+                    damaged[0] = end
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise BadInput(f"{path}: not an uncompressed tar archive ({error}); unpack .gz, .bz2 and the like first, since pictures are read from anywhere in it") from None
 
@@ -607,16 +641,15 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
             texts_of[i].append(text)
     pictures = [i for i in np.random.default_rng(0).permutation(len(texts_of)).tolist() if texts_of[i]]
     shards = [(folder / f"{name}-{number:06}.tar", pictures[a : a + per_shard]) for number, a in enumerate(range(0, len(pictures), per_shard))]
-    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "per_shard": per_shard}).encode()
+    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "per_shard": per_shard})
     marker = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if (marker.exists() or name in split_shards(folder)) and not (marker.exists() and marker.read_bytes() == plan):
+        if (marker.exists() or name in split_shards(folder)) and not (marker.exists() and marker.read_bytes() == plan.encode()):
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or delete them and {marker.name}")
         lock = os.open(folder, os.O_RDONLY)                                     # inherited by the helpers: held until the last one ends
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        marker.with_suffix(".part").write_bytes(plan)
-        os.replace(marker.with_suffix(".part"), marker)
+        write_text(marker, plan)
     except BlockingIOError:
         raise BadInput(f"{folder}: another process is writing shards there") from None
     except OSError as error:
@@ -635,35 +668,32 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
 
 def _write_some(split, texts_of, shards, parent):
     end_with(parent)
-    for path, pictures in shards:
-        try:
+    try:
+        for path, pictures in shards:
             if not path.exists():
-                _write_shard(split, texts_of, path, pictures)
-        except OSError as error:
-            sys.exit(f"error: {path} cannot be written ({error})")
+                write(path, lambda f: _fill_shard(f, split, texts_of, pictures))
+                shard_index(path)
+                print(f"{path}: {len(pictures):,} pictures", flush=True)
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def _write_shard(split, texts_of, path, pictures):
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as f:
-        with tarfile.open(fileobj=f, mode="w") as tar:
-            for i in pictures:
-                try:
-                    encoded = split.picture_bytes(i)
-                except (BadInput, OSError, ValueError) as error:                # ValueError: base64
-                    warnings.warn(f"{split.name}: picture {split.image_ids[i]} is left out: it cannot be read ({error})")
-                    continue
-                kind = next((kind for start, kind in ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp")) if encoded.startswith(start)), "tif")
-                record = json.dumps({"id": split.image_ids[i], "texts": texts_of[i]}, ensure_ascii=False).encode()
-                for extension, content in ((kind, encoded), ("json", record)):
-                    member = tarfile.TarInfo(f"{i:09}.{extension}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    shard_index(path)
-    print(f"{path}: {len(pictures):,} pictures", flush=True)
+def _fill_shard(f, split, texts_of, pictures):
+    with tarfile.open(fileobj=f, mode="w") as tar:
+        for i in pictures:
+            try:
+                encoded = split.picture_bytes(i)
+            except (BadInput, OSError, ValueError) as error:                    # ValueError: base64
+                warnings.warn(f"{split.name}: picture {split.image_ids[i]} is left out: it cannot be read ({error})")
+                continue
+            kind = next((kind for start, kind in ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp")) if encoded.startswith(start)), "tif")
+            record = json.dumps({"id": split.image_ids[i], "texts": texts_of[i]}, ensure_ascii=False).encode()
+            for extension, content in ((kind, encoded), ("json", record)):
+                member = tarfile.TarInfo(f"{i:09}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
 
 
 # ---------------------------------------------------------------------------------------------------------------- finding a data set

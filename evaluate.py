@@ -96,6 +96,15 @@ def fresh_store(store, rank, world, minutes=30):
     return dist.PrefixStore(name, store)
 
 
+def from_all(thing):
+    """What each process passes here, in rank order: a list of any objects."""
+    things = [thing]
+    if dist.is_initialized():
+        things *= dist.get_world_size()
+        dist.all_gather_object(things, thing)
+    return things
+
+
 def bf16_is_fast(device):
     """Whether this hardware multiplies bfloat16 matrices natively: NVIDIA from Ampere on; CPUs with AMX or AVX-512 BF16."""
     if device.type == "cuda":
@@ -204,8 +213,7 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0):
     image_embed, text_embed = torch.cat(images), torch.cat(texts)
     if world == 1:
         return image_embed, text_embed
-    shares = [None] * world
-    dist.all_gather_object(shares, (list(mine), image_embed, list(my_texts), text_embed))
+    shares = from_all((list(mine), image_embed, list(my_texts), text_embed))
     image_embed, text_embed = torch.empty(len(split.image_ids), model.cfg.embed_dim), torch.empty(len(split.texts), model.cfg.embed_dim)
     for image_rows, some_images, text_rows, some_texts in shares:
         image_embed[image_rows], text_embed[text_rows] = some_images, some_texts
@@ -278,8 +286,7 @@ def main():
         print(table(result, args.data, split_name, model_name, args.ckpt))
         if args.json is not None:
             report = {"ckpt": str(args.ckpt), "model": model_name, "data": args.data, "split": split_name, "precision": precision, **result}
-            text = json.dumps(report, ensure_ascii=False, indent=1) + "\n"
-            checkpoint.write(args.json, lambda f: f.write(text.encode()))
+            data.write_text(args.json, json.dumps(report, ensure_ascii=False, indent=1) + "\n")
 
 
 if __name__ == "__main__":

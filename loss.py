@@ -64,7 +64,7 @@ def contrastive_loss(image_embed, text_embed, scale, truth=None):
 def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
     """The same share of the loss, and the gradient of the whole loss; takes the same arguments -> loss (), d_image (B, D), d_text (B, D), d_scale ().
 
-    d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which at most three are held at a time.
+    d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which two are held at a time.
     """
     image, text = gather(image_embed), gather(text_embed)                       # (N, D)
     N = len(image)
@@ -89,6 +89,7 @@ def _log_sums(own, other, scale, rows, columns, tile, Y):
     for stripe, S, entries, cells in _stripes(own, other, scale, rows, columns, tile):
         log_sums[stripe] = S.logsumexp(dim=1)
         loss += log_sums[stripe].sum() - (Y[entries].to(S.device) * S[cells]).sum()
+        del S                                                                   # before the next stripe is made
     return log_sums, loss
 
 
@@ -100,6 +101,7 @@ def _gradient(own, other, scale, rows, columns, tile, Y, own_log_sums, other_log
         G += S.sub_(other_log_sums).exp_()                                      # exp(S - c), in the place of S
         G[cells] -= Y[entries].to(S.device)                                     # Yr + Yc
         torch.mm(G, other, out=gradient[stripe])
+        del S, G
     return gradient.mul_(scale / (2 * len(other)))
 
 

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
-from evaluate import embed_split, precision_of, retrieval_recall, start_processes
+from evaluate import embed_split, from_all, precision_of, retrieval_recall, start_processes
 from loss import gather, matches, tiled_loss
 from model import CLIP, CONFIGS, statistics_kept
 from tokenizer import MASK, SEP
@@ -67,17 +67,8 @@ def main():
     args = parse_args()
     device, rank, world = start_processes()
 
-    # where the run starts: its own snapshot, else --init, else the towers of --vision-weights and --text-weights, else random weights
     last = Path(args.out) / "last.pt"
-    towers = [file for file in (args.vision_weights, args.text_weights) if file is not None]
-    if last.exists():
-        source, state = last, checkpoint.read(last, mapped=False)               # mapped optimizer state would keep the old file on the disk after last.pt is replaced
-    elif towers:
-        source, state = " + ".join(towers), checkpoint.read_towers(args.vision_weights, args.text_weights, CONFIGS.get(args.model))
-    elif args.init is not None:
-        source, state = args.init, checkpoint.read(args.init)
-    else:
-        source, state = "random weights", {}
+    source, state = starting_point(args, last)
     config = CONFIGS[args.model] if args.model else checkpoint.config_of(state) if state else CONFIGS["tiny"]
 
     # data and settings
@@ -104,7 +95,7 @@ def main():
     first_step = run.resume(state) if source == last else 0
     if state:
         checkpoint.load_into(model, state, source)
-    agree(settings=vars(settings), device=device.type, first_step=first_step, weights=sum(x.flatten().view(torch.int32).sum().item() for x in model.state_dict().values()))     # as integers: exact everywhere
+    agree(**vars(settings), device=device.type, first_step=first_step, weights=sum(x.flatten().view(torch.int32).sum().item() for x in model.state_dict().values()))     # as integers: exact everywhere
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
     if first_step == total:
@@ -149,6 +140,18 @@ def main():
     run.say(run.summary(total))
 
 
+def starting_point(args, last):
+    """Where the run starts: its own snapshot `last`, else --init, else the towers of --vision-weights and --text-weights, else random weights -> its name, what checkpoint.read gives."""
+    towers = [file for file in (args.vision_weights, args.text_weights) if file is not None]
+    if last.exists():
+        return last, checkpoint.read(last, mapped=False)                        # mapped optimizer state would keep the old file on the disk after last.pt is replaced
+    if towers:
+        return " + ".join(towers), checkpoint.read_towers(args.vision_weights, args.text_weights, CONFIGS.get(args.model))
+    if args.init is not None:
+        return args.init, checkpoint.read(args.init)
+    return "random weights", {}
+
+
 def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast):
     """One optimizer step on this process's share of the global batch, however many micro-batches it takes -> loss of the global batch, norm of its gradient.
 
@@ -157,6 +160,7 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
     When loss or gradient are not finite, the model stays as it is.
     """
     buffers = [(x, x.clone()) for x in model.buffers()]                         # BatchNorm's statistics: the forward pass changes them before one knows
+
     def embed(k, vision=True):
         torch.manual_seed(seeds[k])
         pixels, ids = ready[k]()
@@ -258,22 +262,16 @@ def exchange(image_keys, text_keys, bad):
     """Before a step, between all processes: lists of the micro-batches' keys -> the truth of the global batch (loss.py, matches), and all reports of bad pairs."""
     most, reports = largest(max(keys.shape[1] for keys in image_keys)), largest(len(bad))
     image_keys = torch.cat([F.pad(keys, (0, most - keys.shape[1]), value=-1) for keys in image_keys])           # (B, M)
-    if reports and dist.is_initialized():
-        shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, bad)
-        bad = sum(shares, [])
+    if reports:
+        bad = sum(from_all(bad), [])
     return matches(gather(image_keys), gather(torch.cat(text_keys))), bad
 
 
 def agree(**facts):
     """Stop when the processes do not have the same settings, data, step and weights: on several nodes each must see the same files."""
-    if not dist.is_initialized():
-        return
-    shares = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, facts)
-    flat = [facts["settings"] | {k: v for k, v in facts.items() if k != "settings"} for facts in shares]
-    for rank, other in enumerate(flat):
-        differ = [f"{name} {other.get(name)} where process 0 has {flat[0][name]}" for name in flat[0] if other.get(name) != flat[0][name]]
+    first, *others = from_all(facts)
+    for rank, other in enumerate(others, 1):
+        differ = [f"{name} {other[name]} where process 0 has {first[name]}" for name in first if other[name] != first[name]]
         if differ:
             raise data.BadInput(f"process {rank} has {'; '.join(differ)}: every node must see the same data, weights and --out (a shared file system)")
 
@@ -386,14 +384,13 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # not flock: the readers would inherit it and may outlive a killed run
         except (BlockingIOError, PermissionError):                              # held by another process (which of the two is up to the system)
             raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
-        write = lambda name, text: checkpoint.write(self.out / name, lambda f: f.write(text.encode()))
-        write("settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
+        data.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         kept = {}
         for name in ("metrics.jsonl", "bad_samples.jsonl"):
             path = self.out / name
             kept[name] = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if logged_step(line) <= step] if path.exists() and step else []
             if path.exists() or name == "metrics.jsonl":
-                write(name, "".join(line + "\n" for line in kept[name]))
+                data.write_text(path, "".join(line + "\n" for line in kept[name]))
         self.bad = {json.loads(line).get("pair") for line in kept["bad_samples.jsonl"]}
 
     def report(self, step, reports, seen, total):
@@ -422,8 +419,7 @@ class Run:
             return                                                              # it has halved its scale
         where = self.out / "nonfinite.json"
         if self.first:
-            text = json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "pairs": pairs()}, ensure_ascii=False)
-            checkpoint.write(where, lambda f: f.write(text.encode()))
+            data.write_text(where, json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "pairs": pairs()}, ensure_ascii=False))
         raise data.BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {norm}; the step was not taken. {where} lists the pairs of the batch (before any replacement); "
                             f"{self.out / 'last.pt'} holds the run before. A lower --lr or --precision fp32 may help")
 
