@@ -79,7 +79,7 @@ def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
     all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
     d_image = _gradient(*pictures, Yr + Yc, r, all_c)                           # s G T
     d_text = _gradient(*captions, (Yr + Yc)[turn], c, all_r)                    # s Gᵀ I
-    d_scale = (image_embed * d_image).sum() / scale
+    d_scale = torch.bmm(image_embed[:, None], d_image[:, :, None]).sum() / scale                    # Σ_i I_i·dI_i / s, without an (N, D) product in memory
     return (to_captions + to_pictures) / (2 * N), d_image, d_text, d_scale
 
 
