@@ -21,6 +21,7 @@ A tensor of the file is either used, or on a short list of what is left out (SKI
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -71,11 +72,21 @@ def load(source, device="cpu", image_size=None):
     Tensors of a .pt file stay in its pages (mmap) until they are changed: while the model lives, replace such a file by renaming, never by overwriting it.
     """
     state = read(source)
-    if image_size is not None:
-        state = resized(state, image_size)
+    model = model_of(state if image_size is None else resized(state, image_size), source)
+    return model.to(device), Transform(model.cfg.image_size)
+
+
+def model_of(state, source):
+    """What `read` gives -> the model, in evaluation mode and float32."""
     model = empty_model(config_of(state))
     load_into(model, state, source, assign=True)
-    return model.eval().to(device), Transform(model.cfg.image_size)
+    return model.eval()
+
+
+def fingerprint(model):
+    """16 letters that are the same for the same weights, whatever file they come from, and others for others."""
+    sums = [(name, tuple(x.shape), x.flatten().view(torch.int32).sum().item()) for name, x in sorted(model.state_dict().items())]           # as integers: exact everywhere, in any order
+    return hashlib.md5(repr(sums).encode()).hexdigest()[:16]
 
 
 # The two towers: the beginnings of our keys, and the sizes in Config. (The text projection belongs to neither: BERT has none.)

@@ -46,6 +46,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,10 @@ from tokenizer import Tokenizer
 
 # Folder names of the published archives (Hugging Face data set OFA-Sys/chinese-clip-eval) and of the paper's own set, under --data-root.
 NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "ap-id": "AP-ID"}
+# The paper's table 1: pairs in each split.
+TABLE_1 = {"coco-cn":      {"train": 22_980, "valid": 3_185, "test": 1_053},
+           "flickr30k-cn": {"train": 148_915, "valid": 5_000, "test": 5_000},
+           "ap-id":        {"train": 2_000, "valid": 1_000, "test": 1_000}}
 
 
 class BadInput(Exception):
@@ -94,6 +99,33 @@ def write(path, fill, shown=None, part=".part"):
 
 def write_text(path, text):
     write(path, lambda f: f.write(text.encode()))
+
+
+class Progress:
+    """How much of a long piece of work is done, and the time left: one line on stderr, from the third second on; in a terminal alone, and of the first process alone.
+
+        with Progress("pictures embedded", 10_000) as progress:
+            progress.add(128)
+    """
+
+    def __init__(self, what, total, done=0):
+        self.what, self.total, self.done, self.first = what, total, done, done
+        self.begin, self.shown = time.time(), 0.0
+        self.quiet = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
+
+    def add(self, n=1):
+        self.done, now = self.done + n, time.time()
+        if not self.quiet and n > 0 and now > max(self.begin + 2, self.shown + 0.5):
+            left = (now - self.begin) / (self.done - self.first) * max(0, self.total - self.done)
+            print(f"\r{self.what}: {self.done:,.0f} of {self.total:,.0f}, {timedelta(seconds=int(left))} left\x1b[K", end="", file=sys.stderr, flush=True)          # [K clears what was there
+            self.shown = now
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- splits: what lies on disk
@@ -374,18 +406,16 @@ class ShardSplit(Split):
     def _build_indexes(self):
         """Make the indexes that are missing -> number of pairs in each shard. Processes of one run start at different shards, so they share the work without a word."""
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        counts, begin, shown, self.damaged = {}, time.time(), time.time(), []
+        counts, self.damaged = {}, []
         first = len(self.shards) * rank // world
-        for done, s in enumerate([*range(first, len(self.shards)), *range(first)]):
-            index = shard_index(self.shards[s])
-            counts[s] = len(index) - 1
-            if index[0, 3] >= 0:
-                self.damaged.append(self.shards[s])
-                warnings.warn(f"{self.shards[s]}: damaged or cut short at byte {index[0, 3]:,}; what comes after is lost ({counts[s]:,} pairs are there). Replace it")
-            if rank == 0 and time.time() > shown + 10:
-                shown = time.time()
-                left = (shown - begin) / (done + 1) * (len(self.shards) - done - 1)
-                print(f"{self.name}: indexed {done + 1:,} of {len(self.shards):,} shards, {left:,.0f} s left", flush=True)
+        with Progress(f"{self.name}: shards indexed", len(self.shards)) as progress:
+            for s in [*range(first, len(self.shards)), *range(first)]:
+                index = shard_index(self.shards[s])
+                counts[s] = len(index) - 1
+                if index[0, 3] >= 0:
+                    self.damaged.append(self.shards[s])
+                    warnings.warn(f"{self.shards[s]}: damaged or cut short at byte {index[0, 3]:,}; what comes after is lost ({counts[s]:,} pairs are there). Replace it")
+                progress.add()
         return [counts[s] for s in range(len(self.shards))]
 
     def __len__(self):
@@ -655,23 +685,28 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
     except OSError as error:
         raise BadInput(f"{folder}: shards cannot be written there ({error}); make room or name another folder") from None
     jobs = [shards[p::processes] for p in range(min(processes, len(shards)))]
-    helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job, os.getpid())) for job in jobs]
+    to_write = sum(len(some) for path, some in shards if not path.exists())
+    done = multiprocessing.Value("q")                                           # pictures written, of all helpers
+    helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job, done, os.getpid())) for job in jobs]
     for helper in helpers:
         helper.start()
-    for helper in helpers:
-        helper.join()
+    with Progress(f"{folder}: pictures written", to_write) as progress:
+        for helper in helpers:
+            while helper.is_alive():
+                helper.join(timeout=0.5)
+                progress.add(done.value - progress.done)
     os.close(lock)
     if any(helper.exitcode for helper in helpers):
         raise BadInput(f"{folder}: not all shards were written; the line above says why. Run it again to go on")
     print(f"{folder}: {name}: {len(pictures):,} pictures with {sum(map(len, texts_of)):,} captions in {len(shards):,} shard{'s' * (len(shards) > 1)}")
 
 
-def _write_some(split, texts_of, shards, parent):
+def _write_some(split, texts_of, shards, done, parent):
     end_with(parent)
     try:
         for path, pictures in shards:
             if not path.exists():
-                write(path, lambda f: _fill_shard(f, split, texts_of, pictures))
+                write(path, lambda f: _fill_shard(f, split, texts_of, pictures, done))
                 shard_index(path)
                 print(f"{path}: {len(pictures):,} pictures", flush=True)
     except BadInput as error:
@@ -680,9 +715,11 @@ def _write_some(split, texts_of, shards, parent):
         sys.exit(130)
 
 
-def _fill_shard(f, split, texts_of, pictures):
+def _fill_shard(f, split, texts_of, pictures, done):
     with tarfile.open(fileobj=f, mode="w") as tar:
         for i in pictures:
+            with done.get_lock():
+                done.value += 1
             try:
                 encoded = split.picture_bytes(i)
             except (BadInput, OSError, ValueError) as error:                    # ValueError: base64
@@ -753,6 +790,61 @@ def open_split(data, split, data_root="data", context_length=52) -> Split:
     if not (folder / f"{split}_texts.jsonl").is_file():
         raise BadInput(f"{folder}: {split}_texts.jsonl is missing beside {split}_imgs.tsv")
     return TsvSplit(folder, split, context_length)
+
+
+# ---------------------------------------------------------------------------------------------------------------- pictures without captions
+
+ENDINGS = {f".{kind}" for kind in (*PICTURES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm", "ico", "tga", "heic", "heif")}           # Pillow alone cannot read the last two: better counted than passed over
+
+
+def picture_files(folder):
+    """Every picture under a folder, at any depth, known by the ending of its name -> paths relative to the folder, sorted. What is hidden (.trash, ._cat.jpg) is left out."""
+    found = []
+    for where, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [os.path.relpath(os.path.join(where, name), folder) for name in files if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS]
+    return sorted(found)
+
+
+def open_classes(folder, split):
+    """Pictures in one folder for each class, for zero-shot classification -> (C class names, P pictures as paths, P class indices).
+
+    ELEVATER-cn: line i of label_cn.txt names class i, counted from 0, whose pictures are in `split`/000, 001, …; or in folders with the classes' names; or in C folders with other names
+    (n01440764, …), in alphabetical order. Without label_cn.txt the folders' names are the classes': `split`/猫/*.jpg, or 猫/*.jpg where there is no folder `split`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: there is no such folder; expected label_cn.txt beside {split}/000, {split}/001, … or a folder for each class with its Chinese name: 猫/1.jpg")
+    label_file, root = folder / "label_cn.txt", folder / split
+    shown = lambda names: ", ".join(names[:5]) + ", …" * (len(names) > 5)
+    if not root.is_dir():
+        root = folder
+        others = sorted({"train", "val", "valid", "test"} & {path.name for path in folder.iterdir()})
+        if others or label_file.is_file():
+            raise BadInput(f"{folder}: no split {split!r}; it has {shown(others) or 'none'}")
+    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not label_file.is_file():
+        names, class_of = found, {name: i for i, name in enumerate(found)}
+    else:
+        names = "".join(line for _, line in utf8_lines(label_file)).rstrip().splitlines()
+        names = [name.strip() for name in names]
+        if not all(names):
+            raise BadInput(f"{label_file}, line {names.index('') + 1 if names else 1}: empty; each line names one class")
+        if all(name.isdecimal() and name.isascii() for name in found):
+            class_of = {name: int(name) for name in found}
+            beyond = [name for name, i in class_of.items() if i >= len(names)]
+            if beyond:
+                raise BadInput(f"{root}: the folder {beyond[0]} has no line in label_cn.txt, whose {len(names)} lines name the classes 0 to {len(names) - 1}")
+        elif set(found) <= set(names):
+            class_of = {name: names.index(name) for name in found}
+        elif len(found) == len(names):
+            class_of = {name: i for i, name in enumerate(found)}
+        else:
+            raise BadInput(f"{root}: {len(found)} folders ({shown(found)}) and {len(names)} lines in label_cn.txt; which belongs to which? Name the folders 000, 001, … or as the lines")
+    pictures = [(root / name / file, i) for name, i in class_of.items() for file in picture_files(root / name)]
+    if len(names) < 2 or not pictures:
+        raise BadInput(f"{root}: {len(names)} classes and {len(pictures)} pictures; expected two or more folders, one for each class, with pictures in them")
+    return names, [path for path, _ in pictures], [i for _, i in pictures]
 
 
 # ---------------------------------------------------------------------------------------------------------------- pictures -> tensors
@@ -1148,8 +1240,7 @@ def fetch_rest(url, part, have, size):
     with urllib.request.urlopen(request, timeout=30) as answer:
         if answer.status != 206 or not (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
             have = 0                                                            # not what was asked for: take it as the whole file
-        start, first, shown = time.time(), have, 0.0
-        with open(part, "ab" if have else "wb") as f:
+        with open(part, "ab" if have else "wb") as f, Progress(f"{part.name.rsplit('.', 2)[0]}: MiB", size / 2**20, have / 2**20) as progress:
             while have < size and (block := answer.read1(min(2**20, size - have))):
                 try:
                     f.write(block)
@@ -1157,11 +1248,7 @@ def fetch_rest(url, part, have, size):
                 except OSError as error:
                     raise BadInput(f"{part}: cannot be written ({error})") from None
                 have += len(block)
-                if sys.stderr.isatty() and (time.time() > shown + 0.5 or have == size):
-                    shown = time.time()
-                    left = (size - have) * (shown - start) / (have - first)
-                    line = f"\r{part.name.rsplit('.', 2)[0]}: {have / 2**20:,.0f} of {size / 2**20:,.0f} MiB, {left:,.0f} s left   "
-                    print(line, end="" if have < size else "\n", file=sys.stderr, flush=True)
+                progress.add(len(block) / 2**20)
             os.fsync(f.fileno())
     if have < size:
         raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")

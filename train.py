@@ -95,7 +95,7 @@ def main():
     first_step = run.resume(state) if source == last else 0
     if state:
         checkpoint.load_into(model, state, source)
-    agree(**vars(settings), device=device.type, first_step=first_step, weights=sum(x.flatten().view(torch.int32).sum().item() for x in model.state_dict().values()))     # as integers: exact everywhere
+    agree(**vars(settings), device=device.type, first_step=first_step, weights=checkpoint.fingerprint(model))
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
     if first_step == total:

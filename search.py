@@ -1,0 +1,182 @@
+"""Find your own pictures by a Chinese sentence, or by another picture: the trained model put to use.
+
+    python search.py --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落"
+    python search.py --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落" --html found.html        # a contact sheet for the browser
+    python search.py --ckpt runs/own/best.pt --images ~/Pictures --image query.jpg                # pictures like this one
+    python search.py --ckpt runs/own/best.pt --images ~/Pictures                                  # asks for queries, again and again: the model is loaded once
+
+The first call embeds every picture of the folder, at any depth; later ones only what is new or has changed. The index lies in CE_CLIP_CACHE (default ~/.cache/ce-clip); nothing is
+written among the pictures. A picture that cannot be read is skipped and counted.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import checkpoint
+import data
+import report
+from evaluate import encode_pictures, encode_texts, precision_of, start_processes
+from tokenizer import Tokenizer
+
+SAVE_SECONDS = 60                                                               # between two savings of a growing index: what an interrupted call can lose
+
+
+class Index:
+    """The embeddings of a folder's pictures. For each file: its path relative to the folder, size and time of change, and the row of its embedding, or why it could not be read.
+
+    files    {path: [size, time of change in ns, reason or None]}, in the order of the rows
+    embed    (n, D) float16, zeros for what could not be read
+    """
+
+    def __init__(self, folder, weights):
+        cache = Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
+        self.folder = folder
+        self.place = cache / "search" / f"{hashlib.md5(os.fsencode(folder.resolve()) + weights.encode()).hexdigest()}.npz"       # another model, another index
+        self.files, self.embed = {}, None
+
+    def read(self, width):
+        self.embed = np.empty((0, width), np.float16)
+        try:
+            with np.load(self.place) as content:
+                files, embed = json.loads(content["files"].tobytes()), content["embed"]
+            if len(files) == len(embed) and embed.shape[1] == width and embed.dtype == np.float16 and all(len(about) == 3 for about in files.values()):
+                self.files, self.embed = files, embed
+        except FileNotFoundError:
+            pass
+        except Exception:                                                       # cut short or overwritten, in one of many ways
+            print(f"the index {self.place} is damaged; it is made anew", file=sys.stderr)
+
+    def write(self):
+        try:
+            self.place.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise data.BadInput(f"{self.place.parent}: the index cannot be kept there ({error.strerror}); name another folder in CE_CLIP_CACHE") from None
+        files = np.frombuffer(json.dumps(self.files).encode(), np.uint8)
+        data.write(self.place, lambda f: np.savez(f, files=files, embed=self.embed), part=f".{os.getpid()}.part")        # two calls on one folder: the later one counts
+
+    def update(self, encode):
+        """Look at the folder again: forget what has gone, embed what is new or has changed -> (how many were new, how many have gone). encode(paths) yields (paths, embeddings, {path: reason})."""
+        now = {}
+        for path in data.picture_files(self.folder):
+            with contextlib.suppress(OSError):                                  # gone this moment, or a link to nowhere
+                status = os.stat(self.folder / path)
+                now[path] = [status.st_size, status.st_mtime_ns]
+        row_of = {path: row for row, path in enumerate(self.files)}
+        same = [path for path in now if self.files.get(path, [])[:2] == now[path]]
+        fresh = [path for path in now if path not in set(same)]
+        gone = len(self.files.keys() - now.keys())
+        self.embed = self.embed[[row_of[path] for path in same]]
+        self.files = {path: self.files[path] for path in same}
+        rows, saved = [self.embed], time.time()
+        try:
+            for paths, embed, unreadable in encode(fresh):
+                rows += [embed.half().numpy(), np.zeros((len(unreadable), embed.shape[1]), np.float16)]
+                self.files |= {path: [*now[path], None] for path in paths} | {path: [*now[path], reason] for path, reason in unreadable.items()}
+                if time.time() > saved + SAVE_SECONDS:
+                    self.embed, rows = np.concatenate(rows), []
+                    rows, saved = [self.embed], time.time()
+                    self.write()
+        finally:                                                                # an interrupted call goes on from here
+            self.embed = np.concatenate(rows)
+            if fresh or gone:
+                self.write()
+        return len(fresh), gone
+
+    def unreadable(self):
+        return {path: reason for path, (*_, reason) in self.files.items() if reason}
+
+
+def best(query, embed, readable, count):
+    """query (D,), embed (n, D) float32, readable (n,) bool -> rows and similarities of the `count` most similar, best first; equal ones in the order of the rows."""
+    similarity = torch.where(readable, embed @ query, -torch.inf)               # (n,)
+    top = similarity.topk(min(count, int(readable.sum())))
+    order = sorted(zip((-top.values).tolist(), top.indices.tolist()))
+    return [(row, -score) for score, row in order]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("query", nargs="?", help="a sentence; without one, and without --image, queries are asked for")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint: a file, a folder, or the name of released weights (see checkpoint.py)")
+    parser.add_argument("--images", required=True, metavar="DIR", help="the folder to search, with everything in it")
+    parser.add_argument("--image", metavar="FILE", help="a picture to find similar ones of")
+    parser.add_argument("--top", type=int, default=10, help="how many pictures to show (default: 10)")
+    parser.add_argument("--html", metavar="FILE.html", help="write them as a contact sheet, too")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures embedded at a time (default: 64)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures (default: 1)")
+    args = parser.parse_args()
+    folder = Path(args.images).expanduser()
+    if not folder.is_dir():
+        raise data.BadInput(f"--images {args.images}: there is no such folder")
+    if args.query is not None and args.image is not None:
+        raise data.BadInput(f"{args.query!r} and --image {args.image}: ask with a sentence or with a picture")
+    if args.query is not None and not args.query.strip():
+        raise data.BadInput("the query is empty; write a sentence, or leave it out and be asked for one")
+    if not (1 <= args.top <= 1000 and 1 <= args.batch_size <= 1e5 and 0 <= args.workers <= 512):
+        raise data.BadInput(f"--top {args.top} --batch-size {args.batch_size} --workers {args.workers}: out of range, 1 to 1000, 1 to 1e5 and 0 to 512")
+    if args.html is not None and (Path(args.html).is_dir() or not Path(args.html).resolve().parent.is_dir()):
+        raise data.BadInput(f"--html {args.html!r}: name a file in a folder that is there")
+    asked = data.decoded(Path(args.image).read_bytes, args.image) if args.image is not None else None
+
+    device, _, _ = start_processes()
+    model, transform = checkpoint.load(args.ckpt, device)
+    autocast, _ = precision_of("auto", device, evaluating=True)
+    tokenizer = Tokenizer("the query")
+
+    def encode(paths):
+        batches = [range(start, min(start + args.batch_size, len(paths))) for start in range(0, len(paths), args.batch_size)]
+        read = lambda i: data.decoded((folder / paths[i]).read_bytes, paths[i])
+        for numbers, embed, unreadable in encode_pictures(model, read, batches, device, autocast, args.workers):
+            yield [paths[i] for i in numbers], embed, {paths[i]: reason for i, reason in unreadable.items()}
+
+    index = Index(folder, checkpoint.fingerprint(model))
+    index.read(model.cfg.embed_dim)
+    fresh, gone = index.update(encode)
+    bad = index.unreadable()
+    print(f"{folder}: {len(index.files) - len(bad):,} pictures; {fresh:,} of them new or changed, {gone:,} have gone", file=sys.stderr)
+    if bad:
+        print(f"{len(bad):,} cannot be read and are left out; the first: {next(iter(bad.values()))}", file=sys.stderr)
+    if len(bad) == len(index.files):
+        raise data.BadInput(f"{folder}: no picture to search in (names must end in {', '.join(sorted(data.ENDINGS))})")
+    embed, readable = torch.from_numpy(index.embed).float(), torch.tensor([about[2] is None for about in index.files.values()])
+    paths = list(index.files)
+
+    def show(query, title):
+        found = [(paths[row], similarity) for row, similarity in best(query, embed, readable, args.top)]
+        for place, (path, similarity) in enumerate(found, 1):
+            print(f"{place:3}  {similarity:.3f}  {folder / path}")
+        if args.html is not None:
+            report.write_sheet(args.html, title, found, lambda path: data.decoded((folder / path).read_bytes, path), lambda path: (folder / path).resolve().as_uri())
+            print(f"wrote {args.html}", file=sys.stderr)
+
+    def by_text(sentence):
+        show(encode_texts(model, tokenizer([sentence], model.cfg.context_length).numpy(), device, autocast)[0], sentence)
+
+    if asked is not None:
+        with torch.no_grad(), autocast():
+            query = model.encode_image(transform(asked)[None].to(device)).float().cpu()
+        return show(query[0], args.image)
+    if args.query is not None:
+        return by_text(args.query)
+    with contextlib.suppress(ImportError):
+        import readline                                                         # noqa: F401  arrow keys at the prompt
+    while True:
+        try:
+            sentence = input("find: " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if sentence:
+            by_text(sentence)
+
+
+if __name__ == "__main__":
+    data.run(main)
