@@ -98,7 +98,7 @@ def write(path, fill, shown=None, part=".part"):
 
 
 def write_text(path, text):
-    write(path, lambda f: f.write(text.encode()))
+    write(path, lambda f: f.write(text.encode(errors="backslashreplace")))       # names of files need not be text
 
 
 class Progress:

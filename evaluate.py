@@ -271,7 +271,10 @@ def _ranks_of_chunk(similarity, correct, place):
     scores = similarity.gather(1, known)
     best = scores.max(dim=1, keepdim=True).values                                                   # (q, 1)
     first = known.masked_fill(scores < best, len(place)).min(dim=1, keepdim=True).values            # the first of the best-scored correct ones
-    ranks = (similarity > best).sum(dim=1) + ((similarity == best) & (place < first)).sum(dim=1)
+    marks = torch.empty_like(similarity)                                        # 1.0 or 0.0: sums of these take a sixth of the time and memory of sums of booleans
+    ranks = torch.gt(similarity, best, out=marks).sum(dim=1).long()
+    tied = (torch.ge(similarity, best, out=marks).sum(dim=1) > ranks + 1).nonzero()[:, 0]           # another one scores the same
+    ranks[tied] += ((similarity[tied] == best[tied]) & (place < first[tied])).sum(dim=1)
     return ranks.masked_fill(torch.tensor([not right for right in correct], device=place.device), -1).cpu()
 
 
@@ -286,7 +289,7 @@ def recall_of(ranks, correct, candidates):
 
 def both_ways(image_embed, text_embed, positives, chunk=None):
     """The ranks from which all else follows -> {"text_to_image": (ranks (T,), positives, I), "image_to_text": (ranks (I,), the captions of each picture, T)}; arguments as below."""
-    if not (torch.isfinite(image_embed).all() and torch.isfinite(text_embed).all()):
+    if not (image_embed.sum().isfinite() and text_embed.sum().isfinite()):
         raise data.BadInput("the embeddings hold NaN or infinity: the weights are damaged, training diverged (then a lower --lr helps), or fp16 has overflown (then --precision fp32 helps)")
     if not any(len(images) for images in positives):
         raise data.BadInput("no caption of the split describes a picture of it, so there is no recall to measure")
@@ -362,8 +365,13 @@ def class_embeddings(model, names, templates, device, autocast, batch_size=128):
     return F.normalize(embed.mean(dim=1), dim=1)
 
 
+def class_probabilities(image_embed, class_embed, scale):
+    """Figure 2, step 3: cosine similarities times the scale exp(logit_scale), through softmax: (P, D), (C, D) -> (P, C), rows that sum to 1."""
+    return (scale * image_embed @ class_embed.T).softmax(dim=1)
+
+
 def classification_of(image_embed, class_embed, labels, names):
-    """Figure 2, step 3: a picture belongs to the class whose embedding is most like its own; of equal ones to the first.
+    """A picture belongs to the class whose embedding is most like its own; of equal ones to the first.
 
     image_embed (P, D), class_embed (C, D) unit vectors, labels: P class indices, names: C texts -> {"top-1", "top-5", "mean_per_class", "top-1_interval", "chance_top-1"} in percent,
     {"pictures", "classes"}, "per_class" of the classes that have pictures, and "confused", the 20 pairs that are most often.
@@ -521,9 +529,14 @@ def classify(args, checkpoints, split_name, device, first):
         image_embed = embed_pictures(model, read, len(pictures), device, autocast, args.batch_size, args.workers)
         if not (image_embed.isfinite().all() and class_embed.isfinite().all()):
             raise data.BadInput(f"{source}: its embeddings hold NaN or infinity; --precision fp32 may help")
-        records.append({"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "weights": checkpoint.fingerprint(model), "precision": precision}
-                       | classification_of(image_embed, class_embed, labels, names))
         scale = model.logit_scale.exp().item()
+        predictions = []
+        for start in range(0, len(pictures), 1024):
+            best = class_probabilities(image_embed[start : start + 1024], class_embed, scale).topk(min(5, len(names)))
+            predictions += [[[names[c], p] for p, c in zip(*row)] for row in zip(best.values.tolist(), best.indices.tolist())]
+        predictions = [{"picture": str(path), "class": names[label], "best": best} for path, label, best in zip(pictures, labels, predictions)]
+        records.append({"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "weights": checkpoint.fingerprint(model), "precision": precision}
+                       | classification_of(image_embed, class_embed, labels, names) | {"predictions": predictions})
     if not first:
         return
     print(class_table(records, f"{args.classify}, {split_name} split", len(templates)))

@@ -35,7 +35,8 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .grid { st
 .ask { margin: 0; padding: .9rem 0; border-bottom: 1px solid var(--line); } .ask > figcaption { font-weight: 600; margin-bottom: .5rem; } .ask > figcaption small { font-weight: 400; color: var(--soft); margin-left: .5em; }
 .cards { display: flex; flex-wrap: wrap; gap: .6rem; } .card { margin: 0; width: 8.25rem; padding: .3rem; border: 3px solid transparent; border-radius: 6px; font-size: .8125rem; line-height: 1.35; color: var(--soft); }
 .card img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--band); border-radius: 3px; margin-bottom: .25rem; } .card a { color: inherit; } .card b { color: var(--ink); font-weight: 600; } .right { border-color: var(--right); } .right b { color: var(--right); }
-.later { position: relative; margin-left: 1.1rem; } .later::before { content: "…"; position: absolute; left: -1.35rem; top: 3.2rem; font-size: 1.3rem; color: var(--soft); }
+
+.sheet .card { width: 13rem; } .later { position: relative; margin-left: 1.1rem; } .later::before { content: "…"; position: absolute; left: -1.35rem; top: 3.2rem; font-size: 1.3rem; color: var(--soft); }
 .pair { display: grid; grid-template-columns: 8.25rem 1fr; gap: 1rem; align-items: start; } .pair ol { margin: 0; padding: 0; list-style: none; } .pair li { display: flex; gap: .75rem; padding: .15rem .5rem; border: 2px solid transparent; border-radius: 6px; }
 .pair li.right { border-color: var(--right); } .pair li b { flex: none; min-width: 3.4rem; font-weight: 600; font-variant-numeric: tabular-nums; } .pair li span { flex: 1; } .pair li small { color: var(--soft); }
 @media (max-width: 40rem) { body { padding: 1rem .8rem 3rem; } table { font-size: .8125rem; } td, th { padding: .25rem .35rem; } td:nth-child(2) { white-space: normal; min-width: 9rem; } .card { width: calc(33.3% - .45rem); }
@@ -48,7 +49,7 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; } svg .grid { st
 
 def text(x):
     """Any text as HTML, cut to a length that a page can bear."""
-    x = str(x)
+    x = str(x).encode(errors="backslashreplace").decode()                       # a file's name need not be text
     return html.escape(x if len(x) <= LONGEST else x[:LONGEST] + "…")
 
 
@@ -252,4 +253,4 @@ def write_sheet(path, query, found, read, link):
             cards.append(card(thumbnail(read(file), 256), lines))
         except data.BadInput as error:                                          # it has gone, or changed, since it was indexed
             cards.append(f'<figure class="card"><figcaption>{"<br>".join([*lines, text(error)])}</figcaption></figure>')
-    write_page(path, query, [f'<div class="cards">{"".join(cards)}</div>'])
+    write_page(path, query, [f'<div class="cards sheet">{"".join(cards)}</div>'])

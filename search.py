@@ -24,7 +24,7 @@ import torch
 import checkpoint
 import data
 import report
-from evaluate import encode_pictures, encode_texts, precision_of, start_processes
+from evaluate import encode_pictures, encode_texts, precision_of
 from tokenizer import Tokenizer
 
 SAVE_SECONDS = 60                                                               # between two savings of a growing index: what an interrupted call can lose
@@ -72,7 +72,7 @@ class Index:
                 now[path] = [status.st_size, status.st_mtime_ns]
         row_of = {path: row for row, path in enumerate(self.files)}
         same = [path for path in now if self.files.get(path, [])[:2] == now[path]]
-        fresh = [path for path in now if path not in set(same)]
+        fresh = [path for path in now if self.files.get(path, [])[:2] != now[path]]
         gone = len(self.files.keys() - now.keys())
         self.embed = self.embed[[row_of[path] for path in same]]
         self.files = {path: self.files[path] for path in same}
@@ -82,9 +82,9 @@ class Index:
                 rows += [embed.half().numpy(), np.zeros((len(unreadable), embed.shape[1]), np.float16)]
                 self.files |= {path: [*now[path], None] for path in paths} | {path: [*now[path], reason] for path, reason in unreadable.items()}
                 if time.time() > saved + SAVE_SECONDS:
-                    self.embed, rows = np.concatenate(rows), []
-                    rows, saved = [self.embed], time.time()
+                    self.embed = np.concatenate(rows)
                     self.write()
+                    rows, saved = [self.embed], time.time()
         finally:                                                                # an interrupted call goes on from here
             self.embed = np.concatenate(rows)
             if fresh or gone:
@@ -127,7 +127,7 @@ def main():
         raise data.BadInput(f"--html {args.html!r}: name a file in a folder that is there")
     asked = data.decoded(Path(args.image).read_bytes, args.image) if args.image is not None else None
 
-    device, _, _ = start_processes()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, transform = checkpoint.load(args.ckpt, device)
     autocast, _ = precision_of("auto", device, evaluating=True)
     tokenizer = Tokenizer("the query")

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 
 import peers
+from data import BadInput
 from model import CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,6 +89,28 @@ def real_data():
     if not folder:
         pytest.skip("CE_CLIP_REAL_DATA is not set: no real pictures to test on")
     return Path(folder)
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """module.main() with these arguments, in this process (a tenth of the time of `script`) -> what it prints (stdout)."""
+    def run(module, *args):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, args)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+    return run
+
+
+@pytest.fixture
+def stopped(called):
+    """The one line with which module.main() refuses these arguments."""
+    def run(module, *args):
+        with pytest.raises(BadInput) as caught:
+            called(module, *args)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+    return run
 
 
 def script(*args, processes=1, ok=True, env=None):

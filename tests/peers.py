@@ -1,9 +1,15 @@
 """The published implementations, as oracles: models made by their own code with random weights, in files as they write them."""
+import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
+import runpy
+import sys
+import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -185,3 +191,31 @@ FILES = {
     "bert-bin": (lambda: bert_model(VIT).state_dict(), bare_file, "text"),
     "bert-old": (lambda: bert_model(VIT).state_dict(), old_bare_file, "text"),
 }
+
+
+# ---------------------------------------------------------------------------------------------------------------- evaluation
+
+
+def run_cn_clip(script, *arguments):
+    """One of cn_clip's evaluation scripts, as a person would run it, but for its .cuda()."""
+    with mock.patch.object(sys, "argv", [script, *map(str, arguments)]), mock.patch.object(torch.Tensor, "cuda", lambda x: x), mock.patch("tqdm.tqdm", lambda x: x), open(os.devnull, "w") as nowhere, \
+            contextlib.redirect_stdout(nowhere):
+        runpy.run_module(f"cn_clip.eval.{script}", run_name="__main__")
+
+
+def cn_clip_recall(folder, image_embed, text_embed, positives):
+    """Recall by cn_clip's chain of five scripts -> {"text_to_image": {"R@1", "R@5", "R@10", "MR"}, "image_to_text": the same}, and the seconds that the scripts took."""
+    jsonl = lambda name, rows: (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    jsonl("images.jsonl", ({"image_id": i, "feature": x.tolist()} for i, x in enumerate(image_embed)))
+    jsonl("texts.jsonl", ({"text_id": t, "feature": x.tolist()} for t, x in enumerate(text_embed)))
+    jsonl("answers.jsonl", ({"text_id": t, "text": "", "image_ids": images} for t, images in enumerate(positives)))
+    start = time.perf_counter()
+    features = "--image-feats", folder / "images.jsonl", "--text-feats", folder / "texts.jsonl"
+    run_cn_clip("make_topk_predictions", *features, "--output", folder / "found.jsonl")
+    run_cn_clip("evaluation", folder / "answers.jsonl", folder / "found.jsonl", folder / "text_to_image.json")
+    run_cn_clip("transform_ir_annotation_to_tr", "--input", folder / "answers.jsonl")
+    run_cn_clip("make_topk_predictions_tr", *features, "--output", folder / "found.tr.jsonl")
+    run_cn_clip("evaluation_tr", folder / "answers.tr.jsonl", folder / "found.tr.jsonl", folder / "image_to_text.json")
+    seconds = time.perf_counter() - start
+    scores = {way: json.loads((folder / f"{way}.json").read_text())["scoreJson"] for way in ("text_to_image", "image_to_text")}
+    return {way: {"R@1": s["r1"], "R@5": s["r5"], "R@10": s["r10"], "MR": s["mean_recall"]} for way, s in scores.items()}, seconds

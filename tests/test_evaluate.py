@@ -1,16 +1,26 @@
-"""Recall: by hand, against a plain loop, ties, several correct items, bounded memory; the paper's tables."""
+"""Recall: by hand, against a plain loop and cn_clip, ties, several correct items, bounded memory, intervals; the paper's tables; kept features; zero-shot classification."""
 import json
 import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import types
 
 import numpy as np
+import peers
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused, script
+from conftest import ROOT, png, refused, script, write_tsv_split
 
+import checkpoint
 import data
 import evaluate
-from evaluate import best_ranks, retrieval_recall, table
+from evaluate import best_ranks, recall_of, retrieval_recall, table
+from model import CLIP, CONFIGS
 
 
 def by_loops(image, text, positives):
@@ -62,12 +72,60 @@ def test_queries_without_an_answer_are_left_out_and_counted():
     assert result["image_to_text"]["queries"] == 2 and result["text_to_image"]["R@1"] == 100.0
 
 
-def test_never_more_than_a_chunk_of_similarities(monkeypatch):
-    largest = []
-    real = torch.Tensor.__matmul__
-    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: largest.append(len(a)) or real(a, b))
-    retrieval_recall(torch.randn(300, 4), torch.randn(900, 4), [[i % 300] for i in range(900)], chunk=64)
-    assert max(largest) == 64
+def test_memory_of_recall_does_not_grow_with_the_queries():
+    """CE_CLIP_RECALL=100000 asks for 100,000 x 100,000 at width 512 (3 minutes on two cores); the matrix alone would take 40 GB."""
+    n, width = int(os.environ.get("CE_CLIP_RECALL", 20_000)), 512 if "CE_CLIP_RECALL" in os.environ else 32
+    probe = f"""
+import resource, torch, evaluate
+peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 2**20
+image, text = torch.randn({n}, {width}), torch.randn({n}, {width})
+evaluate.best_ranks(text[:64], image, [[0]] * 64)                               # libraries have what they need
+start = peak()
+evaluate.retrieval_recall(image, text, [[i] for i in range({n})])
+print(peak() - start, peak())
+"""
+    above, whole = map(float, subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    print(f"\nrecall among {n:,} x {n:,} of width {width}: {above:.2f} GiB above the embeddings, the process {whole:.2f} GiB")
+    assert above < 0.5 < n * n * 4 / 2**30                                     # the whole matrix would be found out
+    assert whole < 2
+
+
+def many(images=1000, texts=5000, width=512, seed=0):
+    """Random features; captions that describe several pictures, pictures with several captions. They are whole numbers, and small enough that similarities are exact in any order of
+    summation: so equal ones, of which there are a few, are equal for everyone."""
+    g = torch.Generator().manual_seed(seed)
+    image, text = torch.randint(-60, 61, (images, width), generator=g), torch.randint(-60, 61, (texts, width), generator=g)
+    positives = [sorted({t % images, *torch.randint(0, images, (t % 3,), generator=g).tolist()}) for t in range(texts)]
+    text += image[[right[-1] for right in positives]] // 6                      # so that something is found
+    return image.float(), text.float(), positives
+
+
+def test_equals_the_published_evaluation(tmp_path):
+    """cn_clip's five scripts, and from the same features to the table ours; the times are printed side by side."""
+    pytest.importorskip("cn_clip")
+    image, text, positives = many()
+    expected, theirs = peers.cn_clip_recall(tmp_path, image, text, positives)
+    np.save(tmp_path / "image.npy", image), np.save(tmp_path / "text.npy", text)
+    start = time.perf_counter()
+    image, text = (torch.from_numpy(np.load(tmp_path / f"{name}.npy")) for name in ("image", "text"))
+    record = a_record(image, text, positives)
+    evaluate.table([record], "random", "test")
+    ours = time.perf_counter() - start
+    for way in expected:
+        assert {k: record[way][k] for k in expected[way]} == pytest.approx(expected[way])
+    print(f"\nfrom features to the table, 1,000 pictures, 5,000 captions: cn_clip {theirs:.1f} s, ours {ours:.2f} s, ratio {theirs / ours:.0f}")
+
+
+def a_record(image, text, positives, **more):
+    """What evaluate.py knows of a checkpoint, from embeddings."""
+    found = evaluate.both_ways(image, text, positives)
+    record = {"model": "vit-b-16", "ckpt": "some.pt", "setting": "zero-shot", "precision": "fp32", "pairs": sum(map(len, positives))} | more
+    for way, what in found.items():
+        record[way] = recall_of(*what) | {"R@1_interval": evaluate.interval(*evaluate.hits_at_1(way, *what[:2]))}
+    return record
+
+
+EYE = torch.eye(3), torch.eye(3), [[0], [1], [2]]
 
 
 def test_embeddings_that_are_not_finite_are_refused():
@@ -78,21 +136,47 @@ def test_embeddings_that_are_not_finite_are_refused():
 def test_published_rows_are_those_of_the_paper():
     """The mean recalls that the paper prints in table 6 are the means of its R@1, R@5, R@10."""
     before, after = evaluate.PUBLISHED["ap-id"][1]
-    means = [round(sum(row[a : a + 3]) / 3, 1) for row in (before, after) for a in (2, 5)]
+    means = [round(sum(row[a : a + 3]) / 3, 1) for row in (before, after) for a in (3, 6)]
     assert means == [88.9, 89.7, 92.6, 91.5]
     assert [len(rows) for _, rows in evaluate.PUBLISHED.values()] == [6, 6, 2]
 
 
 @pytest.mark.parametrize("model, neighbour", [("vit-b-16", "CE-CLIP ViT-B/16"), ("rn50", "CE-CLIP ViT-B/16"), ("vit-l-14", "CE-CLIP ViT-L/14")])
 def test_measured_row_ends_its_size_group(model, neighbour):
-    lines = table(retrieval_recall(torch.eye(3), torch.eye(3), [[0], [1], [2]]), "coco-cn", "test", model, "some.pt").splitlines()
+    lines = table([a_record(*EYE, model=model)], "coco-cn", "test").splitlines()
     at = next(i for i, line in enumerate(lines) if "> " + model in line)
-    assert neighbour in lines[at - 1] and "100.0  100.0  100.0  100.0" in lines[at] and len(lines) == 3 + 7 + 1
+    assert neighbour in lines[at - 1] and "fine-tuned" in lines[at - 1] and lines[at].split()[-10:] == ["100.0", "±0.0", "100.0", "100.0", "100.0"] * 2
 
 
 def test_published_rows_are_for_the_test_split_alone():
-    result = retrieval_recall(torch.eye(3), torch.eye(3), [[0], [1], [2]])
-    assert "Wukong" in table(result, "flickr30k-cn", "test", "vit-b-16", "x") and "Wukong" not in table(result, "flickr30k-cn", "valid", "vit-b-16", "x")
+    assert "Wukong" in table([a_record(*EYE)], "flickr30k-cn", "test") and "Wukong" not in table([a_record(*EYE)], "flickr30k-cn", "valid")
+
+
+def test_pairs_are_compared_with_table_1():
+    assert "NOTE: 3 pairs where the paper's table 1 has 1,053" in table([a_record(*EYE)], "coco-cn", "test")
+    assert "1,053 pairs, as in the paper's table 1" in table([a_record(*EYE, pairs=1053)], "coco-cn", "test")
+    assert "table 1" not in table([a_record(*EYE)], "own", "test")
+
+
+# ---------------------------------------------------------------------------------------------------------------- intervals
+
+
+def test_interval_holds_what_other_samples_give():
+    """Of queries that are hits with chance 0.3, five and five of one picture alike: the 95 % interval of one sample against the spread of 300 other samples."""
+    rng = np.random.default_rng(0)
+    sample = lambda: np.repeat(rng.random(200) < 0.3, 5).astype(float)
+    groups = np.repeat(np.arange(200), 5)
+    low, high = evaluate.interval(sample(), groups)
+    truth = np.quantile([100 * sample().mean() for _ in range(300)], (0.025, 0.975))
+    assert high - low == pytest.approx(truth[1] - truth[0], rel=0.2)
+    alone = evaluate.interval(sample(), np.arange(1000))                        # as if captions were independent: much too narrow
+    assert (alone[1] - alone[0]) < 0.6 * (high - low)
+
+
+def test_resampled_mean_by_hand():
+    assert evaluate.interval(np.ones(4), np.arange(4)) == [100.0, 100.0]
+    means = evaluate.resampled(np.array([1.0, 1.0, 0.0]), np.array([7, 7, 9]))  # two pictures: drawn 7 7, 7 9 or 9 9
+    assert set(means.round(3)) == {100.0, 66.667, 0.0}
 
 
 def test_a_split_without_answers_is_refused():
@@ -100,31 +184,233 @@ def test_a_split_without_answers_is_refused():
         retrieval_recall(torch.eye(2), torch.eye(2), [[], []])
 
 
+# ---------------------------------------------------------------------------------------------------------------- command line
+
+
 @pytest.fixture(scope="module")
 def tiny_checkpoint(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run")
-    script("train.py", "--stage", "2", "--max-steps", 1, "--batch-size", 4, "--workers", 0, "--precision", "fp32", "--out", out)
-    return out / "last.pt"
+    path = tmp_path_factory.mktemp("run") / "last.pt"
+    torch.manual_seed(0)
+    checkpoint.save(path, CLIP(CONFIGS["tiny"]), step=7, settings={"stage": "finetune", "data": "somewhere/little"})
+    return path
 
 
-def test_command_line_on_one_and_two_processes(tiny_checkpoint, tsv_folder, tmp_path):
-    figures = []
+@pytest.fixture
+def little(tmp_path):
+    """A data set of 11 pictures: with batches of 5 nothing divides. A picture has several captions, a caption several pictures; one caption and one picture have no partner."""
+    folder = tmp_path / "little"
+    write_tsv_split(folder, "test", pictures=11, captions_per_picture=2)
+    lines = [json.loads(line) for line in (folder / "test_texts.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines[3]["image_ids"] = [2, 3]
+    lines[4]["image_ids"] = []
+    lines = [line for line in lines if line["image_ids"] != [11]]
+    (folder / "test_texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def figures(path):
+    return json.loads(path.read_text(encoding="utf-8"))["results"]
+
+
+def test_two_processes_give_the_figures_of_one(tiny_checkpoint, little, tmp_path):
     for processes in (1, 2):
-        output = script("evaluate.py", "--ckpt", tiny_checkpoint, "--data", tsv_folder, "--json", tmp_path / f"{processes}.json", "--batch-size", 5, processes=processes)
+        output = script("evaluate.py", "--ckpt", tiny_checkpoint, "--data", little, "--json", tmp_path / f"{processes}.json", "--features", tmp_path / str(processes), "--batch-size", 5,
+                        "--precision", "fp32", processes=processes)
         assert output.count("> tiny") == 1
-        figures.append(json.loads((tmp_path / f"{processes}.json").read_text(encoding="utf-8")))
-    assert figures[0] == figures[1] and figures[0]["text_to_image"]["queries"] == 12
+    one, two = ([*tmp_path.glob(f"{n}/*/*.npy")] for n in (1, 2))
+    assert len(one) == 2 and all(a.read_bytes() == b.read_bytes() for a, b in zip(sorted(one), sorted(two)))           # bit for bit
+    assert figures(tmp_path / "1.json") == figures(tmp_path / "2.json")
+    assert figures(tmp_path / "1.json")[0]["text_to_image"]["queries"] == 19
+
+
+def test_what_the_table_says(called, tiny_checkpoint, little, tmp_path):
+    output = called(evaluate, "--ckpt", tiny_checkpoint, "--data", little, "--workers", 0, "--json", tmp_path / "a.json")
+    assert "little, test split (%)" in output and f"> tiny ({tiny_checkpoint})  fine-tuned" in output
+    assert "1 captions describe no picture of the split" in output and "1 pictures have no caption" in output
+    record, = figures(tmp_path / "a.json")
+    low, high = record["text_to_image"]["R@1_interval"]
+    assert low <= record["text_to_image"]["R@1"] <= high and record["pairs"] == 20 and record["setting"] == "fine-tuned"
+
+
+@pytest.mark.parametrize("entries, data, setting", [
+    ({"step": 9, "settings": {"stage": "finetune", "data": "coco-cn"}}, "coco-cn", "fine-tuned"),
+    ({"step": 9, "settings": {"stage": "finetune", "data": "/some/COCO-CN"}}, "coco-cn", "fine-tuned"),
+    ({"step": 9, "settings": {"stage": "2", "data": "coco-cn"}}, "coco-cn", "trained"),
+    ({"step": 0, "settings": {"stage": "finetune", "data": "coco-cn"}}, "coco-cn", "zero-shot"),
+    ({"step": 9, "settings": {"stage": "finetune", "data": "coco-cn"}}, "muge", "zero-shot"),
+    ({}, "coco-cn", "zero-shot"),
+])
+def test_zero_shot_and_fine_tuned_are_told_apart(entries, data, setting):
+    assert evaluate.setting_of(entries, evaluate.data_name(data)) == setting
+
+
+def test_several_checkpoints_give_one_table_with_their_difference(called, tiny_checkpoint, little, tmp_path):
+    other = tmp_path / "other.pt"
+    torch.manual_seed(1)
+    checkpoint.save(other, CLIP(CONFIGS["tiny"]))
+    output = called(evaluate, "--ckpt", tiny_checkpoint, other, "--data", little, "--workers", 0, "--json", tmp_path / "a.json", "--features", tmp_path / "features")
+    before, after = figures(tmp_path / "a.json")
+    assert output.count("> tiny") == 2 and f"R@1 of {other} less that of {tiny_checkpoint}" in output
+    change = after["change_of_R@1"]["image_to_text"]
+    assert change["mean"] == pytest.approx(after["image_to_text"]["R@1"] - before["image_to_text"]["R@1"]) and change["interval"][0] <= change["mean"] <= change["interval"][1]
+    alone = called(evaluate, "--ckpt", other, "--data", little, "--workers", 0, "--features", tmp_path / "features")
+    assert next(line for line in output.splitlines() if "other.pt" in line).split() == next(line for line in alone.splitlines() if "other.pt" in line).split()
+
+
+def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, tiny_checkpoint, little, tmp_path, monkeypatch):
+    command = [evaluate, "--ckpt", tiny_checkpoint, "--data", little, "--workers", 0, "--features", tmp_path / "features", "--precision"]
+    first = called(*command, "fp32")
+    folder, = (tmp_path / "features").iterdir()
+    about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
+    image_embed = np.load(folder / "image_embed.npy")
+    assert about["image_ids"] == [str(i) for i in range(1, 12)] and about["texts"][0] == "第1张图片，说法0" and image_embed.dtype == np.float32 and image_embed.shape == (11, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "embed_split", None)                            # nothing is computed again
+        assert called(*command, "fp32") == first
+        assert "precision fp32, now it is bf16" in stopped(*command, "bf16")
+        np.save(folder / "image_embed.npy", image_embed[:5])
+        assert "not those that features.json describes" in stopped(*command, "fp32")
+        (folder / "image_embed.npy").write_bytes(b"cut")
+        assert "cannot be read" in stopped(*command, "fp32")
+        np.save(folder / "image_embed.npy", image_embed)
+    torch.manual_seed(5)
+    checkpoint.save(tiny_checkpoint.with_name("new.pt"), CLIP(CONFIGS["tiny"]))
+    original = tiny_checkpoint.read_bytes()
+    os.replace(tiny_checkpoint.with_name("new.pt"), tiny_checkpoint)            # other weights under the same name
+    assert "weights " in stopped(*command, "fp32")
+    tiny_checkpoint.write_bytes(original)
+    called(*command, "fp32")                                                    # as they were
+    shutil.rmtree(folder)
+    called(*command, "bf16")
+    assert np.load(folder / "image_embed.npy").dtype == np.float16
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--ckpt", "nowhere.pt", "--data", "demo"], "nowhere.pt: there is no such checkpoint"),
+    (["--ckpt", "CKPT", "nowhere.pt", "--data", "LITTLE"], "nowhere.pt: there is no such checkpoint"),
     (["--ckpt", "CKPT", "--data", "imagenet"], "neither a folder, nor a pattern of tar shards, nor a known data set (coco-cn, flickr30k-cn, muge, ap-id, demo)"),
     (["--ckpt", "CKPT", "--data", "coco-cn", "--data-root", "nowhere"], "there is no folder nowhere/COCO-CN"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "dev"], "no split 'dev'; it has train, valid, test"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "train"], "endless"),
     (["--ckpt", "CKPT", "--data", "demo", "--json", "nowhere/a.json"], "name a file in a folder that is there"),
     (["--ckpt", "CKPT", "--data", "demo", "--json", ""], "name a file in a folder that is there"),
+    (["--ckpt", "CKPT", "--data", "demo", "--report", "tests"], "--report 'tests': name a file"),
     (["--ckpt", "CKPT", "--data", "demo", "--batch-size", "0"], "--batch-size 0"),
+    (["--ckpt", "CKPT", "--data", "LITTLE", "--features", "CKPT"], "name another folder"),
+    (["--ckpt", "CKPT"], "pass one of them"),
+    (["--ckpt", "CKPT", "--data", "demo", "--classify", "."], "pass one of them"),
+    (["--ckpt", "CKPT", "--data", "demo", "--templates", "a.txt"], "--templates goes with --classify"),
+    (["--ckpt", "CKPT", "--classify", ".", "--features", "a"], "--features goes with --data"),
+    (["--ckpt", "CKPT", "--classify", "nowhere"], "nowhere: there is no such folder"),
 ])
-def test_wrong_arguments_give_one_line(tiny_checkpoint, arguments, message):
-    assert message in refused("evaluate.py", *[tiny_checkpoint if a == "CKPT" else a for a in arguments])
+def test_wrong_arguments_give_one_line(stopped, tiny_checkpoint, little, arguments, message):
+    assert message in stopped(evaluate, *[{"CKPT": tiny_checkpoint, "LITTLE": little}.get(a, a) for a in arguments])
+
+
+def test_a_refusal_is_one_line_and_a_status():
+    assert "nowhere.pt: there is no such checkpoint" in refused("evaluate.py", "--ckpt", "nowhere.pt", "--data", "demo")
+
+
+# ---------------------------------------------------------------------------------------------------------------- zero-shot classification
+
+
+def write_classes(root, folders, pictures=3):
+    for n, name in enumerate(folders):
+        (root / name).mkdir(parents=True)
+        for k in range(pictures):
+            (root / name / f"{k}.png").write_bytes(png(seed=10 * n + k))
+    return root
+
+
+@pytest.fixture
+def elevater(tmp_path):
+    write_classes(tmp_path / "pets/test", ["000", "001", "002"])
+    (tmp_path / "pets/label_cn.txt").write_text("猫\n狗\n“红” 鱼\n", encoding="utf-8")
+    return tmp_path / "pets"
+
+
+def test_class_folders_in_both_layouts(elevater, tmp_path):
+    names, pictures, labels = data.open_classes(elevater, "test")
+    assert names == ["猫", "狗", "“红” 鱼"] and labels == [0, 0, 0, 1, 1, 1, 2, 2, 2] and pictures[4] == elevater / "test/001/1.png"
+    names, _, labels = data.open_classes(write_classes(tmp_path / "own", ["猫", "狗", ".cache"]), "test")
+    assert sorted(names) == sorted(["猫", "狗"]) and len(labels) == 6
+    assert data.open_classes(write_classes(tmp_path / "split/valid", ["a", "b"]).parent, "valid")[0] == ["a", "b"]
+    named = write_classes(tmp_path / "named/test", ["狗", "猫"]).parent         # folders with the classes' names, in another order than the lines
+    (named / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
+    assert {path.parent.name: names[label] for names, pictures, labels in [data.open_classes(named, "test")] for path, label in zip(pictures, labels)} == {"狗": "狗", "猫": "猫"}
+    imagenet = write_classes(tmp_path / "imagenet/test", ["n02", "n01"]).parent
+    (imagenet / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
+    assert {path.parent.name: label for _, pictures, labels in [data.open_classes(imagenet, "test")] for path, label in zip(pictures, labels)} == {"n01": 0, "n02": 1}
+
+
+def test_a_missing_class_folder_moves_no_label(elevater):
+    """torchvision's ImageFolder, which cn_clip uses, would call 002 class 1."""
+    shutil.rmtree(elevater / "test/001")
+    assert data.open_classes(elevater, "test")[2] == [0, 0, 0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda root: (root / "test/003").mkdir(), "the folder 003 has no line in label_cn.txt, whose 3 lines name the classes 0 to 2"),
+    (lambda root: (root / "label_cn.txt").write_text("猫\n\n鱼\n", encoding="utf-8"), "label_cn.txt, line 2: empty"),
+    (lambda root: (root / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8") and (root / "test/000").rename(root / "test/cats"), "which belongs to which?"),
+    (lambda root: (root / "test").rename(root / "val"), "no split 'test'; it has val"),
+    (lambda root: [path.unlink() for path in root.rglob("*.png")], "3 classes and 0 pictures"),
+    (lambda root: (root / "label_cn.txt").write_bytes(b"\xff\xfe"), "not UTF-8"),
+])
+def test_class_folders_that_are_not_clear_are_refused(elevater, spoil, message):
+    spoil(elevater)
+    with pytest.raises(data.BadInput, match=re.escape(message)):
+        data.open_classes(elevater, "test")
+
+
+def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
+    """cn_clip's zero_shot_classifier and run, its data set and its templates, with a model of random weights; the temperature is its constant 100."""
+    for name, module in (("lmdb", None), ("timm", None), ("timm.data", types.SimpleNamespace(create_transform=None))):     # it imports them, and needs none here
+        monkeypatch.setitem(sys.modules, name, module or types.ModuleType(name))
+    theirs = pytest.importorskip("cn_clip.eval.zeroshot_evaluation")
+    templates = pytest.importorskip("cn_clip.eval.cvinw_zeroshot_templates").openai_templates
+    monkeypatch.setattr(theirs, "tqdm", lambda x: x)
+    monkeypatch.setattr(theirs, "accuracy", lambda output, target, topk: [float((output.argmax(dim=1) == target).sum())] * 2)         # its own fails under NumPy 2
+    cfg = peers.dataclasses.replace(peers.VIT, vocab_size=21128)
+    peer = peers.cn_clip_model(cfg).eval()
+    args = types.SimpleNamespace(gpu="cpu", context_length=52, datapath=str(elevater / "test"), num_workers=0, img_batch_size=4, index="")
+    from cn_clip.clip.utils import image_transform
+    with torch.no_grad():
+        classifier = theirs.zero_shot_classifier(peer, ["猫", "狗", "“红” 鱼"], templates, args)
+        dataset = theirs.get_zeroshot_dataset(args, image_transform(cfg.image_size))
+        top1, expected = theirs.run(peer, classifier, dataset.dataloader, args)
+
+    monkeypatch.setitem(CONFIGS, "small-vit", peers.VIT)                        # shapes do not tell the number of heads
+    torch.save({"epoch": 1, "step": 1, "name": "peer", "state_dict": {f"module.{key}": x for key, x in peer.state_dict().items()}}, elevater / "peer.pt")
+    model, _ = checkpoint.load(elevater / "peer.pt")
+    names, pictures, labels = data.open_classes(elevater, "test")
+    autocast, _ = evaluate.precision_of("fp32", torch.device("cpu"))
+    classes = evaluate.class_embeddings(model, names, [template("{}") for template in templates], torch.device("cpu"), autocast)
+    image_embed = evaluate.embed_pictures(model, lambda i: data.decoded(pictures[i].read_bytes, "it"), len(pictures), torch.device("cpu"), autocast, batch_size=4)
+    assert torch.allclose(classes, classifier.T, atol=1e-6)
+    assert torch.allclose(evaluate.class_probabilities(image_embed, classes, 100.0), expected, atol=1e-5)
+    assert evaluate.classification_of(image_embed, classes, labels, names)["top-1"] == pytest.approx(100 * top1)
+
+
+def test_classification_by_hand():
+    classes = torch.eye(6)
+    pictures = F.normalize(torch.tensor([[9.0, 8, 0, 0, 0, 0], [8, 9, 0, 0, 0, 0], [7, 6, 5, 4, 3, 9], [0, 0, 9, 0, 0, 0]]), dim=1)
+    result = evaluate.classification_of(pictures, classes, [0, 0, 4, 2], list("甲乙丙丁戊己"))
+    assert result["top-1"] == 50 and result["top-5"] == 75 and result["mean_per_class"] == pytest.approx((50 + 0 + 100) / 3)
+    assert {(c["class"], c["taken_for"], c["times"], c["of"]) for c in result["confused"]} == {("甲", "乙", 1, 2), ("戊", "己", 1, 1)}
+    probabilities = evaluate.class_probabilities(pictures, classes, 10.0)
+    assert torch.allclose(probabilities.sum(dim=1), torch.ones(4)) and probabilities[0].argmax() == 0
+
+
+def test_classify_through_the_command_line(called, stopped, tiny_checkpoint, elevater, tmp_path):
+    output = called(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--workers", 0, "--json", tmp_path / "a.json", "--report", tmp_path / "a.html")
+    record, = figures(tmp_path / "a.json")
+    assert f"top-1" in output and "9 pictures, 3 classes, 20 prompts each" in output and record["pictures"] == 9 and len(record["predictions"]) == 9
+    assert sum(p for _, p in record["predictions"][0]["best"]) == pytest.approx(1, abs=1e-3)
+    assert "红" in (tmp_path / "a.html").read_text(encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("一只{}\n\n{}的样子\n", encoding="utf-8")
+    assert "2 prompts each" in called(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--workers", 0, "--templates", tmp_path / "prompts.txt")
+    (tmp_path / "prompts.txt").write_text("一只{}\n一只\n", encoding="utf-8")
+    assert "prompts.txt, line 2: expected one {}" in stopped(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--templates", tmp_path / "prompts.txt")
+    (elevater / "test/001/1.png").write_bytes(b"no picture")
+    assert "001/1.png cannot be read" in stopped(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--workers", 0)

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 FILES = sorted(ROOT.glob("*.py")) + [ROOT / "tokenizer/__init__.py"]
 ALLOWED = {"torch", "torchvision", "tokenizers", "numpy", "PIL", "pytest"}
-OWN = {"checkpoint", "data", "evaluate", "loss", "model", "tokenizer", "train"}
+OWN = {"checkpoint", "data", "evaluate", "loss", "model", "report", "search", "tokenizer", "train"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -48,7 +48,7 @@ def test_no_eval_exec_global_or_bare_except():
 
 def test_published_row_of_every_flag_is_read():
     """A flag that nobody reads is a lie."""
-    for name in ("train.py", "evaluate.py", "data.py"):
+    for name in ("train.py", "evaluate.py", "data.py", "search.py"):
         source = (ROOT / name).read_text(encoding="utf-8")
         for flag in re.findall(r'add_argument\("--([a-z-]+)"', source):
             attribute = flag.replace("-", "_")
