@@ -1,9 +1,11 @@
-"""Retrieval in both directions, as in the paper: Recall@1, 5, 10 and their mean (section 4.1.2), in the tables of section 4.2.
+"""Recall@1, 5, 10 and their mean in both directions (section 4.1.2), in the tables of section 4.2; and zero-shot classification (figure 2, steps 2 and 3).
 
-    python evaluate.py --ckpt cn-clip-vit-b-16 --data coco-cn                  # released weights, zero-shot
-    python evaluate.py --ckpt runs/finetune/best.pt --data coco-cn
-    python evaluate.py --ckpt runs/stage2/best.pt --data demo --json demo.json
-    python evaluate.py --ckpt runs/own/best.pt --data /path/to/folder --split test
+    python evaluate.py --ckpt cn-clip-vit-b-16 --data coco-cn                                       # released weights, zero-shot: the paper's table 4 and this row
+    python evaluate.py --ckpt cn-clip-vit-b-16 runs/ap/best.pt --data ap-id                         # table 6: before and after fine-tuning, and whether the gain may be chance
+    python evaluate.py --ckpt runs/own/best.pt --data /path/to/folder --report report.html          # a page with curves, a sample of queries and the worst misses
+    python evaluate.py --ckpt runs/own/best.pt --data /path/to/folder --json figures.json --features features       # embeddings are kept, and not computed again
+    python evaluate.py --ckpt cn-clip-vit-b-16 --classify /path/to/classes                          # 猫/1.jpg, 狗/1.jpg, … or the ELEVATER-cn layout
+    torchrun --nproc_per_node 8 evaluate.py --ckpt cn-clip-vit-b-16 --data flickr30k-cn             # the same figures
 
 A query is a hit at K if ANY of its correct items is among the K most similar. Text-to-image: every caption asks, all pictures of the split are candidates;
 image-to-text: every picture asks, all captions are candidates. Queries without any correct item do not count; how many there were is said.
@@ -213,7 +215,7 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0):
     return image_embed, text_embed
 
 
-def kept(folder, made_of, ids, dtype, compute):
+def kept(folder, made_of, ids, compute):
     """compute() -> (image_embed, text_embed), or what an earlier call has left in `folder`: image_embed.npy, text_embed.npy and features.json, which says what they were made of, and
     whose rows they are. Raises BadInput when they were made of something else.
     """
@@ -227,7 +229,7 @@ def kept(folder, made_of, ids, dtype, compute):
             except OSError as error:
                 raise data.BadInput(f"--features {folder}: {error.strerror}; name another folder") from None
             for name, x in zip(names, (image_embed, text_embed)):
-                data.write(folder / name, lambda f: np.save(f, x.numpy().astype(dtype)))
+                data.write(folder / name, lambda f: np.save(f, x.numpy()))
             data.write_text(about, json.dumps({"made_of": made_of, **ids}, ensure_ascii=False, indent=1) + "\n")          # last: with it the folder is whole
         from_all(None)                                                          # all wait for it
     try:
@@ -235,14 +237,14 @@ def kept(folder, made_of, ids, dtype, compute):
         was = found["made_of"]
         changed = [f"{key} {was.get(key)}, now it is {made_of[key]}" for key in made_of if was.get(key) != made_of[key]]
         features = [np.load(folder / name) for name in names]
-        whole = all(x.dtype == dtype and len(x) == len(rows) for x, rows in zip(features, ids.values()))
+        whole = all(x.dtype in (np.float16, np.float32) and x.ndim == 2 and len(x) == len(rows) for x, rows in zip(features, ids.values())) and features[0].shape[1] == features[1].shape[1]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise data.BadInput(f"--features {folder}: cannot be read ({error}); delete it or name another folder") from None
     if changed:
         raise data.BadInput(f"--features {folder}: made of {'; '.join(changed)}. Delete it or name another folder")
     if not whole:
         raise data.BadInput(f"--features {folder}: the .npy files are not those that features.json describes; delete it or name another folder")
-    return [torch.from_numpy(x.astype(np.float32)) for x in features]
+    return [torch.from_numpy(x) for x in features]
 
 
 # ---------------------------------------------------------------------------------------------------------------- recall
@@ -484,19 +486,20 @@ def retrieve(args, checkpoints, split_name, device, first):
     """Recall of each checkpoint on a split; prints the table, writes what was asked for."""
     opened = functools.cache(lambda context_length: data.open_split(args.data, split_name, args.data_root, context_length))
     name, (autocast, precision) = data_name(args.data), precision_of(args.precision, device, evaluating=True)
+    dtype = torch.float32 if precision == "fp32" else torch.float16             # as kept by --features; and without it, so that the figures are the same
     records, ranks, hits = [], [], []
     for source, model, state in checkpoints(device):
         split = opened(model.cfg.context_length)
         if split.endless:
             raise data.BadInput(f"{split.name} is endless: evaluate on valid or test")
-        weights, compute = checkpoint.fingerprint(model), lambda: embed_split(model, split, device, autocast, args.batch_size, args.workers)
+        weights, compute = checkpoint.fingerprint(model), lambda: [x.to(dtype) for x in embed_split(model, split, device, autocast, args.batch_size, args.workers)]
         if args.features is None:
             embeds = compute()
         else:
             made_of = {"weights": weights, "data": split.fingerprint(), "split": split_name, "precision": precision, "image_size": model.cfg.image_size, "context_length": model.cfg.context_length}
             ids = {"image_ids": list(map(str, split.image_ids)), "texts": split.texts}
-            embeds = kept(Path(args.features) / re.sub(r"[^\w.-]+", "-", str(source)).strip("-."), made_of, ids, np.float32 if precision == "fp32" else np.float16, compute)
-        embeds = [x.to(device) for x in embeds]
+            embeds = kept(Path(args.features) / re.sub(r"[^\w.-]+", "-", str(source)).strip("-."), made_of, ids, compute)
+        embeds = [x.to(device).float() for x in embeds]
         found = both_ways(*embeds, split.positives)
         record = {"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "setting": setting_of(state, name), "weights": weights, "precision": precision, "data": args.data,
                   "split": split_name, "pairs": len(split.pairs)} | {way: recall_of(*what) for way, what in found.items()}
@@ -513,6 +516,7 @@ def retrieve(args, checkpoints, split_name, device, first):
     print(table(records, name, split_name))
     if args.report is not None:
         report.write_retrieval(args.report, *compare_rows(records, name, split_name), notes(records, name, split_name), records, ranks, split, embeds, found)
+        print(f"wrote {args.report}")
     if args.json is not None:
         data.write_text(args.json, json.dumps({"data": args.data, "split": split_name, "results": records}, ensure_ascii=False, indent=1) + "\n")
 
@@ -542,6 +546,7 @@ def classify(args, checkpoints, split_name, device, first):
     print(class_table(records, f"{args.classify}, {split_name} split", len(templates)))
     if args.report is not None:
         report.write_classification(args.report, f"{args.classify}, {split_name} split", records, names, read, labels, image_embed, class_embed, scale)
+        print(f"wrote {args.report}")
     if args.json is not None:
         data.write_text(args.json, json.dumps({"data": args.classify, "split": split_name, "templates": list(templates), "results": records}, ensure_ascii=False, indent=1) + "\n")
 

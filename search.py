@@ -142,11 +142,11 @@ def main():
     index.read(model.cfg.embed_dim)
     fresh, gone = index.update(encode)
     bad = index.unreadable()
+    if len(bad) == len(index.files):
+        raise data.BadInput(f"{folder}: no picture to search in, and {len(bad):,} that cannot be read (names must end in {', '.join(sorted(data.ENDINGS))})")
     print(f"{folder}: {len(index.files) - len(bad):,} pictures; {fresh:,} of them new or changed, {gone:,} have gone", file=sys.stderr)
     if bad:
         print(f"{len(bad):,} cannot be read and are left out; the first: {next(iter(bad.values()))}", file=sys.stderr)
-    if len(bad) == len(index.files):
-        raise data.BadInput(f"{folder}: no picture to search in (names must end in {', '.join(sorted(data.ENDINGS))})")
     embed, readable = torch.from_numpy(index.embed).float(), torch.tensor([about[2] is None for about in index.files.values()])
     paths = list(index.files)
 

@@ -1,0 +1,186 @@
+"""Search: what is indexed, what is done again, what is found; and what a person types wrong."""
+import io
+import os
+import pty
+import sys
+import time
+
+import pytest
+import torch
+from conftest import bomb, jpeg, png
+from PIL import Image
+
+import checkpoint
+import data
+import search
+from model import CLIP, CONFIGS
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "tiny.pt"
+    torch.manual_seed(0)
+    checkpoint.save(path, CLIP(CONFIGS["tiny"]))
+    return path
+
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """What lies in folders of pictures: every common kind, sub-folders, names with spaces and Chinese characters, and much that is no picture."""
+    monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "我的 相册"
+    (folder / "去 海边/2024").mkdir(parents=True)
+    (folder / ".trash").mkdir()
+    picture = Image.open(io.BytesIO(png(size=(40, 30), seed=1)))
+    for kind in ("jpg", "png", "webp", "gif", "bmp", "tif"):
+        picture.save(folder / f"kind.{kind}")
+    picture.convert("P").save(folder / "palette.PNG")
+    picture.convert("CMYK").save(folder / "cmyk.jpeg")
+    picture.convert("L").save(folder / "去 海边/grey.png")
+    (folder / "去 海边/2024/日落 1.jpg").write_bytes(jpeg(seed=7))
+    (folder / os.fsdecode(b"not utf-8 \xff.jpg")).write_bytes(jpeg(seed=8))
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".trash/gone.jpg").write_bytes(jpeg())
+    (folder / "._kind.jpg").write_bytes(b"of a Mac")
+    (folder / "broken.jpg").write_bytes(jpeg()[:200])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "bomb.png").write_bytes(bomb())
+    (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "dangling.jpg").symlink_to("nowhere.jpg")
+    (folder / "circle").symlink_to(folder)
+    return folder
+
+
+READABLE, BROKEN = 11, 4
+
+
+@pytest.fixture
+def searched(monkeypatch, capsys, album, tiny_checkpoint):
+    """search.py on the album -> (lines on stdout, all of stderr)."""
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["search.py", "--ckpt", str(tiny_checkpoint), "--images", str(album), "--workers", "0", *map(str, args)])
+        sys.stdout.reconfigure(errors="backslashreplace")                       # as data.run does
+        search.main()
+        out, err = capsys.readouterr()
+        return out.splitlines(), err
+    return run
+
+
+def test_indexes_once_then_only_what_has_changed(searched, album, monkeypatch):
+    lines, said = searched("一只猫", "--top", 3)
+    assert len(lines) == 3 and f"{READABLE} pictures; {READABLE + BROKEN} of them new or changed" in said and f"{BROKEN} cannot be read" in said
+    encoded = []
+    real = search.encode_pictures
+    monkeypatch.setattr(search, "encode_pictures", lambda model, read, batches, *rest: encoded.extend(sum(map(list, batches), [])) or real(model, read, batches, *rest))
+    again, said = searched("一只猫", "--top", 3)
+    assert again == lines and encoded == [] and "0 of them new or changed, 0 have gone" in said and f"{BROKEN} cannot be read" in said
+    (album / "kind.bmp").unlink()
+    (album / "broken.jpg").write_bytes(jpeg(seed=3))                            # mended
+    (album / "new.png").write_bytes(png(seed=9))
+    lines, said = searched("一只猫", "--top", 100)
+    assert len(encoded) == 2 and f"{READABLE + 1} pictures; 2 of them new or changed, 1 have gone" in said and len(lines) == READABLE + 1
+    assert not any("kind.bmp" in line for line in lines) and any("new.png" in line for line in lines)
+    assert not list(album.rglob("*.npz"))                                       # nothing is written among the pictures
+
+
+def test_finds_what_a_plain_comparison_finds(searched, album, tiny_checkpoint):
+    model, transform = checkpoint.load(tiny_checkpoint)
+    files = [album / path for path in data.picture_files(album)]
+    with torch.no_grad():
+        asked = model.encode_image(transform(Image.open(album / "kind.png"))[None])
+        expected = {}
+        for path in files:
+            try:
+                expected[str(path).encode(errors="backslashreplace").decode()] = float(asked @ model.encode_image(transform(data.decoded(path.read_bytes, "it"))[None])[0])
+            except data.BadInput:
+                pass
+    lines, _ = searched("--image", album / "kind.png", "--top", 100)
+    found = {line.split(None, 2)[2]: float(line.split()[1]) for line in lines}
+    assert found == pytest.approx(expected, abs=0.02)                           # bf16 towers, fp16 index
+    assert [float(line.split()[1]) for line in lines] == sorted(found.values(), reverse=True)
+    assert {line.rsplit("/", 1)[1] for line in lines[:3]} <= {"kind.png", "kind.bmp", "kind.tif", "palette.PNG", "kind.webp", "kind.gif", "kind.jpg"}
+
+
+def test_best_breaks_ties_by_the_order_and_leaves_out_the_unreadable():
+    embed = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
+    assert search.best(torch.tensor([1.0, 0]), embed, torch.tensor([True, True, True, False]), 10) == [(0, 1.0), (1, 1.0), (2, 0.0)]
+
+
+def test_contact_sheet(searched, album, tmp_path):
+    searched("<script>alert(1)</script>", "--html", tmp_path / "found.html", "--top", 20)
+    page = (tmp_path / "found.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg;base64") == READABLE and "<script" not in page and "&lt;script&gt;" in page
+    assert "%E6%97%A5%E8%90%BD%201.jpg" in page and "%FF.jpg" in page           # links that a browser can follow
+
+
+def test_an_interrupted_index_goes_on(searched, album, monkeypatch):
+    real, count = search.encode_pictures, [0]
+
+    def interrupted(*args):
+        for batch in real(*args):
+            yield batch
+            count[0] += 1
+            if count[0] == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "encode_pictures", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        searched("猫", "--batch-size", 4)
+    monkeypatch.setattr(search, "encode_pictures", real)
+    _, said = searched("猫")
+    assert f"{READABLE + BROKEN - 8} of them new or changed" in said
+
+
+def test_a_damaged_index_is_made_anew(searched, tmp_path):
+    first, _ = searched("猫")
+    place, = (tmp_path / "cache/search").glob("*.npz")
+    whole = place.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", whole.replace(b"palette", b"\0alette")):
+        place.write_bytes(content)
+        lines, said = searched("猫")
+        assert lines == first and "is damaged; it is made anew" in said
+    assert searched("猫")[0] == first
+
+
+def test_asks_again_and_again(searched, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("猫\n\n  \n狗\n"))
+    lines, _ = searched("--top", 2)
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--images", "nowhere", "猫"], "--images nowhere: there is no such folder"),
+    (["--ckpt", "nowhere.pt", "猫"], "nowhere.pt: there is no such checkpoint"),
+    (["猫", "--image", "ALBUM/kind.png"], "ask with a sentence or with a picture"),
+    (["--image", "ALBUM/broken.jpg"], "broken.jpg cannot be read"),
+    (["--image", "nowhere.jpg"], "nowhere.jpg cannot be read"),
+    ([" "], "the query is empty"),
+    (["猫", "--top", "0"], "--top 0"),
+    (["猫", "--html", "nowhere/a.html"], "name a file in a folder that is there"),
+    (["猫", "--images", "EMPTY"], "no picture to search in"),
+])
+def test_wrong_arguments_give_one_line(searched, album, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.BadInput) as caught:
+        searched(*[a.replace("ALBUM", str(album)).replace("EMPTY", str(tmp_path / "empty")) for a in arguments])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_progress_shows_the_time_left_in_a_terminal_and_nothing_elsewhere(capfd, monkeypatch):
+    def work(seconds):
+        with data.Progress("pictures embedded", 40) as progress:
+            for _ in range(20):
+                time.sleep(seconds / 20)
+                progress.add(2)
+
+    monkeypatch.setattr(data.time, "time", iter(range(10_000)).__next__)        # a clock that goes a second at each look
+    work(0)
+    assert capfd.readouterr().err == ""
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        work(0)
+        monkeypatch.setenv("RANK", "1")
+        work(0)
+    shown = os.read(reader, 2**16).decode()
+    assert "pictures embedded: 20 of 40, 0:00:" in shown and shown.endswith("\x1b[K") and shown.count("40 of 40") == 1
