@@ -42,6 +42,7 @@ import signal
 import sys
 import tarfile
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -80,9 +81,13 @@ class BadInput(Exception):
 def write(path, fill, shown=None, part=".part"):
     """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, under its name + `part`, it is flushed to the disk, then renamed.
 
-    `shown`: its name in a message. Of processes that write the same file at the same time each needs a `part` of its own.
+    `shown`: its name in a message. Of processes that write the same file at the same time each needs a `part` of its own. A link stays, what it points to is written; into a device or
+    a pipe (/dev/stdout) it is written directly.
     """
-    path = Path(path)
+    if Path(path).exists() and not Path(path).is_file():
+        with open(path, "wb") as f:
+            return fill(f)
+    path = Path(path).resolve()
     part = path.with_name(path.name + part)
     try:
         part.unlink(missing_ok=True)                                            # of a killed run; or a link, whose target is not ours
@@ -97,12 +102,23 @@ def write(path, fill, shown=None, part=".part"):
         raise BadInput(f"{shown or path}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
 
 
-def write_text(path, text):
-    write(path, lambda f: f.write(text.encode(errors="backslashreplace")))       # names of files need not be text
+def write_text(path, text, **options):
+    write(path, lambda f: f.write(text.encode(errors="backslashreplace")), **options)       # names of files need not be text
+
+
+def check_place(flag, path):
+    """Refuse, before the work, a file name that could not be written after it."""
+    if path is not None and (not path or Path(path).is_dir() or not os.access(Path(path).resolve().parent, os.W_OK)):
+        raise BadInput(f"{flag} {path!r}: name a file in a folder that is there and can be written to")
+
+
+def printable(text):
+    """A text on one line of a terminal: line ends and other control characters, which names of files may hold, as \\n, \\x1b, …"""
+    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in str(text))
 
 
 class Progress:
-    """How much of a long piece of work is done, and the time left: one line on stderr, from the third second on; in a terminal alone, and of the first process alone.
+    """How much of a long piece of work is done (by this process), and the time left: one line on stderr, from the third second on; only in a terminal, and only of the first process.
 
         with Progress("pictures embedded", 10_000) as progress:
             progress.add(128)
@@ -170,6 +186,10 @@ class Split:
     def where(self, k):
         """Where training pair k lies, for a report: {"file", "offset" in bytes, …} (of the painted set: its number)."""
         return self.picture_place(self.pairs[k][1]) | {"caption": self.texts[self.pairs[k][0]]}
+
+    def files(self):
+        """The files in which the pictures lie."""
+        return []                                                               # of painted ones
 
     def fingerprint(self):
         """A short text that changes when the captions, the pictures' names, their relation or the first sample change."""
@@ -261,6 +281,9 @@ class TsvSplit(Split):
                     yield number, start, end, m[start : min(end, start + 64)]
                     start = end + 1
 
+    def files(self):
+        return [self.path]
+
     def picture_place(self, i):
         return {"file": str(self.path), "offset": self.offsets[i][0], "picture": self.image_ids[i]}
 
@@ -284,6 +307,9 @@ class FolderSplit(Split):
         if not described:
             raise BadInput(f"{folder}: no split {split!r}; it has {', '.join(sorted(present)) or 'no rows at all'}; the column `split` of the captions file names them (train, valid, test)")
         super().__init__(f"{folder.resolve().name}/{split}", list(described), list(index_of), [list(images) for images in described.values()], context_length)
+
+    def files(self):
+        return [self.folder / image for image in self.image_ids]
 
     def picture_place(self, i):
         return {"file": str(self.folder / self.image_ids[i]), "offset": 0, "picture": self.image_ids[i]}
@@ -321,11 +347,17 @@ def caption_rows(path):
         yield image, caption.strip(), split
 
 
-def check_text(text, path, number):
-    """JSON can spell half a character (a lone surrogate), which no tokenizer can read."""
+def is_text(text):
+    """Whether it is whole characters. JSON can spell half of one (a lone surrogate), and what is not UTF-8 in names of files becomes such; no tokenizer can read them."""
     try:
         text.encode()
     except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_text(text, path, number):
+    if not is_text(text):
         raise BadInput(f"{path}, line {number}: the text holds a broken character (a lone surrogate): {text.encode('utf-8', 'replace').decode()[:60]}") from None
 
 
@@ -459,6 +491,9 @@ class ShardSplit(Split):
         which, texts = self._captions(k)
         picture = decoded(lambda: self._picture_bytes(k), f"{self._place(k)}: the picture")
         return picture, self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
+
+    def files(self):
+        return self.shards
 
     def order(self, seed, epoch):
         return ShardOrder(np.diff(self.starts), seed, epoch)
@@ -798,52 +833,79 @@ ENDINGS = {f".{kind}" for kind in (*PICTURES, "jpe", "jfif", "avif", "jp2", "ppm
 
 
 def picture_files(folder):
-    """Every picture under a folder, at any depth, known by the ending of its name -> paths relative to the folder, sorted. What is hidden (.trash, ._cat.jpg) is left out."""
-    found = []
-    for where, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [os.path.relpath(os.path.join(where, name), folder) for name in files if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS]
-    return sorted(found)
+    """Every picture under a folder, at any depth, known by the ending of its name -> paths relative to the folder, sorted; and {folder: reason} of those in it that cannot be read.
 
-
-def open_classes(folder, split):
-    """Pictures in one folder for each class, for zero-shot classification -> (C class names, P pictures as paths, P class indices).
-
-    ELEVATER-cn: line i of label_cn.txt names class i, counted from 0, whose pictures are in `split`/000, 001, …; or in folders with the classes' names; or in C folders with other names
-    (n01440764, …), in alphabetical order. Without label_cn.txt the folders' names are the classes': `split`/猫/*.jpg, or 猫/*.jpg where there is no folder `split`.
+    What is hidden (.trash, ._cat.jpg) is left out, and so are folders that are links.
     """
+    found, unread = [], {}
+    for where, folders, files in os.walk(folder, onerror=lambda error: unread.update({os.path.relpath(error.filename, folder): error.strerror})):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [os.path.join(where, name) for name in files if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS]
+        found += [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]          # a pipe would be waited for
+    return sorted(found), unread
+
+
+def class_root(folder, split=None):
+    """Where the class folders are: folder/split; without a split folder/test, or the folder itself when it has no splits. Raises BadInput when they are not there."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise BadInput(f"{folder}: there is no such folder; expected label_cn.txt beside {split}/000, {split}/001, … or a folder for each class with its Chinese name: 猫/1.jpg")
-    label_file, root = folder / "label_cn.txt", folder / split
-    shown = lambda names: ", ".join(names[:5]) + ", …" * (len(names) > 5)
-    if not root.is_dir():
-        root = folder
-        others = sorted({"train", "val", "valid", "test"} & {path.name for path in folder.iterdir()})
-        if others or label_file.is_file():
-            raise BadInput(f"{folder}: no split {split!r}; it has {shown(others) or 'none'}")
+        raise BadInput(f"{folder}: there is no such folder; expected one with a folder for each class: 猫/1.jpg, 狗/1.jpg, …, or test/000, test/001, … beside label_cn.txt")
+    splits = sorted({"train", "val", "valid", "test", split or "test"} & {path.name for path in folder.iterdir() if path.is_dir()})
+    if (split or "test") in splits:
+        return folder / (split or "test")
+    if split or splits:
+        raise BadInput(f"{folder}: no split {split or 'test'!r}; it has {', '.join(splits) or 'none'}")
+    return folder
+
+
+def open_classes(root):
+    """Pictures in one folder for each class, for zero-shot classification -> (C class names, P pictures as paths, P class indices).
+
+    ELEVATER-cn: line i of label_cn.txt beside `root` names class i, counted from 0. Its pictures are in the folder of that name; or in root/000, 001, …; or, in C folders with other
+    names (n01440764, …), in the i-th in alphabetical order. Without label_cn.txt the folders' names are the classes': root/猫/*.jpg.
+    """
+    label_file = next((path for path in (root / "label_cn.txt", root.absolute().parent / "label_cn.txt") if path.is_file()), None)
+    shown = lambda names: printable(", ".join(names[:5]) + ", …" * (len(names) > 5))
+    composed = lambda name: unicodedata.normalize("NFC", name.strip())          # a Mac writes é as two characters
     found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not label_file.is_file():
-        names, class_of = found, {name: i for i, name in enumerate(found)}
+    numbered = all(name.isdecimal() and name.isascii() for name in found)
+    if label_file is None:
+        names, class_of = [composed(name) for name in found], {name: i for i, name in enumerate(found)}
+        if found and numbered:
+            warnings.warn(f"{root}: there is no label_cn.txt, so the folders' numbers are taken for names: {shown(found)}")
     else:
-        names = "".join(line for _, line in utf8_lines(label_file)).rstrip().splitlines()
-        names = [name.strip() for name in names]
-        if not all(names):
+        names = [composed(line) for _, line in utf8_lines(label_file)]
+        while names and not names[-1]:
+            names.pop()
+        if not all(names) or not names:
             raise BadInput(f"{label_file}, line {names.index('') + 1 if names else 1}: empty; each line names one class")
-        if all(name.isdecimal() and name.isascii() for name in found):
+        strange = [name for name in found if composed(name) not in names]
+        if not strange:
+            class_of = {name: names.index(composed(name)) for name in found}
+        elif numbered:
             class_of = {name: int(name) for name in found}
-            beyond = [name for name, i in class_of.items() if i >= len(names)]
-            if beyond:
-                raise BadInput(f"{root}: the folder {beyond[0]} has no line in label_cn.txt, whose {len(names)} lines name the classes 0 to {len(names) - 1}")
-        elif set(found) <= set(names):
-            class_of = {name: names.index(name) for name in found}
+            if beyond := [name for name, i in class_of.items() if i >= len(names)]:
+                raise BadInput(f"{root}: the folder {beyond[0]} has no line in {label_file}, whose {len(names)} lines name the classes 0 to {len(names) - 1}")
+        elif len(strange) < len(found):
+            raise BadInput(f"{root}: no line of {label_file} names the folders {shown(strange)}; it does name others")
         elif len(found) == len(names):
             class_of = {name: i for i, name in enumerate(found)}
         else:
-            raise BadInput(f"{root}: {len(found)} folders ({shown(found)}) and {len(names)} lines in label_cn.txt; which belongs to which? Name the folders 000, 001, … or as the lines")
-    pictures = [(root / name / file, i) for name, i in class_of.items() for file in picture_files(root / name)]
+            raise BadInput(f"{root}: {len(found)} folders ({shown(found)}) and {len(names)} lines in {label_file}; which belongs to which? Name the folders 000, 001, … or as the lines")
+    if len(set(class_of.values())) < len(class_of) or not all(names) or any(not is_text(name) for name in names):
+        raise BadInput(f"{root}: two folders with one name or number, or a name that is empty or not UTF-8 ({shown(found)})")
+    pictures = []
+    for name, i in class_of.items():
+        files, unread = picture_files(root / name)
+        pictures += [(root / name / file, i) for file in files]
+        if unread:
+            raise BadInput(f"{root / name / next(iter(unread))}: cannot be read ({next(iter(unread.values()))}), so the figures would be those of a part")
     if len(names) < 2 or not pictures:
         raise BadInput(f"{root}: {len(names)} classes and {len(pictures)} pictures; expected two or more folders, one for each class, with pictures in them")
+    if loose := sorted(path.name for path in root.iterdir() if path.is_file() and path.suffix.lower() in ENDINGS):
+        warnings.warn(f"{root}: left out, for they are in no class folder: {len(loose):,} ({shown(loose)})")
+    if empty := [name for i, name in enumerate(names) if i not in {label for _, label in pictures}]:
+        warnings.warn(f"{root}: classes without a picture, which can be guessed all the same: {len(empty):,} ({shown(empty)})")
     return names, [path for path, _ in pictures], [i for _, i in pictures]
 
 
@@ -1325,6 +1387,9 @@ def run(main):
     """Run a script's main. Warnings become one line each, without Python's source line; BadInput, failed reads or writes, and lost readers or partners become one line and
     exit status 1. Under torchrun a mistake that all processes meet is told by the first alone.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:                                          # closed by the caller
+            setattr(sys, name, open(os.devnull, mode))
     sys.stdout.reconfigure(errors="backslashreplace")                           # a terminal that knows no Chinese shows \u732b, and the run goes on
     warnings.showwarning = lambda message, *_, **__: print("warning:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
     status = 0
@@ -1334,6 +1399,13 @@ def run(main):
         status = 130
     except SystemExit as stop:
         status = stop.code
+    except BrokenPipeError as error:
+        try:
+            sys.stdout.flush()
+            status = f"error: {error}"
+        except BrokenPipeError:                                                 # nobody reads on: | head has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 128 + signal.SIGPIPE
     except (BadInput, OSError) as error:
         status = f"error: {str(error).strip().splitlines()[-1]}"                # an OSError of a reader comes with a traceback before it
     except RuntimeError as error:

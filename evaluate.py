@@ -13,6 +13,7 @@ image-to-text: every picture asks, all captions are candidates. Queries without 
 import argparse
 import collections
 import functools
+import hashlib
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import unicodedata
 import uuid
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -156,7 +158,10 @@ def _together(samples):
 
 @torch.no_grad()
 def encode_pictures(model, read, batches, device, autocast, workers=0):
-    """For each batch, a sequence of picture numbers: (numbers, embeddings (B, D) on the CPU, {number: reason} of what cannot be read). read(i) -> picture i, or raises BadInput."""
+    """For each batch, a sequence of picture numbers: (numbers, embeddings (B, D) on the CPU, {number: reason} of what cannot be read). By this process alone.
+
+    read(i) -> picture i, or raises BadInput. The model is in evaluation mode.
+    """
     loader = DataLoader(Pictures(read, model.cfg.image_size), batch_sampler=batches, collate_fn=_together, num_workers=workers, worker_init_fn=data.reader_start())
     with data.Progress("pictures embedded", sum(map(len, batches))) as progress:
         for numbers, pixels, unreadable in loader:
@@ -169,8 +174,8 @@ def encode_pictures(model, read, batches, device, autocast, workers=0):
 
 
 @torch.no_grad()
-def encode_texts(model, ids, device, autocast, batch_size=128):
-    """Tokens (T, L) -> (T, D) on the CPU, by all processes together."""
+def embed_texts(model, ids, device, autocast, batch_size=128):
+    """Tokens (T, L) -> (T, D) on the CPU, by all processes together. The model is in evaluation mode."""
     batches = own_batches(len(ids), batch_size)
     rows = []
     with data.Progress("texts embedded", sum(map(len, batches))) as progress:
@@ -182,7 +187,7 @@ def encode_texts(model, ids, device, autocast, batch_size=128):
 
 
 def own_batches(count, batch_size):
-    """This process's batches of 0 … count - 1, as ranges. They are the same batches on any number of processes, so that rounding is, too."""
+    """This process's batches of 0 … count - 1, as ranges. On any number of processes they are the same batches, so results round alike."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)][rank::world]
 
@@ -210,41 +215,46 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0):
     was_training = model.training
     model.eval()
     image_embed = embed_pictures(model, split.picture, len(split.image_ids), device, autocast, batch_size, workers)
-    text_embed = encode_texts(model, split.ids, device, autocast, batch_size)
+    text_embed = embed_texts(model, split.ids, device, autocast, batch_size)
     model.train(was_training)
     return image_embed, text_embed
 
 
 def kept(folder, made_of, ids, compute):
     """compute() -> (image_embed, text_embed), or what an earlier call has left in `folder`: image_embed.npy, text_embed.npy and features.json, which says what they were made of, and
-    whose rows they are. Raises BadInput when they were made of something else.
+    whose rows they are (`ids`: the names of the pictures, the captions). Raises BadInput when they were made of something else.
     """
     folder, names = Path(folder), ("image_embed.npy", "text_embed.npy")
-    about = folder / "features.json"
+    about, is_main = folder / "features.json", not dist.is_initialized() or dist.get_rank() == 0
+    digests = lambda embeds: {name: hashlib.sha256(x.contiguous().numpy()).hexdigest() for name, x in zip(names, embeds)}
     if not any(from_all(about.exists())):
-        image_embed, text_embed = compute()
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        embeds = compute()
+        if is_main:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise data.BadInput(f"--features {folder}: {error.strerror}; name another folder") from None
-            for name, x in zip(names, (image_embed, text_embed)):
-                data.write(folder / name, lambda f: np.save(f, x.numpy()))
-            data.write_text(about, json.dumps({"made_of": made_of, **ids}, ensure_ascii=False, indent=1) + "\n")          # last: with it the folder is whole
+            for name, x in zip(names, embeds):
+                data.write(folder / name, lambda f: np.save(f, x.numpy()), part=f".{os.getpid()}.part")
+            whole = {"made_of": made_of, "sha256": digests(embeds), **ids}
+            data.write_text(about, json.dumps(whole, ensure_ascii=False, indent=1) + "\n", part=f".{os.getpid()}.part")     # last: with it the folder is whole
+            print(f"embeddings kept in {folder}")
         from_all(None)                                                          # all wait for it
+        return embeds
     try:
         found = json.loads(about.read_text(encoding="utf-8"))
-        was = found["made_of"]
-        changed = [f"{key} {was.get(key)}, now it is {made_of[key]}" for key in made_of if was.get(key) != made_of[key]]
-        features = [np.load(folder / name) for name in names]
-        whole = all(x.dtype in (np.float16, np.float32) and x.ndim == 2 and len(x) == len(rows) for x, rows in zip(features, ids.values())) and features[0].shape[1] == features[1].shape[1]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise data.BadInput(f"--features {folder}: cannot be read ({error}); delete it or name another folder") from None
+        changed = [f"{key} {found['made_of'].get(key)}, now it is {made_of[key]}" for key in made_of if found["made_of"].get(key) != made_of[key]]
+        embeds = [torch.from_numpy(np.load(folder / name)) for name in names]
+        as_described = found["sha256"] == digests(embeds) and all(found[key] == ids[key] for key in ids)
+    except Exception as error:                                                  # damage comes in many kinds
+        raise data.BadInput(f"--features {folder}: cannot be read ({type(error).__name__}: {error}); delete it or name another folder") from None
     if changed:
         raise data.BadInput(f"--features {folder}: made of {'; '.join(changed)}. Delete it or name another folder")
-    if not whole:
+    if not as_described:
         raise data.BadInput(f"--features {folder}: the .npy files are not those that features.json describes; delete it or name another folder")
-    return [torch.from_numpy(x) for x in features]
+    if is_main:
+        print(f"embeddings of {folder} used again")
+    return embeds
 
 
 # ---------------------------------------------------------------------------------------------------------------- recall
@@ -280,43 +290,56 @@ def _ranks_of_chunk(similarity, correct, place):
     return ranks.masked_fill(torch.tensor([not right for right in correct], device=place.device), -1).cpu()
 
 
+class Ranked(NamedTuple):
+    """What one direction comes to: ranks (Q,) of best_ranks, the correct candidates of each of the Q queries, and how many candidates there are."""
+    ranks: torch.Tensor
+    correct: list
+    candidates: int
+
+    def hits_at_1(self):
+        """Whether each of the A queries that have an answer was a hit at 1, 0 or 1: (A,) float64."""
+        return (self.ranks[self.ranks >= 0] == 0).double().numpy()
+
+
 def recall_of(ranks, correct, candidates):
-    """Ranks of best_ranks -> {"R@1", "R@5", "R@10", "MR"} in percent, the R@1 of guessing, the number of queries, and how many had no correct item."""
+    """The fields of a Ranked -> {"R@1", "R@5", "R@10", "MR"} in percent, the R@1 and MR of guessing, the number of queries, and how many had no correct item."""
     asked = ranks[ranks >= 0]
     result = {f"R@{k}": 100 * (asked < k).double().mean().item() for k in KS}
     result["MR"] = sum(result.values()) / len(KS)
-    chance = 100 * sum(map(len, correct)) / candidates / len(asked)
-    return result | {"chance_R@1": chance, "queries": len(asked), "without_answer": len(ranks) - len(asked)}
+    wrong = np.array([candidates - len(right) for right in correct if right])                       # (A,) wrong candidates of each query
+    misses = np.cumprod([(wrong - k).clip(0) / max(1, candidates - k) for k in range(max(KS))], axis=0).mean(axis=1)                # [K-1]: K different guesses, all wrong
+    chance = {k: 100 * (1 - misses[k - 1]) for k in KS}
+    return result | {"chance_R@1": chance[1], "chance_MR": sum(chance.values()) / len(KS), "queries": len(asked), "without_answer": len(ranks) - len(asked)}
 
 
 def both_ways(image_embed, text_embed, positives, chunk=None):
-    """The ranks from which all else follows -> {"text_to_image": (ranks (T,), positives, I), "image_to_text": (ranks (I,), the captions of each picture, T)}; arguments as below."""
+    """The ranks from which all else follows -> {"text_to_image": Ranked, "image_to_text": Ranked}. Arguments and errors as below."""
     if not (image_embed.sum().isfinite() and text_embed.sum().isfinite()):
         raise data.BadInput("the embeddings hold NaN or infinity: the weights are damaged, training diverged (then a lower --lr helps), or fp16 has overflown (then --precision fp32 helps)")
     if not any(len(images) for images in positives):
         raise data.BadInput("no caption of the split describes a picture of it, so there is no recall to measure")
-    captions_of = [[] for _ in range(len(image_embed))]
+    captions_of_image = [[] for _ in range(len(image_embed))]
     for t, images in enumerate(positives):
         for i in images:
-            captions_of[i].append(t)
-    return {"text_to_image": (best_ranks(text_embed, image_embed, positives, chunk), positives, len(image_embed)),
-            "image_to_text": (best_ranks(image_embed, text_embed, captions_of, chunk), captions_of, len(text_embed))}
+            captions_of_image[i].append(t)
+    return {"text_to_image": Ranked(best_ranks(text_embed, image_embed, positives, chunk), positives, len(image_embed)),
+            "image_to_text": Ranked(best_ranks(image_embed, text_embed, captions_of_image, chunk), captions_of_image, len(text_embed))}
 
 
 def retrieval_recall(image_embed, text_embed, positives, chunk=None):
     """Recall in both directions.
 
     image_embed (I, D), text_embed (T, D) unit vectors; positives[t] = indices of the pictures that caption t describes.
-    -> {"text_to_image": {"R@1", "R@5", "R@10", "MR", "chance_R@1", "queries", "without_answer"}, "image_to_text": the same}, recalls in percent.
+    -> {"text_to_image": {"R@1", "R@5", "R@10", "MR", "chance_R@1", "chance_MR", "queries", "without_answer"}, "image_to_text": the same}, recalls in percent.
     Raises BadInput when an embedding is not finite or nothing can be asked.
     """
-    return {way: recall_of(*found) for way, found in both_ways(image_embed, text_embed, positives, chunk).items()}
+    return {way: recall_of(*ranked) for way, ranked in both_ways(image_embed, text_embed, positives, chunk).items()}
 
 
 def resampled(values, groups, draws=1000, seed=0):
-    """The mean of `values` (Q,) in percent, as it comes out on other sets of the same kind: (draws,) means over groups drawn with replacement (bootstrap).
+    """The mean of `values` (A,) in percent, as it comes out on other sets of the same kind: (draws,) means over groups drawn with replacement (bootstrap).
 
-    Captions of one picture rise and fall together, so pictures are drawn, not captions: groups (Q,) numbers the picture of each value. The same seed and groups give the same draws,
+    Captions of one picture rise and fall together, so pictures are drawn, not captions: groups (A,) numbers the picture of each value. The same seed and groups give the same draws,
     so differences between two models are paired.
     """
     _, groups = np.unique(groups, return_inverse=True)
@@ -333,10 +356,15 @@ def interval(values, groups):
     return np.quantile(resampled(values, groups), (0.025, 0.975)).tolist()
 
 
-def hits_at_1(way, ranks, correct):
-    """-> whether each query that counts was a hit at 1, as 0 or 1, and its picture: for a caption the first that it describes. Both (Q,)."""
-    asked = [q for q, rank in enumerate(ranks.tolist()) if rank >= 0]
-    return (ranks[asked] == 0).double().numpy(), np.array([correct[q][0] for q in asked] if way == "text_to_image" else asked)
+def change(before, after, groups):
+    """What another model changes, on the same queries: values (A,) of both -> {"mean", "interval"} in percent points."""
+    return {"mean": 100 * (after - before).mean(), "interval": interval(after - before, groups)}
+
+
+def pictures_asked(ranked):
+    """The picture of each of the A queries that have an answer: a caption's is the first that it describes."""
+    asked = {way: [q for q, right in enumerate(r.correct) if right] for way, r in ranked.items()}
+    return {"text_to_image": np.array([ranked["text_to_image"].correct[t][0] for t in asked["text_to_image"]]), "image_to_text": np.array(asked["image_to_text"])}
 
 
 # ---------------------------------------------------------------------------------------------------------------- zero-shot classification
@@ -349,6 +377,8 @@ TEMPLATES = ("{}", "{}。", "这是{}。", "一张{}的照片。", "一张{}的�
 def read_templates(path):
     """A text file with one template in each line, {} where the class's name goes -> the templates."""
     templates = []
+    if not Path(path).is_file():
+        raise data.BadInput(f"--templates {path}: there is no such file")
     for number, line in data.utf8_lines(path):
         if line.strip():
             if line.count("{}") != 1:
@@ -363,20 +393,24 @@ def class_embeddings(model, names, templates, device, autocast, batch_size=128):
     """The zero-shot classifier (figure 2, step 2): C names -> (C, D), for each the mean of the unit embeddings of its prompts, of length 1 again."""
     prompts = [template.replace("{}", name) for name in names for template in templates]
     ids = Tokenizer("the prompts")(prompts, model.cfg.context_length).numpy()
-    embed = encode_texts(model, ids, device, autocast, batch_size).view(len(names), len(templates), -1)
+    seen = {}
+    for name, tokens in zip(names, ids.reshape(len(names), -1)):
+        if (other := seen.setdefault(tokens.tobytes(), name)) is not name:
+            warnings.warn(f"the prompts of {name} are those of {other}, token by token: the model cannot tell the two classes apart, and guesses the first")
+    embed = embed_texts(model, ids, device, autocast, batch_size).view(len(names), len(templates), -1)
     return F.normalize(embed.mean(dim=1), dim=1)
 
 
 def class_probabilities(image_embed, class_embed, scale):
-    """Figure 2, step 3: cosine similarities times the scale exp(logit_scale), through softmax: (P, D), (C, D) -> (P, C), rows that sum to 1."""
-    return (scale * image_embed @ class_embed.T).softmax(dim=1)
+    """Figure 2, step 3: cosine similarities times the scale exp(logit_scale), through softmax: (P, D) or (D,), and (C, D) -> (P, C) or (C,), rows that sum to 1."""
+    return (scale * image_embed @ class_embed.T).softmax(dim=-1)
 
 
 def classification_of(image_embed, class_embed, labels, names):
     """A picture belongs to the class whose embedding is most like its own; of equal ones to the first.
 
     image_embed (P, D), class_embed (C, D) unit vectors, labels: P class indices, names: C texts -> {"top-1", "top-5", "mean_per_class", "top-1_interval", "chance_top-1"} in percent,
-    {"pictures", "classes"}, "per_class" of the classes that have pictures, and "confused", the 20 pairs that are most often.
+    {"pictures", "classes"}, "per_class" of the classes that have pictures, "confused", the 20 pairs that are most often; and whether each picture was right (P,).
     """
     ranks = best_ranks(image_embed, class_embed, [[label] for label in labels])
     right, labels = (ranks == 0).double().numpy(), np.array(labels)
@@ -387,36 +421,60 @@ def classification_of(image_embed, class_embed, labels, names):
     return {"top-1": 100 * right.mean(), "top-5": 100 * (ranks < 5).double().mean().item(), "mean_per_class": accuracy[counts > 0].mean(),
             "top-1_interval": interval(right, np.arange(len(right))), "chance_top-1": 100 / len(names), "pictures": len(labels), "classes": len(names),
             "per_class": [{"class": names[c], "pictures": int(counts[c]), "top-1": accuracy[c]} for c in np.flatnonzero(counts)],
-            "confused": [{"class": names[a], "taken_for": names[b], "times": times, "of": int(counts[a])} for (a, b), times in taken_for.most_common(20)]}
+            "confused": [{"class": names[a], "taken_for": names[b], "times": times, "of": int(counts[a])} for (a, b), times in taken_for.most_common(20)]}, right
+
+
+def predictions(image_embed, class_embed, scale, names):
+    """For each picture its five most probable classes, best first, of equal ones the first: P lists of [name, probability]."""
+    found = []
+    for some in image_embed.split(1024):
+        best = class_probabilities(some, class_embed, scale).sort(dim=1, descending=True, stable=True)
+        found += [[[names[c], p] for p, c in zip(*row)] for row in zip(best.values[:, :5].tolist(), best.indices[:, :5].tolist())]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------- the tables
 
 
 def data_name(name):
-    """A value of --data -> what the set is called: the known name, also for its folder (data/COCO-CN is coco-cn), else the folder's name, or the pattern."""
-    folder = Path(name).name if data.is_pattern(name) else Path(name).resolve().name
+    """A value of --data -> what the set is called: the known name, also for its folder (data/COCO-CN is coco-cn), else the folder's own name, or the pattern of shards."""
+    folder = name if data.is_pattern(name) else Path(name).resolve().name
     return next((known for known, its_folder in data.NAMES.items() if name == known or folder.lower() == its_folder.lower()), folder)
 
 
 def setting_of(state, name):
-    """What a checkpoint has seen of the data set `name`, as far as its file tells: "fine-tuned" or "trained" on it, else "zero-shot"."""
+    """What a checkpoint has seen of the data set `name` (a value of --data), as far as its file tells: "fine-tuned" or "trained" on it, else "zero-shot"."""
     settings = state.get("settings")
-    if not isinstance(settings, dict) or not state.get("step") or data_name(str(settings.get("data"))) != name:
-        return "zero-shot"
-    return "fine-tuned" if settings.get("stage") == "finetune" else "trained"
+    seen = str(settings.get("data")) if isinstance(settings, dict) and state.get("step") else None
+    same = seen is not None and data_name(seen) == data_name(name) and (data_name(name) in [*data.NAMES, "demo"] or Path(seen).resolve() == Path(name).resolve())
+    return "zero-shot" if not same else "fine-tuned" if settings.get("stage") == "finetune" else "trained"
+
+
+def half(interval):
+    """Half the width of an interval: what stands behind ±."""
+    return (interval[1] - interval[0]) / 2
 
 
 def compare_rows(records, name, split):
-    """The rows of the paper's table for this data set and split, and those measured here -> (title, [(scale, model, setting, six recalls, half widths of the R@1 or None), …])."""
+    """The rows of the paper's table for this data set and split, and those measured here -> (title, [(scale, model, setting, six recalls, the two ± of the R@1 or None), …])."""
     title, published = PUBLISHED.get(name, (name, [])) if split == "test" else (name, [])
     rows = [(scale, model, setting, figures, None) for scale, model, setting, *figures in published]
     for record in records:
         ways = record["text_to_image"], record["image_to_text"]
-        half = [(way["R@1_interval"][1] - way["R@1_interval"][0]) / 2 for way in ways]
-        rows.append((SCALE.get(record["model"], "custom"), f"> {record['model']} ({record['ckpt']})", record["setting"], [way[f"R@{k}"] for way in ways for k in KS], half))
+        figures, halves = [way[f"R@{k}"] for way in ways for k in KS], [half(way["R@1_interval"]) for way in ways]
+        rows.append((SCALE.get(record["model"], "custom"), f"> {record['model']} ({record['ckpt']})", record["setting"], figures, halves))
     rows.sort(key=lambda row: ["base-size", "large-size", "tiny", "custom"].index(row[0]))          # stable: a measured row ends its own size group
     return f"{title}, {split} split (%)", rows
+
+
+def cells(figures, halves, plus_minus=" ±{:.1f}"):
+    """Six recalls, two ± or None -> for each direction R@1, R@5, R@10 and their mean, as texts."""
+    found = []
+    for way in (0, 1):
+        three = figures[3 * way : 3 * way + 3]
+        found.append([f"{x:.1f}" for x in (*three, sum(three) / 3)])
+        found[way][0] += plus_minus.format(halves[way]) if halves else ""
+    return found
 
 
 def width(text):
@@ -434,121 +492,156 @@ def table(records, name, split):
     """The paper's table for this data set as text, published rows and the measured ones (marked >)."""
     title, rows = compare_rows(records, name, split)
     lines = [["scale", "model", "setting", *["  R@1", "  R@5", " R@10", "   MR", ""] * 2]]
-    for scale, model, setting, figures, half in rows:
-        lines.append([scale, model, setting])
-        for way in (0, 1):
-            recalls = figures[3 * way : 3 * way + 3]
-            first, *rest = [f"{x:5.1f}" for x in (*recalls, sum(recalls) / 3)]
-            lines[-1] += [first + (f" ±{half[way]:.1f}" if half else ""), *rest, ""]
+    for scale, model, setting, figures, halves in rows:
+        to_image, to_text = cells(figures, halves)
+        aligned = lambda way: [" " * (5 - len(x.split()[0])) + x for x in way]
+        lines.append([scale, model, setting, *aligned(to_image), "", *aligned(to_text), ""])
     head, *body = columns(lines)
-    start = [head.find("R@1"), head.rfind("R@1")]
-    return "\n".join([title, " " * start[0] + "Text-to-Image" + " " * (start[1] - start[0] - 13) + "Image-to-Text", head, *body, *notes(records, name, split)])
+    left, right = head.find("R@1"), head.rfind("R@1")
+    return "\n".join([title, " " * left + "Text-to-Image" + " " * (right - left - 13) + "Image-to-Text", head, *body, *notes(records, name, split)])
+
+
+def gain(what, change):
+    """A change in words."""
+    low, high = change["interval"]
+    return f"{what} {change['mean']:+.1f} ({low:+.1f} to {high:+.1f}{', which may be chance' if low <= 0 <= high else ''})"
 
 
 def notes(records, name, split):
     """What a reader of the table must know."""
-    ways = {"text_to_image": "captions describe no picture of the split", "image_to_text": "pictures have no caption"}
-    t, i = (records[0][way] for way in ways)
-    lines = [f"> measured here, towers in {records[0]['precision']}: {t['queries']:,} captions ask, {i['queries']:,} pictures ask. Guessing gives R@1 of {t['chance_R@1']:.1f} and {i['chance_R@1']:.1f}.",
+    ways = {"text_to_image": "caption{s} without a picture in the split", "image_to_text": "picture{s} without a caption"}
+    first, *others = records
+    t, i = (first[way] for way in ways)
+    lines = [f"> measured here, towers in {first['precision']}: {t['queries']:,} captions ask, {i['queries']:,} pictures ask. Guessing gives text-to-image R@1 {t['chance_R@1']:.1f}, "
+             f"MR {t['chance_MR']:.1f}; image-to-text {i['chance_R@1']:.1f}, {i['chance_MR']:.1f}.",
              "MR is the mean of R@1, R@5 and R@10. ±: half of the interval that holds 95 % of the R@1 when the split's pictures are resampled (bootstrap, 1,000 draws).",
-             "Setting: what the checkpoint's file tells of its training. Weights of other projects tell nothing and count as zero-shot."]
+             "Setting: fine-tuned or trained on this data set, as far as the checkpoint's file tells; else zero-shot."]
     published = data.TABLE_1.get(name, {}).get(split)
-    if published:
-        pairs = records[0]["pairs"]
-        lines.append(f"{pairs:,} pairs, as in the paper's table 1." if pairs == published else f"NOTE: {pairs:,} pairs where the paper's table 1 has {published:,}, so the published rows are of another set.")
-    lines += [f"{records[0][way]['without_answer']:,} {what}: no queries, but they stay candidates." for way, what in ways.items() if records[0][way]["without_answer"]]
-    for record in records[1:]:
-        gains = []
-        for way, change in record["change_of_R@1"].items():
-            low, high = change["interval"]
-            gains.append(f"{way.replace('_', '-')} {change['mean']:+.1f} ({low:+.1f} to {high:+.1f}{', which may be chance' if low <= 0 <= high else ''})")
-        lines.append(f"R@1 of {record['ckpt']} less that of {records[0]['ckpt']}, with 95 % interval: {', '.join(gains)}.")
+    if published and published == first["pairs"]:
+        lines.append(f"{published:,} pairs, as in the paper's table 1.")
+    elif published:
+        lines.append(f"NOTE: {first['pairs']:,} pairs where the paper's table 1 has {published:,}, so the published rows are of another set.")
+    for way, what in ways.items():
+        if missing := first[way]["without_answer"]:
+            lines.append(f"{missing:,} {what.format(s='s' * (missing > 1))}: asked nothing, but they stay candidates.")
+    for record in others:
+        gains = ", ".join(gain(way.replace("_", "-"), change) for way, change in record["change_of_R@1"].items())
+        lines.append(f"R@1 of {record['ckpt']} less that of {first['ckpt']}, with 95 % interval: {gains}.")
     return lines
 
 
-def class_table(records, name, templates):
+def class_table(records, title, templates):
     """Zero-shot classification as text."""
     lines = [["model", "top-1", "top-5", "mean per class"]]
-    for r in records:
-        lines.append([f"> {r['model']} ({r['ckpt']})", f"{r['top-1']:5.1f} ±{(r['top-1_interval'][1] - r['top-1_interval'][0]) / 2:.1f}", f"{r['top-5']:5.1f}", f"{r['mean_per_class']:5.1f}"])
-    first, last = records[0], records[-1]
-    out = [f"{name}: zero-shot classification (%)", *columns(lines),
-           f"> measured here, towers in {first['precision']}: {first['pictures']:,} pictures, {first['classes']:,} classes, {templates} prompt{'s' * (templates > 1)} each. Guessing gives top-1 of {first['chance_top-1']:.1f}."]
-    if last["confused"]:
-        out.append("most often confused: " + "; ".join(f"{c['class']} taken for {c['taken_for']}, {c['times']} of {c['of']}" for c in last["confused"][:5]))
-    return "\n".join(out)
+    lines += [[f"> {r['model']} ({r['ckpt']})", f"{r['top-1']:5.1f} ±{half(r['top-1_interval']):.1f}", f"{r['top-5']:5.1f}", f"{r['mean_per_class']:5.1f}"] for r in records]
+    return "\n".join([title, *columns(lines), *class_notes(records, templates)])
+
+
+def class_notes(records, templates):
+    """What a reader of the table must know."""
+    first, *others = records
+    lines = [f"> measured here, towers in {first['precision']}: {first['pictures']:,} pictures, {first['classes']:,} classes, {templates} prompt{'s' * (templates > 1)} each. "
+             f"Guessing gives top-1 of {first['chance_top-1']:.1f}.",
+             "±: half of the interval that holds 95 % of the top-1 when the pictures are resampled (bootstrap, 1,000 draws)."]
+    for record in others:
+        what = f"top-1 of {record['ckpt']} less that of {first['ckpt']}, with 95 % interval:"
+        lines.append(f"{gain(what, record['change_of_top-1'])}.")
+    for record in records:
+        if record["confused"]:
+            pairs = "; ".join(f"{c['class']} taken for {c['taken_for']}, {c['times']} of {c['of']}" for c in record["confused"][:5])
+            lines.append(f"most often confused by {record['ckpt']}: {pairs}")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
 
 
-def retrieve(args, checkpoints, split_name, device, first):
-    """Recall of each checkpoint on a split; prints the table, writes what was asked for."""
-    opened = functools.cache(lambda context_length: data.open_split(args.data, split_name, args.data_root, context_length))
-    name, (autocast, precision) = data_name(args.data), precision_of(args.precision, device, evaluating=True)
-    dtype = torch.float32 if precision == "fp32" else torch.float16             # as kept by --features; and without it, so that the figures are the same
-    records, ranks, hits = [], [], []
-    for source, model, state in checkpoints(device):
-        split = opened(model.cfg.context_length)
-        if split.endless:
-            raise data.BadInput(f"{split.name} is endless: evaluate on valid or test")
-        weights, compute = checkpoint.fingerprint(model), lambda: [x.to(dtype) for x in embed_split(model, split, device, autocast, args.batch_size, args.workers)]
-        if args.features is None:
-            embeds = compute()
-        else:
-            made_of = {"weights": weights, "data": split.fingerprint(), "split": split_name, "precision": precision, "image_size": model.cfg.image_size, "context_length": model.cfg.context_length}
-            ids = {"image_ids": list(map(str, split.image_ids)), "texts": split.texts}
-            embeds = kept(Path(args.features) / re.sub(r"[^\w.-]+", "-", str(source)).strip("-."), made_of, ids, compute)
-        embeds = [x.to(device).float() for x in embeds]
-        found = both_ways(*embeds, split.positives)
-        record = {"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "setting": setting_of(state, name), "weights": weights, "precision": precision, "data": args.data,
-                  "split": split_name, "pairs": len(split.pairs)} | {way: recall_of(*what) for way, what in found.items()}
-        hits.append({way: hits_at_1(way, *what[:2]) for way, what in found.items()})
-        for way, (right, pictures) in hits[-1].items():
-            record[way]["R@1_interval"] = interval(right, pictures)
+def retrieve(args, device, is_main):
+    """Recall of each checkpoint on a split; the main process prints the table and writes what was asked for."""
+    split_name = "all" if data.is_pattern(args.data) else args.split or "test"
+    open_split = functools.cache(lambda context_length: data.open_split(args.data, split_name, args.data_root, context_length))
+    name, records, all_ranked = data_name(args.data), [], []
+    for source in args.ckpt:
+        record, split, embeds, ranked = retrieve_with(source, args, open_split, split_name, device)
+        pictures = pictures_asked(ranked)
+        for way in ranked:
+            record[way]["R@1_interval"] = interval(ranked[way].hits_at_1(), pictures[way])
         if records:
-            changes = {way: (right - hits[0][way][0], pictures) for way, (right, pictures) in hits[-1].items()}
-            record["change_of_R@1"] = {way: {"mean": 100 * change.mean(), "interval": interval(change, pictures)} for way, (change, pictures) in changes.items()}
+            record["change_of_R@1"] = {way: change(all_ranked[0][way].hits_at_1(), ranked[way].hits_at_1(), pictures[way]) for way in ranked}
         records.append(record)
-        ranks.append({way: what[0] for way, what in found.items()})
-    if not first:
+        all_ranked.append(ranked)
+    if not is_main:
         return
     print(table(records, name, split_name))
+    write_json(args.json, {"data": args.data, "split": split_name, "results": records})
     if args.report is not None:
-        report.write_retrieval(args.report, *compare_rows(records, name, split_name), notes(records, name, split_name), records, ranks, split, embeds, found)
+        rows = [(scale, model, setting, cells(figures, halves, " <small>±{:.1f}</small>")) for scale, model, setting, figures, halves in compare_rows(records, name, split_name)[1]]
+        report.write_retrieval(args.report, compare_rows(records, name, split_name)[0], rows, notes(records, name, split_name), records, all_ranked, split, *embeds)
         print(f"wrote {args.report}")
-    if args.json is not None:
-        data.write_text(args.json, json.dumps({"data": args.data, "split": split_name, "results": records}, ensure_ascii=False, indent=1) + "\n")
 
 
-def classify(args, checkpoints, split_name, device, first):
-    """Zero-shot classification by each checkpoint of a folder of classes; prints the table, writes what was asked for."""
-    names, pictures, labels = data.open_classes(args.classify, split_name)
+def retrieve_with(source, args, open_split, split_name, device):
+    """One checkpoint on a split -> (its record, the split, (image_embed, text_embed), what both_ways gives). The model is let go afterwards."""
+    state = checkpoint.read(source)
+    model = checkpoint.model_of(state, source).to(device)
+    split = open_split(model.cfg.context_length)
+    if split.endless:
+        raise data.BadInput(f"{split.name} is endless: evaluate on valid or test")
+    autocast, precision = precision_of(args.precision, device, evaluating=True)
+    dtype = torch.float32 if precision == "fp32" else torch.float16             # as --features keeps them; and without it, so that the figures are the same
+    weights, compute = checkpoint.fingerprint(model), lambda: [x.to(dtype) for x in embed_split(model, split, device, autocast, args.batch_size, args.workers)]
+    if args.features is None:
+        embeds = compute()
+    else:
+        files = [(os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in split.files()]
+        made_of = {"weights": weights, "data": split.fingerprint(), "files": hashlib.md5(repr(files).encode()).hexdigest()[:12], "precision": precision,
+                   "image_size": model.cfg.image_size, "context_length": model.cfg.context_length, "embed_dim": model.cfg.embed_dim}
+        plain = lambda text: re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")
+        folder = Path(args.features) / plain(source) / f"{plain(data_name(args.data))}-{plain(split_name)}"
+        embeds = kept(folder, made_of, {"image_ids": list(map(str, split.image_ids)), "texts": split.texts}, compute)
+    embeds = [x.to(device).float() for x in embeds]
+    ranked = both_ways(*embeds, split.positives)
+    record = {"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "setting": setting_of(state, args.data), "weights": weights, "precision": precision, "pairs": len(split.pairs)}
+    return record | {way: recall_of(*r) for way, r in ranked.items()}, split, embeds, ranked
+
+
+def classify(args, device, is_main):
+    """Zero-shot classification by each checkpoint of a folder of classes; the main process prints the table and writes what was asked for."""
+    root = data.class_root(args.classify, args.split)
+    names, pictures, labels = data.open_classes(root)
     templates = read_templates(args.templates) if args.templates is not None else TEMPLATES
     autocast, precision = precision_of(args.precision, device, evaluating=True)
     read = lambda i: data.decoded(pictures[i].read_bytes, str(pictures[i]))
-    records = []
-    for source, model, _ in checkpoints(device):
+    records, all_right = [], []
+    for source in args.ckpt:
+        model, _ = checkpoint.load(source, device)
         class_embed = class_embeddings(model, names, templates, device, autocast, args.batch_size)
         image_embed = embed_pictures(model, read, len(pictures), device, autocast, args.batch_size, args.workers)
-        if not (image_embed.isfinite().all() and class_embed.isfinite().all()):
+        if not (image_embed.sum().isfinite() and class_embed.sum().isfinite()):
             raise data.BadInput(f"{source}: its embeddings hold NaN or infinity; --precision fp32 may help")
+        found, right = classification_of(image_embed, class_embed, labels, names)
         scale = model.logit_scale.exp().item()
-        predictions = []
-        for start in range(0, len(pictures), 1024):
-            best = class_probabilities(image_embed[start : start + 1024], class_embed, scale).topk(min(5, len(names)))
-            predictions += [[[names[c], p] for p, c in zip(*row)] for row in zip(best.values.tolist(), best.indices.tolist())]
-        predictions = [{"picture": str(path), "class": names[label], "best": best} for path, label, best in zip(pictures, labels, predictions)]
-        records.append({"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "weights": checkpoint.fingerprint(model), "precision": precision}
-                       | classification_of(image_embed, class_embed, labels, names) | {"predictions": predictions})
-    if not first:
+        best = predictions(image_embed, class_embed, scale, names)
+        record = {"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "weights": checkpoint.fingerprint(model), "precision": precision} | found
+        if records:
+            record["change_of_top-1"] = change(all_right[0], right, np.arange(len(right)))
+        records.append(record | {"predictions": [{"picture": str(path), "class": names[c], "best": some} for path, c, some in zip(pictures, labels, best)]})
+        all_right.append(right)
+        del model
+    if not is_main:
         return
-    print(class_table(records, f"{args.classify}, {split_name} split", len(templates)))
+    title = f"{root}: zero-shot classification (%)"
+    print(class_table(records, title, len(templates)))
+    write_json(args.json, {"data": str(root), "templates": list(templates), "results": records})
     if args.report is not None:
-        report.write_classification(args.report, f"{args.classify}, {split_name} split", records, names, read, labels, image_embed, class_embed, scale)
+        report.write_classification(args.report, title, [*class_notes(records, len(templates)), f"prompts: {' '.join(templates)}"], records, names, pictures, labels, lambda i: class_probabilities(image_embed[i], class_embed, scale))
         print(f"wrote {args.report}")
-    if args.json is not None:
-        data.write_text(args.json, json.dumps({"data": args.classify, "split": split_name, "templates": list(templates), "results": records}, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_json(path, content):
+    if path is not None:
+        data.write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        print(f"wrote {path}")
 
 
 def main():
@@ -561,7 +654,7 @@ def main():
     parser.add_argument("--split", help="(default: test)")
     parser.add_argument("--batch-size", type=int, default=128, help="pictures or captions embedded at a time (default: 128)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                        help="of the towers; recall itself is always computed in fp32 (default: auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32)")
+                        help="of the towers; recall itself is always computed in fp32 (default: auto: fp16 on GPUs, on CPUs bf16 where they have it, else fp32)")
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures, for each process (default: 1)")
     parser.add_argument("--features", metavar="DIR", help="keep the embeddings there, and use them the next time (float32 with --precision fp32, else float16)")
     parser.add_argument("--report", metavar="FILE.html", help="write a page with the table, curves, and pictures: a sample of queries and the worst misses")
@@ -575,22 +668,17 @@ def main():
         raise data.BadInput("--features goes with --data, not with --classify")
     if args.templates is not None and args.classify is None:
         raise data.BadInput("--templates goes with --classify")
-    for flag, path in (("--json", args.json), ("--report", args.report)):
-        if path is not None and (Path(path).is_dir() or not Path(path).resolve().parent.is_dir()):
-            raise data.BadInput(f"{flag} {path!r}: name a file in a folder that is there")
-    pattern = args.data is not None and data.is_pattern(args.data)
-    if args.split and pattern:
+    data.check_place("--json", args.json)
+    data.check_place("--report", args.report)
+    if args.report is not None and args.json is not None and Path(args.report).resolve() == Path(args.json).resolve():
+        raise data.BadInput(f"--report {args.report} --json {args.json}: name two files")
+    if args.features == "":
+        raise data.BadInput("--features '': name a folder")
+    if args.split and args.data is not None and data.is_pattern(args.data):
         raise data.BadInput(f"--split {args.split}: a pattern of shards has no splits, it is one")
 
     device, rank, _ = start_processes()
-    (retrieve if args.data is not None else classify)(args, functools.partial(opened_checkpoints, args.ckpt), "all" if pattern else args.split or "test", device, rank == 0)
-
-
-def opened_checkpoints(sources, device):
-    """(source, model in evaluation mode, the file's other entries) of each, one after the other in memory."""
-    for source in sources:
-        state = checkpoint.read(source)
-        yield source, checkpoint.model_of(state, source).to(device), state
+    (retrieve if args.data is not None else classify)(args, device, is_main=rank == 0)
 
 
 if __name__ == "__main__":

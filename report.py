@@ -69,17 +69,31 @@ def thumbnail(picture, side=176):
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def card(source, lines, right=False, later=False):
-    """A picture with lines of HTML under it; framed when it is a right answer, after a gap when it came later than its neighbour."""
-    names = "card" + " right" * right + " later" * later
-    return f'<figure class="{names}"><img src="{source}" alt=""><figcaption>{"<br>".join(lines)}</figcaption></figure>'
+def card(read, lines, right=False, later=False, side=176):
+    """The picture that read() gives, with lines of HTML under it; framed when it is a right answer, after a gap when it came later than its neighbour. Should the picture have become
+    unreadable, the reason stands in its place."""
+    try:
+        picture = f'<img src="{thumbnail(read(), side)}" alt="">'
+    except data.BadInput as error:
+        picture = f"<p>{text(error)}</p>"
+    return f'<figure class="{"card" + " right" * right + " later" * later}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
+
+
+def answer(score, label, right, place):
+    """A text that was found for a picture, as an item of a list; its place is told when it is not one of the best."""
+    late = f"<small>place {place + 1:,}</small>" * (place >= BEST)
+    return f'<li{" class=right" * right}><b>{score}{" ✓" * right}</b><span lang="zh">{text(label)}</span>{late}</li>'
 
 
 def html_table(head, rows, measured):
-    """head: rows of HTML cells; rows: tuples of texts, numbers already formatted, of which `measured` ones stand out; a cell that begins with a digit is set to the right."""
+    """head: rows of <th> cells; rows: tuples of cells, HTML already; `measured`: whether each row stands out. A cell that begins with a digit is set to the right."""
     cell = lambda x: f'<td class="n">{x}</td>' if x[:1].isdigit() else f"<td>{x}</td>"
     body = "".join(f'<tr{" class=measured" * is_ours}>{"".join(map(cell, row))}</tr>' for row, is_ours in zip(rows, measured))
     return f'<div class="wide"><table><thead>{"".join(f"<tr>{row}</tr>" for row in head)}</thead><tbody>{body}</tbody></table></div>'
+
+
+def paragraphs(lines):
+    return [f'<p class="soft">{html.escape(line)}</p>' for line in lines]
 
 
 def ticks(low, high):
@@ -90,10 +104,11 @@ def ticks(low, high):
 
 
 def chart(title, lines, x_name, log_x=False, low=None, high=None):
-    """A line chart. lines: {name: [(x, y), …]}; low, high: the ends of the y axis (default: those of the data)."""
-    lines = {name: points[:: max(1, len(points) // 400)] for name, points in lines.items() if points}
+    """A line chart. lines: {name: [(x, y), …]}, two by two in one colour, the second one dashed; low, high: the ends of the y axis (default: those of the data)."""
+    thinned = lambda points: points[: -1 : max(1, len(points) // 400)] + points[-1:]
+    lines = {name: thinned(points) for name, points in lines.items() if points}
     xs, ys = zip(*(point for points in lines.values() for point in points))
-    x0, x1, low, high = min(xs), max(xs), min(ys) if low is None else low, max(ys) if high is None else high
+    x0, x1, low, high = min(xs), max(xs), min(ys) if low is None else low, 1.05 * max(ys) if high is None else high
     x1, high = (x1 if x1 > x0 else x0 + 1), (high if high > low else low + 1)
     scale = math.log if log_x else float
     W, H, left, bottom = 560, 300, 46, 40
@@ -108,7 +123,7 @@ def chart(title, lines, x_name, log_x=False, low=None, high=None):
     out.append(f'<text x="{(W + left) / 2}" y="{H - 4}" text-anchor="middle">{text(x_name)}</text>')
     keys = []
     for n, (name, points) in enumerate(lines.items()):
-        colour, (dash, border) = f"var(--c{n % 6})", ("7 4", "dashed") if n % 2 else ("none", "solid")
+        colour, (dash, border) = f"var(--c{n // 2 % 6})", ("7 4", "dashed") if n % 2 else ("none", "solid")
         where = " ".join(f"{u:.1f},{v:.1f}" for u, v in (at(*point) for point in points))
         out.append(f'<polyline points="{where}" style="stroke: {colour}; stroke-dasharray: {dash}"><title>{text(name)}</title></polyline>')
         keys.append(f'<span><i style="border-color: {colour}; border-top-style: {border}"></i>{text(name)}</span>')
@@ -122,45 +137,42 @@ def charts(pieces):
 # ---------------------------------------------------------------------------------------------------------------- retrieval
 
 
-def write_retrieval(path, title, rows, notes, records, ranks, split, embeds, found):
-    """The page of `evaluate.py --data … --report`. rows: those of the table; records, ranks: one for each checkpoint; embeds, found: embeddings and ranks of the last one."""
-    figures = []
-    for scale, model, setting, recalls, half in rows:
-        cells = [text(scale), text(model), text(setting)]
-        for way in (0, 1):
-            three = recalls[3 * way : 3 * way + 3]
-            first, *rest = [f"{x:.1f}" for x in (*three, sum(three) / 3)]
-            cells += [first + (f" <small>±{half[way]:.1f}</small>" if half else ""), *rest]
-        figures.append(cells)
+def write_retrieval(path, title, rows, notes, records, ranked, split, image_embed, text_embed):
+    """The page of `evaluate.py --data … --report`.
+
+    rows: (scale, model, setting, the cells of both directions); records, ranked: one for each checkpoint; image_embed (I, D), text_embed (T, D): those of the last one.
+    """
     head = ['<th colspan="3"></th><th colspan="4">Text-to-Image</th><th colspan="4">Image-to-Text</th>',
             "<th>scale</th><th>model</th><th>setting</th>" + "".join(f'<th class="n">{name}</th>' for name in ("R@1", "R@5", "R@10", "MR") * 2)]
-    parts = [html_table(head, figures, [half is not None for *_, half in rows]), *(f'<p class="soft">{text_of_note}</p>' for text_of_note in map(html.escape, notes))]
+    figures = [(text(scale), text(model), text(setting), *to_image, *to_text) for scale, model, setting, (to_image, to_text) in rows]
+    parts = [html_table(head, figures, [model.startswith("> ") for _, model, *_ in rows]), *paragraphs(notes), "<h2>Curves</h2>"]
     curves = {}
-    for record, some in zip(records, ranks):
+    for record, some in zip(records, ranked):
         for way, name in WAYS.items():
-            asked = some[way][some[way] >= 0]
-            last = min(100, len(split.image_ids) if way == "text_to_image" else len(split.texts))
-            curves[f"{name}, {record['ckpt']}" if len(records) > 1 else name] = [(k, 100 * (asked < k).double().mean().item()) for k in range(1, last + 1)]
-    parts += ["<h2>Curves</h2>", *charts([chart("Recall@K (%)", curves, "K, the number of answers looked at", log_x=True, low=0, high=100), *training_curves(records)])]
+            asked = some[way].ranks[some[way].ranks >= 0]
+            curves[f"{name}, {record['ckpt']}" if len(records) > 1 else name] = [(k, 100 * (asked < k).double().mean().item()) for k in range(1, min(100, some[way].candidates) + 1)]
+    parts += charts([chart("Recall@K (%)", curves, "K, the number of answers looked at", log_x=True, low=0, high=100), *training_curves(records)])
 
-    image_embed, text_embed = embeds
-    captions_of = found["image_to_text"][1]
-    whose = f" ({text(records[-1]['ckpt'])})" if len(records) > 1 else ""
-    shown = [("text_to_image", text_embed, image_embed, lambda *asked: captions_ask(split, captions_of, *asked)), ("image_to_text", image_embed, text_embed, lambda *asked: pictures_ask(split, captions_of, *asked))]
-    for way, queries, candidates, draw in shown:
-        order = torch.argsort(ranks[-1][way], descending=True, stable=True).tolist()
-        asked = [q for q in order if ranks[-1][way][q] >= 0]
+    ranked, whose = ranked[-1], f" ({text(records[-1]['ckpt'])})" if len(records) > 1 else ""
+    captions_of_image = ranked["image_to_text"].correct
+    for way, queries, candidates, draw in (("text_to_image", text_embed, image_embed, caption_asks), ("image_to_text", image_embed, text_embed, picture_asks)):
+        order = ranked[way].ranks.argsort(descending=True, stable=True).tolist()
+        asked = [q for q in order if ranked[way].ranks[q] >= 0]
         sample = np.random.default_rng(0).permutation(asked)[:SAMPLE].tolist()
-        worst = [q for q in asked[:SAMPLE] if ranks[-1][way][q] > 0]
+        worst = [q for q in asked[:SAMPLE] if ranked[way].ranks[q] > 0]
         for name, chosen in ((f"{WAYS[way]}: a random sample of {len(sample)} queries", sample), (f"{WAYS[way]}: the worst misses", worst)):
             parts.append(f"<h2>{name}{whose}</h2>")
-            parts.append('<p class="soft">The five best answers with their cosine similarity. Right answers are framed; when none is among the five, the best-placed right one follows.</p>' if chosen else "<p>There are none.</p>")
-            parts += [draw(q, *answers(queries[q], candidates, found[way][1][q])) for q in chosen]
+            parts.append('<p class="soft">The five best answers with their cosine similarity. Right answers are framed; when none is among the five, the best-placed right one follows.</p>'
+                         if chosen else "<p>There are none.</p>")
+            parts += [draw(split, captions_of_image, q, *answers(queries[q], candidates, ranked[way].correct[q])) for q in chosen]
     write_page(path, title, parts)
 
 
 def answers(query, candidates, correct):
-    """The best candidates of one query, and the best-placed right one where it is not among them -> [(place, candidate, similarity, whether right)], and the place of the first right one."""
+    """The best candidates of one query, and the best-placed right one where it is not among them -> [(place, candidate, similarity, whether right), …], and the place of the first right one.
+
+    query (D,), candidates (C, D), correct: candidate indices. Places count from 0.
+    """
     similarity, order = (candidates @ query).cpu().sort(descending=True, stable=True)
     order, right = order.tolist(), set(correct)
     first = next(place for place, c in enumerate(order) if c in right)
@@ -168,28 +180,34 @@ def answers(query, candidates, correct):
     return [(place, order[place], similarity[place].item(), order[place] in right) for place in places], first
 
 
-def captions_ask(split, captions_of, t, best, first):
-    """A caption and the pictures it found."""
+def caption_asks(split, captions_of_image, t, best, right_place):
+    """A caption and the pictures it found, each with the first of its own captions."""
     cards = []
     for place, i, similarity, right in best:
-        own = split.texts[captions_of[i][0]] if captions_of[i] else ""
-        cards.append(card(thumbnail(split.picture(i)), [f"<b>{similarity:.3f}{' ✓' * right}</b>" + f" place {place + 1:,}" * (place >= BEST), f'<span lang="zh">{text(own)}</span>'], right, later=place >= BEST))
-    return f'<figure class="ask"><figcaption><span lang="zh">{text(split.texts[t])}</span><small>right at place {first + 1:,}</small></figcaption><div class="cards">{"".join(cards)}</div></figure>'
+        own = split.texts[captions_of_image[i][0]] if captions_of_image[i] else ""
+        score = f"<b>{similarity:.3f}{' ✓' * right}</b>" + f" place {place + 1:,}" * (place >= BEST)
+        cards.append(card(lambda: split.picture(i), [score, f'<span lang="zh" title="{text(split.image_ids[i])}">{text(own)}</span>'], right, later=place >= BEST))
+    caption = f'<span lang="zh">{text(split.texts[t])}</span><small>right at place {right_place + 1:,}</small>'
+    return f'<figure class="ask"><figcaption>{caption}</figcaption><div class="cards">{"".join(cards)}</div></figure>'
 
 
-def pictures_ask(split, captions_of, i, best, first):
+def picture_asks(split, captions_of_image, i, best, right_place):
     """A picture and the captions it found."""
-    lines = []
-    for place, t, similarity, right in best:
-        lines.append(f'<li{" class=right" * right}><b>{similarity:.3f}{" ✓" * right}</b><span lang="zh">{text(split.texts[t])}</span>' + f"<small>place {place + 1:,}</small>" * (place >= BEST) + "</li>")
-    picture = card(thumbnail(split.picture(i)), [text(split.image_ids[i]), f"right at place {first + 1:,}"])
-    return f'<div class="ask pair">{picture}<ol>{"".join(lines)}</ol></div>'
+    items = [answer(f"{similarity:.3f}", split.texts[t], right, place) for place, t, similarity, right in best]
+    picture = card(lambda: split.picture(i), [text(split.image_ids[i]), f"right at place {right_place + 1:,}"])
+    return f'<div class="ask pair">{picture}<ol>{"".join(items)}</ol></div>'
+
+
+def point(step, y):
+    if not math.isfinite(y) or not math.isfinite(step):
+        raise ValueError("not a number")
+    return step, y
 
 
 def training_curves(records):
     """Charts of the runs that wrote these checkpoints, where their metrics.jsonl lies beside them."""
     pieces = []
-    for folder in dict.fromkeys(Path(record["ckpt"]).parent for record in records):
+    for folder in dict.fromkeys(Path(record["ckpt"]).parent for record in records if Path(record["ckpt"]).is_file()):
         loss, valid = [], {"Text-to-Image R@1": [], "Image-to-Text R@1": [], "mean recall": []}
         try:
             lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -200,10 +218,10 @@ def training_curves(records):
                 record = json.loads(line)
                 if "valid" in record:
                     for name, y in zip(valid, (record["valid"]["text_to_image"]["R@1"], record["valid"]["image_to_text"]["R@1"], record["score"])):
-                        valid[name].append((record["step"], float(y)))
+                        valid[name].append(point(record["step"], y))
                 elif record["loss"] is not None:
-                    loss.append((record["step"], float(record["loss"])))
-            except (ValueError, KeyError, TypeError):                           # a line that a crash has cut
+                    loss.append(point(record["step"], record["loss"]))
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):                # a line that a crash has cut, or that is none of ours
                 continue
         pieces += [chart(f"{folder}: training loss", {"loss": loss}, "step", low=0)] if loss else []
         pieces += [chart(f"{folder}: recall on the valid split (%)", valid, "step", low=0)] if valid["mean recall"] else []
@@ -213,44 +231,46 @@ def training_curves(records):
 # ---------------------------------------------------------------------------------------------------------------- classification
 
 
-def write_classification(path, title, records, names, read, labels, image_embed, class_embed, scale):
-    """The page of `evaluate.py --classify … --report`; pictures and probabilities are those of the last checkpoint."""
+def write_classification(path, title, notes, records, names, pictures, labels, probabilities):
+    """The page of `evaluate.py --classify … --report`. names: C texts; pictures: P paths; labels: P class indices; probabilities(i) -> (C,) of picture i by the last checkpoint."""
+    last, whose = records[-1], f" ({text(records[-1]['ckpt'])})" if len(records) > 1 else ""
+    rows = []
+    for r in records:
+        low, high = r["top-1_interval"]
+        rows.append((text(f"> {r['model']} ({r['ckpt']})"), f"{r['top-1']:.1f} <small>±{(high - low) / 2:.1f}</small>", f"{r['top-5']:.1f}", f"{r['mean_per_class']:.1f}"))
     head = ["<th>model</th>" + "".join(f'<th class="n">{name}</th>' for name in ("top-1", "top-5", "mean per class"))]
-    rows = [(text(f"{r['model']} ({r['ckpt']})"), f"{r['top-1']:.1f} <small>±{(r['top-1_interval'][1] - r['top-1_interval'][0]) / 2:.1f}</small>", f"{r['top-5']:.1f}", f"{r['mean_per_class']:.1f}") for r in records]
-    last = records[-1]
-    parts = [html_table(head, rows, [True] * len(rows)), f'<p class="soft">{last["pictures"]:,} pictures, {last["classes"]:,} classes, towers in {last["precision"]}. Guessing gives top-1 of {last["chance_top-1"]:.1f}. '
-             "±: half of the interval that holds 95 % of the top-1 when the pictures are resampled (bootstrap, 1,000 draws).</p>", *charts(training_curves(records))]
-    if last["confused"]:
-        rows = [(f'<span lang="zh">{text(c["class"])}</span>', f'<span lang="zh">{text(c["taken_for"])}</span>', f"{c['times']:,} of {c['of']:,}") for c in last["confused"]]
-        parts += ["<h2>Most often confused</h2>", html_table(['<th>class</th><th>taken for</th><th class="n">pictures</th>'], rows, [False] * len(rows))]
-    weakest = sorted(last["per_class"], key=lambda c: c["top-1"])[:20]
-    rows = [(f'<span lang="zh">{text(c["class"])}</span>', f"{c['top-1']:.1f}", f"{c['pictures']:,}") for c in weakest]
-    parts += ["<h2>Classes recognised least</h2>", html_table(['<th>class</th><th class="n">top-1</th><th class="n">pictures</th>'], rows, [False] * len(rows))]
+    parts = [html_table(head, rows, [True] * len(rows)), *paragraphs(notes)]
 
-    order = np.random.default_rng(0).permutation(len(labels))
-    probabilities = lambda i: (scale * image_embed[i] @ class_embed.T).softmax(dim=0)
-    of_right = torch.cat([(scale * some @ class_embed.T).softmax(dim=1) for some in image_embed.split(1024)])[range(len(labels)), labels]
-    for name, chosen in ((f"A random sample of {min(SAMPLE, len(labels))} pictures", order[:SAMPLE].tolist()), ("The worst misses: least probability for the right class", of_right.argsort(stable=True)[:SAMPLE].tolist())):
-        parts += [f"<h2>{name}</h2>", '<p class="soft">The five most probable classes; the right one is framed, and follows when it is not among them.</p>']
+    zh = lambda name: f'<span lang="zh">{text(name)}</span>'
+    if last["confused"]:
+        rows = [(zh(c["class"]), zh(c["taken_for"]), f"{c['times']:,} of {c['of']:,}") for c in last["confused"]]
+        parts += [f"<h2>Most often confused{whose}: at most 20 pairs</h2>", html_table(['<th>class</th><th>taken for</th><th class="n">pictures</th>'], rows, [False] * len(rows))]
+    weakest = sorted(last["per_class"], key=lambda c: c["top-1"])[:20]
+    rows = [(zh(c["class"]), f"{c['top-1']:.1f}", f"{c['pictures']:,}") for c in weakest]
+    parts += [f"<h2>Classes recognised least{whose}: at most 20</h2>", html_table(['<th>class</th><th class="n">top-1</th><th class="n">pictures</th>'], rows, [False] * len(rows))]
+
+    of_right = torch.tensor([probabilities(i)[label].item() for i, label in enumerate(labels)])
+    sample = np.random.default_rng(0).permutation(len(labels))[:SAMPLE].tolist()
+    worst = [i for i in of_right.argsort(stable=True)[:SAMPLE].tolist() if probabilities(i).argmax() != labels[i]]
+    for name, chosen in ((f"A random sample of {len(sample)} pictures", sample), ("The worst misses: least probability for the right class", worst)):
+        parts.append(f"<h2>{name}{whose}</h2>")
+        parts.append('<p class="soft">The five most probable classes; the right one is framed, and follows when it is not among them.</p>' if chosen else "<p>There are none.</p>")
         for i in chosen:
-            p, best = probabilities(i).sort(descending=True, stable=True)
-            place = best.tolist().index(labels[i])
-            lines = [f'<li{" class=right" * (best[k] == labels[i]).item()}><b>{100 * p[k]:.1f} %</b><span lang="zh">{text(names[best[k]])}</span>' + f"<small>place {k + 1:,}</small>" * (k >= BEST) + "</li>"
-                     for k in [*range(min(BEST, len(names)))] + [place] * (place >= BEST)]
-            parts.append(f'<div class="ask pair">{card(thumbnail(read(i)), [f"<span lang=zh>{text(names[labels[i]])}</span>"])}<ol>{"".join(lines)}</ol></div>')
-    write_page(path, f"{title}: zero-shot classification (%)", parts)
+            p, order = probabilities(i).sort(descending=True, stable=True)
+            right = order.tolist().index(labels[i])
+            places = [*range(min(BEST, len(names)))] + [right] * (right >= BEST)
+            items = [answer(f"{100 * p[place]:.1f} %", names[order[place]], place == right, place) for place in places]
+            parts.append(f'<div class="ask pair">{card(lambda: data.decoded(pictures[i].read_bytes, pictures[i].name), [zh(names[labels[i]]), text(pictures[i].name)])}<ol>{"".join(items)}</ol></div>')
+    write_page(path, title, [*parts, *charts(training_curves(records))])
 
 
 # ---------------------------------------------------------------------------------------------------------------- search
 
 
-def write_sheet(path, query, found, read, link):
-    """The contact sheet of a search. found: [(file, similarity), …], best first; read(file) -> picture, or raises BadInput; link(file) -> its address."""
-    cards = []
+def write_sheet(path, query, note, found, read, link, asked=None):
+    """The contact sheet of a search. found: [(file, similarity), …], best first; read(file) -> picture, or raises BadInput; link(file) -> its address; asked: the picture that was the query."""
+    cards = [card(lambda: asked, ["<b>the query</b>"], right=True, side=256)] if asked else []
     for place, (file, similarity) in enumerate(found, 1):
         lines = [f"<b>{place}.</b> {similarity:.3f}", f'<a href="{html.escape(link(file))}">{text(file)}</a>']
-        try:
-            cards.append(card(thumbnail(read(file), 256), lines))
-        except data.BadInput as error:                                          # it has gone, or changed, since it was indexed
-            cards.append(f'<figure class="card"><figcaption>{"<br>".join([*lines, text(error)])}</figcaption></figure>')
-    write_page(path, query, [f'<div class="cards sheet">{"".join(cards)}</div>'])
+        cards.append(card(lambda: read(file), lines, side=256))
+    write_page(path, query, [*paragraphs([note]), f'<div class="cards sheet">{"".join(cards)}</div>'])

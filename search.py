@@ -24,7 +24,7 @@ import torch
 import checkpoint
 import data
 import report
-from evaluate import encode_pictures, encode_texts, precision_of
+from evaluate import encode_pictures, embed_texts, precision_of
 from tokenizer import Tokenizer
 
 SAVE_SECONDS = 60                                                               # between two savings of a growing index: what an interrupted call can lose
@@ -64,21 +64,30 @@ class Index:
         data.write(self.place, lambda f: np.savez(f, files=files, embed=self.embed), part=f".{os.getpid()}.part")        # two calls on one folder: the later one counts
 
     def update(self, encode):
-        """Look at the folder again: forget what has gone, embed what is new or has changed -> (how many were new, how many have gone). encode(paths) yields (paths, embeddings, {path: reason})."""
-        now = {}
-        for path in data.picture_files(self.folder):
+        """Look at the folder again: forget what has gone, embed what is new or has changed, try again what could not be read -> (how many were new or changed, how many have gone).
+
+        encode(paths) yields (paths, embeddings, {path: reason}).
+        """
+        now, (paths, unread) = {}, data.picture_files(self.folder)
+        for path in paths:
             with contextlib.suppress(OSError):                                  # gone this moment, or a link to nowhere
                 status = os.stat(self.folder / path)
                 now[path] = [status.st_size, status.st_mtime_ns]
         row_of = {path: row for row, path in enumerate(self.files)}
-        same = [path for path in now if self.files.get(path, [])[:2] == now[path]]
-        fresh = [path for path in now if self.files.get(path, [])[:2] != now[path]]
+        for place, reason in unread.items():                                        # a disk that does not answer: what was there may come back
+            print(f"{self.folder / place}: cannot be read ({reason}); what was indexed of it stays", file=sys.stderr)
+            now |= {path: about[:2] for path, about in self.files.items() if path.startswith(place + os.sep) and path not in now}
+        if not now:
+            raise data.BadInput(f"{self.folder}: no picture to search in; their names end in {', '.join(sorted(data.ENDINGS))}")
+        same = [path for path in now if self.files.get(path) == [*now[path], None]]
+        todo = [path for path in now if self.files.get(path) != [*now[path], None]]                 # what could not be read may be by now: a right given, a disk come back
+        fresh = sum(self.files.get(path, [])[:2] != now[path] for path in todo)
         gone = len(self.files.keys() - now.keys())
         self.embed = self.embed[[row_of[path] for path in same]]
         self.files = {path: self.files[path] for path in same}
         rows, saved = [self.embed], time.time()
         try:
-            for paths, embed, unreadable in encode(fresh):
+            for paths, embed, unreadable in encode(todo):
                 rows += [embed.half().numpy(), np.zeros((len(unreadable), embed.shape[1]), np.float16)]
                 self.files |= {path: [*now[path], None] for path in paths} | {path: [*now[path], reason] for path, reason in unreadable.items()}
                 if time.time() > saved + SAVE_SECONDS:
@@ -87,9 +96,9 @@ class Index:
                     rows, saved = [self.embed], time.time()
         finally:                                                                # an interrupted call goes on from here
             self.embed = np.concatenate(rows)
-            if fresh or gone:
+            if todo or gone:
                 self.write()
-        return len(fresh), gone
+        return fresh, gone
 
     def unreadable(self):
         return {path: reason for path, (*_, reason) in self.files.items() if reason}
@@ -97,10 +106,9 @@ class Index:
 
 def best(query, embed, readable, count):
     """query (D,), embed (n, D) float32, readable (n,) bool -> rows and similarities of the `count` most similar, best first; equal ones in the order of the rows."""
-    similarity = torch.where(readable, embed @ query, -torch.inf)               # (n,)
-    top = similarity.topk(min(count, int(readable.sum())))
-    order = sorted(zip((-top.values).tolist(), top.indices.tolist()))
-    return [(row, -score) for score, row in order]
+    similarity, rows = torch.where(readable, embed @ query, -torch.inf).sort(descending=True, stable=True)                          # (n,)
+    count = min(count, int(readable.sum()))
+    return list(zip(rows[:count].tolist(), similarity[:count].tolist()))
 
 
 def main():
@@ -115,16 +123,16 @@ def main():
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures (default: 1)")
     args = parser.parse_args()
     folder = Path(args.images).expanduser()
-    if not folder.is_dir():
+    if not args.images or not folder.is_dir():
         raise data.BadInput(f"--images {args.images}: there is no such folder")
     if args.query is not None and args.image is not None:
         raise data.BadInput(f"{args.query!r} and --image {args.image}: ask with a sentence or with a picture")
-    if args.query is not None and not args.query.strip():
-        raise data.BadInput("the query is empty; write a sentence, or leave it out and be asked for one")
-    if not (1 <= args.top <= 1000 and 1 <= args.batch_size <= 1e5 and 0 <= args.workers <= 512):
-        raise data.BadInput(f"--top {args.top} --batch-size {args.batch_size} --workers {args.workers}: out of range, 1 to 1000, 1 to 1e5 and 0 to 512")
-    if args.html is not None and (Path(args.html).is_dir() or not Path(args.html).resolve().parent.is_dir()):
-        raise data.BadInput(f"--html {args.html!r}: name a file in a folder that is there")
+    if args.query is not None and not (args.query.strip() and data.is_text(args.query)):
+        raise data.BadInput("the query is empty or not UTF-8; write a sentence, or leave it out and be asked for one")
+    for flag, value, low, high in (("--top", args.top, 1, 1000), ("--batch-size", args.batch_size, 1, 100_000), ("--workers", args.workers, 0, 512)):
+        if not low <= value <= high:
+            raise data.BadInput(f"{flag} {value}: out of range, {low} to {high:,}")
+    data.check_place("--html", args.html)
     asked = data.decoded(Path(args.image).read_bytes, args.image) if args.image is not None else None
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -143,23 +151,23 @@ def main():
     fresh, gone = index.update(encode)
     bad = index.unreadable()
     if len(bad) == len(index.files):
-        raise data.BadInput(f"{folder}: no picture to search in, and {len(bad):,} that cannot be read (names must end in {', '.join(sorted(data.ENDINGS))})")
-    print(f"{folder}: {len(index.files) - len(bad):,} pictures; {fresh:,} of them new or changed, {gone:,} have gone", file=sys.stderr)
-    if bad:
-        print(f"{len(bad):,} cannot be read and are left out; the first: {next(iter(bad.values()))}", file=sys.stderr)
+        raise data.BadInput(f"{folder}: no picture to search in, for none of the {len(bad):,} can be read; the first: {next(iter(bad.values()))}")
+    unread = f" and {len(bad):,} that cannot be read (the first: {next(iter(bad.values()))})" if bad else ""
+    print(f"{folder}: {len(index.files) - len(bad):,} pictures{unread}; {fresh:,} new or changed, {gone:,} gone", file=sys.stderr)
     embed, readable = torch.from_numpy(index.embed).float(), torch.tensor([about[2] is None for about in index.files.values()])
     paths = list(index.files)
 
     def show(query, title):
         found = [(paths[row], similarity) for row, similarity in best(query, embed, readable, args.top)]
         for place, (path, similarity) in enumerate(found, 1):
-            print(f"{place:3}  {similarity:.3f}  {folder / path}")
+            print(f"{place:3}  {similarity:.3f}  {data.printable(folder / path)}")
         if args.html is not None:
-            report.write_sheet(args.html, title, found, lambda path: data.decoded((folder / path).read_bytes, path), lambda path: (folder / path).resolve().as_uri())
+            note = f"{len(index.files) - len(bad):,} pictures in {folder.resolve()}, searched by {args.ckpt}. The figures are cosine similarities."
+            report.write_sheet(args.html, title, note, found, lambda path: data.decoded((folder / path).read_bytes, path), lambda path: (folder / path).resolve().as_uri(), asked)
             print(f"wrote {args.html}", file=sys.stderr)
 
     def by_text(sentence):
-        show(encode_texts(model, tokenizer([sentence], model.cfg.context_length).numpy(), device, autocast)[0], sentence)
+        show(embed_texts(model, tokenizer([sentence], model.cfg.context_length).numpy(), device, autocast)[0], sentence)
 
     if asked is not None:
         with torch.no_grad(), autocast():
@@ -167,14 +175,20 @@ def main():
         return show(query[0], args.image)
     if args.query is not None:
         return by_text(args.query)
+    if sys.stdin.isatty():
+        print("Write what the picture shows; Ctrl-D ends.", file=sys.stderr)
     with contextlib.suppress(ImportError):
         import readline                                                         # noqa: F401  arrow keys at the prompt
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")
     while True:
         try:
             sentence = input("find: " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        if sentence:
+        if not data.is_text(sentence):
+            print("this is not UTF-8", file=sys.stderr)
+        elif sentence:
             by_text(sentence)
 
 

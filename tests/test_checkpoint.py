@@ -183,6 +183,25 @@ def test_loaded_tensors_share_no_memory(tmp_path):
     assert torch.equal(model.text.norm.bias, bias) and (tmp_path / "a.pt").read_bytes() == before
 
 
+def test_writing_keeps_links_and_devices(tmp_path):
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    data.write_text(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text() == "new"
+    reader, writer = os.pipe()
+    data.write_text(f"/dev/fd/{writer}", "into a pipe")
+    assert os.read(reader, 100) == b"into a pipe"
+
+
+def test_fingerprint_changes_with_any_change_of_the_weights_and_with_nothing_else(tmp_path):
+    model = CLIP(CONFIGS["tiny"])
+    first = checkpoint.fingerprint(model)
+    checkpoint.save(tmp_path / "a.pt", model)
+    assert checkpoint.fingerprint(checkpoint.load(tmp_path / "a.pt")[0]) == first
+    model.text_projection.data = model.text_projection.data.flip(0)             # the same numbers in another order
+    assert checkpoint.fingerprint(model) != first
+
+
 def test_writing_does_not_follow_a_link(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "a.pt.part").symlink_to(tmp_path / "precious")

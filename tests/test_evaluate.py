@@ -49,6 +49,14 @@ def test_hand_worked_several_captions_per_picture_and_pictures_per_caption():
     assert result["text_to_image"]["R@5"] == result["image_to_text"]["R@10"] == 100.0
     assert result["text_to_image"]["MR"] == pytest.approx((50 + 100 + 100) / 3)
     assert result["text_to_image"]["chance_R@1"] == pytest.approx(100 * (1 + 1 + 2 + 1) / 3 / 4)
+    assert result["text_to_image"]["chance_MR"] == pytest.approx((100 * 5 / 12 + 100 + 100) / 3)    # of 3 candidates 5 guesses are all
+
+
+def test_what_guessing_gives():
+    """Against 12,000 random orders of 30 candidates, of which 1, 2 or 5 are right."""
+    correct = [[0], [1, 2], [3, 4, 5, 6, 7]] * 4000
+    result = recall_of(best_ranks(torch.rand(12_000, 30, generator=torch.Generator().manual_seed(0)), torch.eye(30), correct), correct, 30)
+    assert result["R@1"] == pytest.approx(result["chance_R@1"], abs=1) and result["MR"] == pytest.approx(result["chance_MR"], abs=1) and 35 < result["MR"] < 36
 
 
 def test_equal_similarities_rank_in_candidate_order():
@@ -118,11 +126,10 @@ def test_equals_the_published_evaluation(tmp_path):
 
 def a_record(image, text, positives, **more):
     """What evaluate.py knows of a checkpoint, from embeddings."""
-    found = evaluate.both_ways(image, text, positives)
+    ranked = evaluate.both_ways(image, text, positives)
+    pictures = evaluate.pictures_asked(ranked)
     record = {"model": "vit-b-16", "ckpt": "some.pt", "setting": "zero-shot", "precision": "fp32", "pairs": sum(map(len, positives))} | more
-    for way, what in found.items():
-        record[way] = recall_of(*what) | {"R@1_interval": evaluate.interval(*evaluate.hits_at_1(way, *what[:2]))}
-    return record
+    return record | {way: recall_of(*r) | {"R@1_interval": evaluate.interval(r.hits_at_1(), pictures[way])} for way, r in ranked.items()}
 
 
 EYE = torch.eye(3), torch.eye(3), [[0], [1], [2]]
@@ -191,7 +198,7 @@ def test_a_split_without_answers_is_refused():
 def tiny_checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "last.pt"
     torch.manual_seed(0)
-    checkpoint.save(path, CLIP(CONFIGS["tiny"]), step=7, settings={"stage": "finetune", "data": "somewhere/little"})
+    checkpoint.save(path, CLIP(CONFIGS["tiny"]))
     return path
 
 
@@ -217,7 +224,7 @@ def test_two_processes_give_the_figures_of_one(tiny_checkpoint, little, tmp_path
         output = script("evaluate.py", "--ckpt", tiny_checkpoint, "--data", little, "--json", tmp_path / f"{processes}.json", "--features", tmp_path / str(processes), "--batch-size", 5,
                         "--precision", "fp32", processes=processes)
         assert output.count("> tiny") == 1
-    one, two = ([*tmp_path.glob(f"{n}/*/*.npy")] for n in (1, 2))
+    one, two = ([*tmp_path.glob(f"{n}/*/*/*.npy")] for n in (1, 2))
     assert len(one) == 2 and all(a.read_bytes() == b.read_bytes() for a, b in zip(sorted(one), sorted(two)))           # bit for bit
     assert figures(tmp_path / "1.json") == figures(tmp_path / "2.json")
     assert figures(tmp_path / "1.json")[0]["text_to_image"]["queries"] == 19
@@ -225,23 +232,27 @@ def test_two_processes_give_the_figures_of_one(tiny_checkpoint, little, tmp_path
 
 def test_what_the_table_says(called, tiny_checkpoint, little, tmp_path):
     output = called(evaluate, "--ckpt", tiny_checkpoint, "--data", little, "--workers", 0, "--json", tmp_path / "a.json")
-    assert "little, test split (%)" in output and f"> tiny ({tiny_checkpoint})  fine-tuned" in output
-    assert "1 captions describe no picture of the split" in output and "1 pictures have no caption" in output
+    assert "little, test split (%)" in output and f"> tiny ({tiny_checkpoint})  zero-shot" in output
+    assert "1 caption without a picture in the split: asked nothing" in output and "1 picture without a caption" in output
     record, = figures(tmp_path / "a.json")
     low, high = record["text_to_image"]["R@1_interval"]
-    assert low <= record["text_to_image"]["R@1"] <= high and record["pairs"] == 20 and record["setting"] == "fine-tuned"
+    assert low <= record["text_to_image"]["R@1"] <= high and record["pairs"] == 20 and record["setting"] == "zero-shot"
 
 
-@pytest.mark.parametrize("entries, data, setting", [
-    ({"step": 9, "settings": {"stage": "finetune", "data": "coco-cn"}}, "coco-cn", "fine-tuned"),
-    ({"step": 9, "settings": {"stage": "finetune", "data": "/some/COCO-CN"}}, "coco-cn", "fine-tuned"),
-    ({"step": 9, "settings": {"stage": "2", "data": "coco-cn"}}, "coco-cn", "trained"),
-    ({"step": 0, "settings": {"stage": "finetune", "data": "coco-cn"}}, "coco-cn", "zero-shot"),
-    ({"step": 9, "settings": {"stage": "finetune", "data": "coco-cn"}}, "muge", "zero-shot"),
-    ({}, "coco-cn", "zero-shot"),
+@pytest.mark.parametrize("stage, step, trained_on, evaluated_on, setting", [
+    ("finetune", 9, "coco-cn", "coco-cn", "fine-tuned"),
+    ("finetune", 9, "/some/COCO-CN", "coco-cn", "fine-tuned"),
+    ("2", 9, "demo", "demo", "trained"),
+    ("finetune", 0, "coco-cn", "coco-cn", "zero-shot"),
+    ("finetune", 9, "coco-cn", "muge", "zero-shot"),
+    ("finetune", 9, "a/pictures", "b/pictures", "zero-shot"),                   # other folders of the same name
+    ("finetune", 9, "a/pictures", "./a/pictures/", "fine-tuned"),
+    ("finetune", 9, "a/*.tar", "b/*.tar", "zero-shot"),
+    (None, 9, "coco-cn", "coco-cn", "zero-shot"),
 ])
-def test_zero_shot_and_fine_tuned_are_told_apart(entries, data, setting):
-    assert evaluate.setting_of(entries, evaluate.data_name(data)) == setting
+def test_zero_shot_and_fine_tuned_are_told_apart(stage, step, trained_on, evaluated_on, setting):
+    state = {"step": step, "settings": {"stage": stage, "data": trained_on}} if stage else {"step": step}
+    assert evaluate.setting_of(state, evaluated_on) == setting
 
 
 def test_several_checkpoints_give_one_table_with_their_difference(called, tiny_checkpoint, little, tmp_path):
@@ -254,25 +265,40 @@ def test_several_checkpoints_give_one_table_with_their_difference(called, tiny_c
     change = after["change_of_R@1"]["image_to_text"]
     assert change["mean"] == pytest.approx(after["image_to_text"]["R@1"] - before["image_to_text"]["R@1"]) and change["interval"][0] <= change["mean"] <= change["interval"][1]
     alone = called(evaluate, "--ckpt", other, "--data", little, "--workers", 0, "--features", tmp_path / "features")
-    assert next(line for line in output.splitlines() if "other.pt" in line).split() == next(line for line in alone.splitlines() if "other.pt" in line).split()
+    row = lambda text: next(line.split() for line in text.splitlines() if f"({other})" in line)
+    assert row(output) == row(alone)
 
 
 def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, tiny_checkpoint, little, tmp_path, monkeypatch):
     command = [evaluate, "--ckpt", tiny_checkpoint, "--data", little, "--workers", 0, "--features", tmp_path / "features", "--precision"]
     first = called(*command, "fp32")
-    folder, = (tmp_path / "features").iterdir()
+    folder, = (tmp_path / "features").glob("*/*")
+    assert folder.name == "little-test"
     about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
     image_embed = np.load(folder / "image_embed.npy")
     assert about["image_ids"] == [str(i) for i in range(1, 12)] and about["texts"][0] == "第1张图片，说法0" and image_embed.dtype == np.float32 and image_embed.shape == (11, 128)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "embed_split", None)                            # nothing is computed again
-        assert called(*command, "fp32") == first
+        assert called(*command, "fp32") == first.replace("embeddings kept in", "embeddings of").replace("little-test\n", "little-test used again\n")
         assert "precision fp32, now it is bf16" in stopped(*command, "bf16")
-        np.save(folder / "image_embed.npy", image_embed[:5])
-        assert "not those that features.json describes" in stopped(*command, "fp32")
-        (folder / "image_embed.npy").write_bytes(b"cut")
-        assert "cannot be read" in stopped(*command, "fp32")
+        for wrong in (image_embed[:5], image_embed[::-1]):                      # fewer, or other rows of the same shape
+            np.save(folder / "image_embed.npy", wrong)
+            assert "not those that features.json describes" in stopped(*command, "fp32")
         np.save(folder / "image_embed.npy", image_embed)
+        (folder / "features.json").write_text(json.dumps({key: x for key, x in about.items() if key != "image_ids"}))
+        assert "cannot be read" in stopped(*command, "fp32")
+        (folder / "features.json").write_text(json.dumps(about | {"texts": about["texts"][::-1]}))
+        assert "not those that features.json describes" in stopped(*command, "fp32")
+        for damage in (b"cut", b""):
+            (folder / "image_embed.npy").write_bytes(damage)
+            assert "cannot be read" in stopped(*command, "fp32")
+        np.save(folder / "image_embed.npy", image_embed)
+        (folder / "features.json").write_text(json.dumps(about))
+        pictures, changed = (little / "test_imgs.tsv").read_text(), os.stat(little / "test_imgs.tsv")
+        (little / "test_imgs.tsv").write_text(pictures + "12\t" + pictures.split("\t")[1].split()[0][:-4] + "\n")          # one more, and with it another file
+        assert "files " in stopped(*command, "fp32")
+        (little / "test_imgs.tsv").write_text(pictures)
+        os.utime(little / "test_imgs.tsv", ns=(changed.st_atime_ns, changed.st_mtime_ns))
     torch.manual_seed(5)
     checkpoint.save(tiny_checkpoint.with_name("new.pt"), CLIP(CONFIGS["tiny"]))
     original = tiny_checkpoint.read_bytes()
@@ -302,6 +328,8 @@ def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, ti
     (["--ckpt", "CKPT", "--data", "demo", "--templates", "a.txt"], "--templates goes with --classify"),
     (["--ckpt", "CKPT", "--classify", ".", "--features", "a"], "--features goes with --data"),
     (["--ckpt", "CKPT", "--classify", "nowhere"], "nowhere: there is no such folder"),
+    (["--ckpt", "CKPT", "--classify", "LITTLE", "--split", "dev"], "no split 'dev'; it has none"),
+    (["--ckpt", "CKPT", "--classify", "LITTLE"], "0 classes and 0 pictures"),
 ])
 def test_wrong_arguments_give_one_line(stopped, tiny_checkpoint, little, arguments, message):
     assert message in stopped(evaluate, *[{"CKPT": tiny_checkpoint, "LITTLE": little}.get(a, a) for a in arguments])
@@ -330,27 +358,55 @@ def elevater(tmp_path):
 
 
 def test_class_folders_in_both_layouts(elevater, tmp_path):
-    names, pictures, labels = data.open_classes(elevater, "test")
+    names, pictures, labels = data.open_classes(data.class_root(elevater))
     assert names == ["猫", "狗", "“红” 鱼"] and labels == [0, 0, 0, 1, 1, 1, 2, 2, 2] and pictures[4] == elevater / "test/001/1.png"
-    names, _, labels = data.open_classes(write_classes(tmp_path / "own", ["猫", "狗", ".cache"]), "test")
+    names, _, labels = data.open_classes(data.class_root(write_classes(tmp_path / "own", ["猫", "狗", ".cache"])))
     assert sorted(names) == sorted(["猫", "狗"]) and len(labels) == 6
-    assert data.open_classes(write_classes(tmp_path / "split/valid", ["a", "b"]).parent, "valid")[0] == ["a", "b"]
+    assert data.open_classes(data.class_root(write_classes(tmp_path / "split/valid", ["a", "b"]).parent, "valid"))[0] == ["a", "b"]
     named = write_classes(tmp_path / "named/test", ["狗", "猫"]).parent         # folders with the classes' names, in another order than the lines
     (named / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
-    assert {path.parent.name: names[label] for names, pictures, labels in [data.open_classes(named, "test")] for path, label in zip(pictures, labels)} == {"狗": "狗", "猫": "猫"}
+    assert {path.parent.name: names[label] for names, pictures, labels in [data.open_classes(data.class_root(named))] for path, label in zip(pictures, labels)} == {"狗": "狗", "猫": "猫"}
     imagenet = write_classes(tmp_path / "imagenet/test", ["n02", "n01"]).parent
     (imagenet / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
-    assert {path.parent.name: label for _, pictures, labels in [data.open_classes(imagenet, "test")] for path, label in zip(pictures, labels)} == {"n01": 0, "n02": 1}
+    assert {path.parent.name: label for _, pictures, labels in [data.open_classes(data.class_root(imagenet, "test"))] for path, label in zip(pictures, labels)} == {"n01": 0, "n02": 1}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_odd_class_folders_are_named_in_a_warning(elevater):
+    (elevater / "test/loose.jpg").write_bytes(png())
+    for path in (elevater / "test/000").iterdir():
+        path.unlink()
+    with pytest.warns(UserWarning) as said:
+        data.open_classes(elevater / "test")
+    assert [str(w.message).split(": ", 1)[1] for w in said] == ["left out, for they are in no class folder: 1 (loose.jpg)", "classes without a picture, which can be guessed all the same: 1 (猫)"]
+    (elevater / "label_cn.txt").write_text("002\n001\n000\n")                   # names that are numbers: the folders of these names
+    assert data.open_classes(elevater / "test")[2] == [1, 1, 1, 0, 0, 0]
+    (elevater / "label_cn.txt").unlink()
+    with pytest.warns(UserWarning, match="the folders' numbers are taken for names"):
+        assert data.open_classes(elevater / "test")[0] == ["000", "001", "002"]
+
+
+def test_classes_that_look_alike_to_the_model_are_named(tiny_checkpoint):
+    model, _ = checkpoint.load(tiny_checkpoint)
+    autocast, _ = evaluate.precision_of("fp32", torch.device("cpu"))
+    with pytest.warns(UserWarning, match="the prompts of 龘龘龘 are those of 靐靐靐"):                   # rare characters: the vocabulary has none of them
+        evaluate.class_embeddings(model, ["猫", "靐靐靐", "龘龘龘"], ["一张{}的照片"], torch.device("cpu"), autocast)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_missing_class_folder_moves_no_label(elevater):
     """torchvision's ImageFolder, which cn_clip uses, would call 002 class 1."""
     shutil.rmtree(elevater / "test/001")
-    assert data.open_classes(elevater, "test")[2] == [0, 0, 0, 2, 2, 2]
+    assert data.open_classes(data.class_root(elevater))[2] == [0, 0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda root: (root / "test/003").mkdir(), "the folder 003 has no line in label_cn.txt, whose 3 lines name the classes 0 to 2"),
+    (lambda root: (root / "test/003").mkdir(), "label_cn.txt, whose 3 lines name the classes 0 to 2"),
+    (lambda root: (root / "test/0").mkdir(), "two folders with one name or number"),
+    (lambda root: (root / "label_cn.txt").write_text("\n\n"), "label_cn.txt, line 1: empty"),
+    (lambda root: [(root / "test" / a).rename(root / "test" / b) for a, b in (("000", "狗"), ("001", "猫"), ("002", "红鱼"))], "names the folders 红鱼; it does name others"),
+    (lambda root: (root / os.fsdecode(b"test/\xff")).mkdir(), "which belongs to which?"),
+    (lambda root: (root / "label_cn.txt").unlink() or (root / os.fsdecode(b"test/\xff")).mkdir(), "not UTF-8 (000, 001, 002, \\udcff)"),
     (lambda root: (root / "label_cn.txt").write_text("猫\n\n鱼\n", encoding="utf-8"), "label_cn.txt, line 2: empty"),
     (lambda root: (root / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8") and (root / "test/000").rename(root / "test/cats"), "which belongs to which?"),
     (lambda root: (root / "test").rename(root / "val"), "no split 'test'; it has val"),
@@ -360,7 +416,7 @@ def test_a_missing_class_folder_moves_no_label(elevater):
 def test_class_folders_that_are_not_clear_are_refused(elevater, spoil, message):
     spoil(elevater)
     with pytest.raises(data.BadInput, match=re.escape(message)):
-        data.open_classes(elevater, "test")
+        data.open_classes(data.class_root(elevater))
 
 
 def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
@@ -383,19 +439,20 @@ def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
     monkeypatch.setitem(CONFIGS, "small-vit", peers.VIT)                        # shapes do not tell the number of heads
     torch.save({"epoch": 1, "step": 1, "name": "peer", "state_dict": {f"module.{key}": x for key, x in peer.state_dict().items()}}, elevater / "peer.pt")
     model, _ = checkpoint.load(elevater / "peer.pt")
-    names, pictures, labels = data.open_classes(elevater, "test")
+    names, pictures, labels = data.open_classes(data.class_root(elevater))
     autocast, _ = evaluate.precision_of("fp32", torch.device("cpu"))
     classes = evaluate.class_embeddings(model, names, [template("{}") for template in templates], torch.device("cpu"), autocast)
     image_embed = evaluate.embed_pictures(model, lambda i: data.decoded(pictures[i].read_bytes, "it"), len(pictures), torch.device("cpu"), autocast, batch_size=4)
     assert torch.allclose(classes, classifier.T, atol=1e-6)
     assert torch.allclose(evaluate.class_probabilities(image_embed, classes, 100.0), expected, atol=1e-5)
-    assert evaluate.classification_of(image_embed, classes, labels, names)["top-1"] == pytest.approx(100 * top1)
+    assert evaluate.classification_of(image_embed, classes, labels, names)[0]["top-1"] == pytest.approx(100 * top1)
 
 
 def test_classification_by_hand():
     classes = torch.eye(6)
     pictures = F.normalize(torch.tensor([[9.0, 8, 0, 0, 0, 0], [8, 9, 0, 0, 0, 0], [7, 6, 5, 4, 3, 9], [0, 0, 9, 0, 0, 0]]), dim=1)
-    result = evaluate.classification_of(pictures, classes, [0, 0, 4, 2], list("甲乙丙丁戊己"))
+    result, right = evaluate.classification_of(pictures, classes, [0, 0, 4, 2], list("甲乙丙丁戊己"))
+    assert right.tolist() == [1, 0, 0, 1]
     assert result["top-1"] == 50 and result["top-5"] == 75 and result["mean_per_class"] == pytest.approx((50 + 0 + 100) / 3)
     assert {(c["class"], c["taken_for"], c["times"], c["of"]) for c in result["confused"]} == {("甲", "乙", 1, 2), ("戊", "己", 1, 1)}
     probabilities = evaluate.class_probabilities(pictures, classes, 10.0)
@@ -405,11 +462,12 @@ def test_classification_by_hand():
 def test_classify_through_the_command_line(called, stopped, tiny_checkpoint, elevater, tmp_path):
     output = called(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--workers", 0, "--json", tmp_path / "a.json", "--report", tmp_path / "a.html")
     record, = figures(tmp_path / "a.json")
-    assert f"top-1" in output and "9 pictures, 3 classes, 20 prompts each" in output and record["pictures"] == 9 and len(record["predictions"]) == 9
+    assert "top-1" in output and "9 pictures, 3 classes, 20 prompts each" in output and record["pictures"] == 9 and len(record["predictions"]) == 9
     assert sum(p for _, p in record["predictions"][0]["best"]) == pytest.approx(1, abs=1e-3)
     assert "红" in (tmp_path / "a.html").read_text(encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("一只{}\n\n{}的样子\n", encoding="utf-8")
-    assert "2 prompts each" in called(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--workers", 0, "--templates", tmp_path / "prompts.txt")
+    output = called(evaluate, "--ckpt", tiny_checkpoint, tiny_checkpoint, "--classify", elevater / "test", "--workers", 0, "--templates", tmp_path / "prompts.txt")
+    assert "2 prompts each" in output and "with 95 % interval: +0.0 (+0.0 to +0.0, which may be chance)" in output
     (tmp_path / "prompts.txt").write_text("一只{}\n一只\n", encoding="utf-8")
     assert "prompts.txt, line 2: expected one {}" in stopped(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--templates", tmp_path / "prompts.txt")
     (elevater / "test/001/1.png").write_bytes(b"no picture")

@@ -2,12 +2,13 @@
 import io
 import os
 import pty
+import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import bomb, jpeg, png
+from conftest import ROOT, bomb, jpeg, png
 from PIL import Image
 
 import checkpoint
@@ -46,6 +47,7 @@ def album(tmp_path, monkeypatch):
     (folder / "empty.png").write_bytes(b"")
     (folder / "bomb.png").write_bytes(bomb())
     (folder / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    os.mkfifo(folder / "pipe.png")                                              # reading it would wait for ever
     (folder / "dangling.jpg").symlink_to("nowhere.jpg")
     (folder / "circle").symlink_to(folder)
     return folder
@@ -68,24 +70,24 @@ def searched(monkeypatch, capsys, album, tiny_checkpoint):
 
 def test_indexes_once_then_only_what_has_changed(searched, album, monkeypatch):
     lines, said = searched("一只猫", "--top", 3)
-    assert len(lines) == 3 and f"{READABLE} pictures; {READABLE + BROKEN} of them new or changed" in said and f"{BROKEN} cannot be read" in said
+    assert len(lines) == 3 and f"{READABLE} pictures and {BROKEN} that cannot be read" in said and f"; {READABLE + BROKEN} new or changed, 0 gone" in said
     encoded = []
     real = search.encode_pictures
     monkeypatch.setattr(search, "encode_pictures", lambda model, read, batches, *rest: encoded.extend(sum(map(list, batches), [])) or real(model, read, batches, *rest))
     again, said = searched("一只猫", "--top", 3)
-    assert again == lines and encoded == [] and "0 of them new or changed, 0 have gone" in said and f"{BROKEN} cannot be read" in said
+    assert again == lines and len(encoded) == BROKEN and "; 0 new or changed, 0 gone" in said
     (album / "kind.bmp").unlink()
     (album / "broken.jpg").write_bytes(jpeg(seed=3))                            # mended
     (album / "new.png").write_bytes(png(seed=9))
     lines, said = searched("一只猫", "--top", 100)
-    assert len(encoded) == 2 and f"{READABLE + 1} pictures; 2 of them new or changed, 1 have gone" in said and len(lines) == READABLE + 1
+    assert len(encoded) == 2 * BROKEN + 1 and f"{READABLE + 1} pictures and {BROKEN - 1} that" in said and "; 2 new or changed, 1 gone" in said and len(lines) == READABLE + 1
     assert not any("kind.bmp" in line for line in lines) and any("new.png" in line for line in lines)
     assert not list(album.rglob("*.npz"))                                       # nothing is written among the pictures
 
 
 def test_finds_what_a_plain_comparison_finds(searched, album, tiny_checkpoint):
     model, transform = checkpoint.load(tiny_checkpoint)
-    files = [album / path for path in data.picture_files(album)]
+    files = [album / path for path in data.picture_files(album)[0]]
     with torch.no_grad():
         asked = model.encode_image(transform(Image.open(album / "kind.png"))[None])
         expected = {}
@@ -102,6 +104,7 @@ def test_finds_what_a_plain_comparison_finds(searched, album, tiny_checkpoint):
 
 
 def test_best_breaks_ties_by_the_order_and_leaves_out_the_unreadable():
+    assert [row for row, _ in search.best(torch.ones(1), torch.ones(40, 1), torch.ones(40, dtype=torch.bool), 5)] == [0, 1, 2, 3, 4]
     embed = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 0]])
     assert search.best(torch.tensor([1.0, 0]), embed, torch.tensor([True, True, True, False]), 10) == [(0, 1.0), (1, 1.0), (2, 0.0)]
 
@@ -128,7 +131,37 @@ def test_an_interrupted_index_goes_on(searched, album, monkeypatch):
         searched("猫", "--batch-size", 4)
     monkeypatch.setattr(search, "encode_pictures", real)
     _, said = searched("猫")
-    assert f"{READABLE + BROKEN - 8} of them new or changed" in said
+    assert f"{READABLE + BROKEN - 8} new or changed" in said
+
+
+def test_an_empty_folder_does_not_cost_the_index(searched, album, tmp_path):
+    """A disk that is not there for once."""
+    first, _ = searched("猫")
+    album.rename(tmp_path / "away")
+    album.mkdir()
+    with pytest.raises(data.BadInput, match="no picture to search in"):
+        searched("猫")
+    album.rmdir()
+    (tmp_path / "away").rename(album)
+    again, said = searched("猫")
+    assert again == first and "; 0 new or changed" in said
+
+
+def test_a_part_that_cannot_be_read_stays_in_the_index(searched, album, monkeypatch):
+    searched("猫")
+    real = data.picture_files
+    monkeypatch.setattr(data, "picture_files", lambda folder: ([path for path in real(folder)[0] if not path.startswith("去 海边")], {"去 海边": "Permission denied"}))
+    _, said = searched("猫")
+    assert "去 海边: cannot be read (Permission denied); what was indexed of it stays" in said and "; 0 new or changed, 0 gone" in said
+
+
+def test_what_could_not_be_read_is_tried_again(searched, album):
+    index = search.Index(album, "x")
+    index.embed = torch.zeros(0, 4).half().numpy()
+    tried = []
+    encode = lambda paths: tried.append(list(paths)) or iter([(paths[1:], torch.ones(len(paths) - 1, 4), {paths[0]: "no right to"})])
+    index.update(encode)
+    assert index.update(encode) == (0, 0) and tried[1] == tried[0][:1]
 
 
 def test_a_damaged_index_is_made_anew(searched, tmp_path):
@@ -146,6 +179,21 @@ def test_asks_again_and_again(searched, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("猫\n\n  \n狗\n"))
     lines, _ = searched("--top", 2)
     assert len(lines) == 4
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("猫\n".encode() + b"\xff\xfe\n" + "狗\n".encode()), encoding="utf-8"))
+    again, said = searched("--top", 2)
+    assert again == lines and "this is not UTF-8" in said
+
+
+def test_names_of_files_cannot_write_to_the_terminal(searched, album):
+    (album / "a\nb\x1b[31m.png").write_bytes(png())
+    lines, _ = searched("猫", "--top", 100)
+    assert len(lines) == READABLE + 1 and any(line.endswith("a\\nb\\x1b[31m.png") for line in lines)
+
+
+@pytest.mark.parametrize("command", ["{} search.py --help <&- >&- 2>&-", "{} search.py --help | head -1 > /dev/null; exit $(( PIPESTATUS[0] % 141 ))"])
+def test_closed_and_broken_streams_are_no_error(command):
+    done = subprocess.run(["bash", "-c", command.format(sys.executable)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -155,6 +203,8 @@ def test_asks_again_and_again(searched, monkeypatch):
     (["--image", "ALBUM/broken.jpg"], "broken.jpg cannot be read"),
     (["--image", "nowhere.jpg"], "nowhere.jpg cannot be read"),
     ([" "], "the query is empty"),
+    (["\udcff"], "the query is empty or not UTF-8"),
+    (["--images", "", "猫"], "there is no such folder"),
     (["猫", "--top", "0"], "--top 0"),
     (["猫", "--html", "nowhere/a.html"], "name a file in a folder that is there"),
     (["猫", "--images", "EMPTY"], "no picture to search in"),
