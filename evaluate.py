@@ -307,7 +307,7 @@ def recall_of(ranks, correct, candidates):
     result = {f"R@{k}": 100 * (asked < k).double().mean().item() for k in KS}
     result["MR"] = sum(result.values()) / len(KS)
     wrong = np.array([candidates - len(right) for right in correct if right])                       # (A,) wrong candidates of each query
-    misses = np.cumprod([(wrong - k).clip(0) / max(1, candidates - k) for k in range(max(KS))], axis=0).mean(axis=1)                # [K-1]: K different guesses, all wrong
+    misses = np.cumprod([(wrong - k).clip(0) / max(1, candidates - k) for k in range(max(KS))], axis=0).mean(axis=1).tolist()       # [K-1]: K different guesses, all wrong
     chance = {k: 100 * (1 - misses[k - 1]) for k in KS}
     return result | {"chance_R@1": chance[1], "chance_MR": sum(chance.values()) / len(KS), "queries": len(asked), "without_answer": len(ranks) - len(asked)}
 
@@ -358,7 +358,7 @@ def interval(values, groups):
 
 def change(before, after, groups):
     """What another model changes, on the same queries: values (A,) of both -> {"mean", "interval"} in percent points."""
-    return {"mean": 100 * (after - before).mean(), "interval": interval(after - before, groups)}
+    return {"mean": 100 * (after - before).mean().item(), "interval": interval(after - before, groups)}
 
 
 def pictures_asked(ranked):
@@ -418,9 +418,9 @@ def classification_of(image_embed, class_embed, labels, names):
     accuracy = 100 * np.bincount(labels, weights=right, minlength=len(names)) / np.maximum(counts, 1)
     guesses = torch.cat([(some @ class_embed.T).argmax(dim=1) for some in image_embed.split(1024)]).tolist()
     taken_for = collections.Counter((label, guess) for label, guess in zip(labels.tolist(), guesses) if label != guess)
-    return {"top-1": 100 * right.mean(), "top-5": 100 * (ranks < 5).double().mean().item(), "mean_per_class": accuracy[counts > 0].mean(),
+    return {"top-1": 100 * right.mean().item(), "top-5": 100 * (ranks < 5).double().mean().item(), "mean_per_class": accuracy[counts > 0].mean().item(),
             "top-1_interval": interval(right, np.arange(len(right))), "chance_top-1": 100 / len(names), "pictures": len(labels), "classes": len(names),
-            "per_class": [{"class": names[c], "pictures": int(counts[c]), "top-1": accuracy[c]} for c in np.flatnonzero(counts)],
+            "per_class": [{"class": names[c], "pictures": int(counts[c]), "top-1": accuracy[c].item()} for c in np.flatnonzero(counts)],
             "confused": [{"class": names[a], "taken_for": names[b], "times": times, "of": int(counts[a])} for (a, b), times in taken_for.most_common(20)]}, right
 
 

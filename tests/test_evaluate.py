@@ -49,6 +49,7 @@ def test_hand_worked_several_captions_per_picture_and_pictures_per_caption():
     assert result["text_to_image"]["R@5"] == result["image_to_text"]["R@10"] == 100.0
     assert result["text_to_image"]["MR"] == pytest.approx((50 + 100 + 100) / 3)
     assert result["text_to_image"]["chance_R@1"] == pytest.approx(100 * (1 + 1 + 2 + 1) / 3 / 4)
+    assert {type(x) for x in result["text_to_image"].values()} == {float, int}  # a checkpoint with NumPy's kinds would be refused
     assert result["text_to_image"]["chance_MR"] == pytest.approx((100 * 5 / 12 + 100 + 100) / 3)    # of 3 candidates 5 guesses are all
 
 
