@@ -234,6 +234,11 @@ def decoded(read, name):
     raise BadInput(f"{name} cannot be read ({reason}); replace or remove it")
 
 
+def picture_at(paths, i, folder=""):
+    """Picture i of some paths, relative to a folder. (A function of the module, so that it can be sent to readers on every system.)"""
+    return decoded(Path(folder, paths[i]).read_bytes, printable(paths[i]))
+
+
 class TsvSplit(Split):
     """The Chinese-CLIP layout. Of the picture file only the ids and byte offsets are kept."""
 

@@ -264,7 +264,8 @@ def best_ranks(queries, candidates, correct, chunk=None):
     """For every query the rank (0 = first) of its best-placed correct candidate; -1 for queries without one.
 
     queries (Q, D), candidates (C, D) unit vectors, correct: Q lists of candidate indices -> (Q,) int64. Equal similarities are ranked in the order of the
-    candidates. `chunk` queries are compared at a time (default: as many as make 16 million similarities), so memory does not grow with Q. Under torch.distributed each process takes its share of the chunks, all get the whole.
+    candidates. `chunk` queries are compared at a time (default: as many as make 16 million similarities), so memory does not grow with Q. Under torch.distributed each process
+    takes its share of the chunks, and all get the whole.
     """
     chunk = chunk or max(1, 2**24 // len(candidates))
     place = torch.arange(len(candidates), device=candidates.device)
@@ -394,9 +395,9 @@ def class_embeddings(model, names, templates, device, autocast, batch_size=128):
     prompts = [template.replace("{}", name) for name in names for template in templates]
     ids = Tokenizer("the prompts")(prompts, model.cfg.context_length).numpy()
     seen = {}
-    for name, tokens in zip(names, ids.reshape(len(names), -1)):
-        if (other := seen.setdefault(tokens.tobytes(), name)) is not name:
-            warnings.warn(f"the prompts of {name} are those of {other}, token by token: the model cannot tell the two classes apart, and guesses the first")
+    for c, tokens in enumerate(ids.reshape(len(names), -1)):
+        if (other := seen.setdefault(tokens.tobytes(), c)) != c:
+            warnings.warn(f"the prompts of {names[c]} are those of {names[other]}, token by token: the model cannot tell the two classes apart, and guesses the first")
     embed = embed_texts(model, ids, device, autocast, batch_size).view(len(names), len(templates), -1)
     return F.normalize(embed.mean(dim=1), dim=1)
 
@@ -575,8 +576,9 @@ def retrieve(args, device, is_main):
     print(table(records, name, split_name))
     write_json(args.json, {"data": args.data, "split": split_name, "results": records})
     if args.report is not None:
-        rows = [(scale, model, setting, cells(figures, halves, " <small>±{:.1f}</small>")) for scale, model, setting, figures, halves in compare_rows(records, name, split_name)[1]]
-        report.write_retrieval(args.report, compare_rows(records, name, split_name)[0], rows, notes(records, name, split_name), records, all_ranked, split, *embeds)
+        title, rows = compare_rows(records, name, split_name)
+        rows = [(scale, model, setting, cells(figures, halves, " <small>±{:.1f}</small>")) for scale, model, setting, figures, halves in rows]
+        report.write_retrieval(args.report, title, rows, notes(records, name, split_name), records, all_ranked, split, *embeds)
         print(f"wrote {args.report}")
 
 
@@ -611,7 +613,7 @@ def classify(args, device, is_main):
     names, pictures, labels = data.open_classes(root)
     templates = read_templates(args.templates) if args.templates is not None else TEMPLATES
     autocast, precision = precision_of(args.precision, device, evaluating=True)
-    read = lambda i: data.decoded(pictures[i].read_bytes, str(pictures[i]))
+    read = functools.partial(data.picture_at, pictures)
     records, all_right = [], []
     for source in args.ckpt:
         model, _ = checkpoint.load(source, device)
@@ -634,7 +636,8 @@ def classify(args, device, is_main):
     print(class_table(records, title, len(templates)))
     write_json(args.json, {"data": str(root), "templates": list(templates), "results": records})
     if args.report is not None:
-        report.write_classification(args.report, title, [*class_notes(records, len(templates)), f"prompts: {' '.join(templates)}"], records, names, pictures, labels, lambda i: class_probabilities(image_embed[i], class_embed, scale))
+        lines = [*class_notes(records, len(templates)), f"prompts: {' '.join(templates)}"]
+        report.write_classification(args.report, title, lines, records, names, read, labels, lambda i: class_probabilities(image_embed[i], class_embed, scale))
         print(f"wrote {args.report}")
 
 

@@ -231,8 +231,11 @@ def training_curves(records):
 # ---------------------------------------------------------------------------------------------------------------- classification
 
 
-def write_classification(path, title, notes, records, names, pictures, labels, probabilities):
-    """The page of `evaluate.py --classify … --report`. names: C texts; pictures: P paths; labels: P class indices; probabilities(i) -> (C,) of picture i by the last checkpoint."""
+def write_classification(path, title, notes, records, names, read, labels, probabilities):
+    """The page of `evaluate.py --classify … --report`.
+
+    names: C texts; labels: P class indices; read(i) -> picture i; probabilities(i) -> (C,) of picture i by the last checkpoint.
+    """
     last, whose = records[-1], f" ({text(records[-1]['ckpt'])})" if len(records) > 1 else ""
     rows = []
     for r in records:
@@ -260,7 +263,7 @@ def write_classification(path, title, notes, records, names, pictures, labels, p
             right = order.tolist().index(labels[i])
             places = [*range(min(BEST, len(names)))] + [right] * (right >= BEST)
             items = [answer(f"{100 * p[place]:.1f} %", names[order[place]], place == right, place) for place in places]
-            parts.append(f'<div class="ask pair">{card(lambda: data.decoded(pictures[i].read_bytes, pictures[i].name), [zh(names[labels[i]]), text(pictures[i].name)])}<ol>{"".join(items)}</ol></div>')
+            parts.append(f'<div class="ask pair">{card(lambda: read(i), [zh(names[labels[i]]), text(Path(last["predictions"][i]["picture"]).name)])}<ol>{"".join(items)}</ol></div>')
     write_page(path, title, [*parts, *charts(training_curves(records))])
 
 

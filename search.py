@@ -10,6 +10,7 @@ written among the pictures. A picture that cannot be read is skipped and counted
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -74,7 +75,7 @@ class Index:
                 status = os.stat(self.folder / path)
                 now[path] = [status.st_size, status.st_mtime_ns]
         row_of = {path: row for row, path in enumerate(self.files)}
-        for place, reason in unread.items():                                        # a disk that does not answer: what was there may come back
+        for place, reason in unread.items():                                    # a disk that does not answer: what was there may come back
             print(f"{self.folder / place}: cannot be read ({reason}); what was indexed of it stays", file=sys.stderr)
             now |= {path: about[:2] for path, about in self.files.items() if path.startswith(place + os.sep) and path not in now}
         if not now:
@@ -91,11 +92,12 @@ class Index:
                 rows += [embed.half().numpy(), np.zeros((len(unreadable), embed.shape[1]), np.float16)]
                 self.files |= {path: [*now[path], None] for path in paths} | {path: [*now[path], reason] for path, reason in unreadable.items()}
                 if time.time() > saved + SAVE_SECONDS:
-                    self.embed = np.concatenate(rows)
+                    rows = [np.concatenate(rows)]
+                    self.embed = rows[0]
                     self.write()
-                    rows, saved = [self.embed], time.time()
+                    saved = time.time()
         finally:                                                                # an interrupted call goes on from here
-            self.embed = np.concatenate(rows)
+            self.embed = np.concatenate(rows)[: len(self.files)]                # Ctrl-C may have come between the two
             if todo or gone:
                 self.write()
         return fresh, gone
@@ -142,7 +144,7 @@ def main():
 
     def encode(paths):
         batches = [range(start, min(start + args.batch_size, len(paths))) for start in range(0, len(paths), args.batch_size)]
-        read = lambda i: data.decoded((folder / paths[i]).read_bytes, paths[i])
+        read = functools.partial(data.picture_at, paths, folder=folder)
         for numbers, embed, unreadable in encode_pictures(model, read, batches, device, autocast, args.workers):
             yield [paths[i] for i in numbers], embed, {paths[i]: reason for i, reason in unreadable.items()}
 
