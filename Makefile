@@ -9,15 +9,15 @@ demo: .venv/installed
 	@echo "--- Stage 1: a fresh Chinese text tower learns; the vision tower is frozen."
 	.venv/bin/python train.py --stage 1 --vision-weights runs/demo-vision/best.pt --out runs/demo-stage1
 	@echo "--- Stage 2: both towers learn."
-	.venv/bin/python train.py --stage 2 --init runs/demo-stage1/best.pt --epochs 6 --out runs/demo-stage2
+	.venv/bin/python train.py --stage 2 --init runs/demo-stage1/best.pt --epochs 6 --out runs/demo-stage2 runs/demo.html
 	@echo "--- Recall among 500 scenes that were never trained on."
-	.venv/bin/python evaluate.py --ckpt runs/demo-stage2/best.pt --data demo
+	.venv/bin/python evaluate.py --ckpt runs/demo-stage2/best.pt --data demo --report runs/demo.html
 
 test: .venv/installed-tests
 	.venv/bin/python -m pytest -q tests
 
 clean:
-	rm -rf .venv runs/demo-vision runs/demo-stage1 runs/demo-stage2
+	rm -rf .venv runs/demo-vision runs/demo-stage1 runs/demo-stage2 runs/demo.html
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
