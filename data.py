@@ -84,10 +84,10 @@ def write(path, fill, shown=None, part=".part"):
     `shown`: its name in a message. Of processes that write the same file at the same time each needs a `part` of its own. A link stays, what it points to is written; into a device or
     a pipe (/dev/stdout) it is written directly.
     """
-    if Path(path).exists() and not Path(path).is_file():
+    if is_device(path):
         with open(path, "wb") as f:
             return fill(f)
-    path = Path(path).resolve()
+    shown, path = shown or path, Path(path).resolve()
     part = path.with_name(path.name + part)
     try:
         part.unlink(missing_ok=True)                                            # of a killed run; or a link, whose target is not ours
@@ -99,7 +99,12 @@ def write(path, fill, shown=None, part=".part"):
     except (OSError, RuntimeError) as error:                                    # torch.save turns "disk full" into a RuntimeError about its archive
         with contextlib.suppress(OSError):
             part.unlink()                                                       # a full disk needs the room
-        raise BadInput(f"{shown or path}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
+        raise BadInput(f"{shown}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
+
+
+def is_device(path):
+    """Whether it is there and neither a file nor a folder: /dev/null, /dev/stdout, a pipe, …"""
+    return Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir()
 
 
 def write_text(path, text, **options):
@@ -108,7 +113,7 @@ def write_text(path, text, **options):
 
 def check_place(flag, path):
     """Refuse, before the work, a file name that could not be written after it."""
-    if path is not None and (not path or Path(path).is_dir() or not os.access(Path(path).resolve().parent, os.W_OK)):
+    if path is not None and (not path or Path(path).is_dir() or not (is_device(path) or os.access(Path(path).resolve().parent, os.W_OK))):
         raise BadInput(f"{flag} {path!r}: name a file in a folder that is there and can be written to")
 
 
@@ -277,13 +282,14 @@ class TsvSplit(Split):
         with open(self.path, "rb") as f:
             if not self.path.stat().st_size:
                 return
-            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m:
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m, Progress(f"{self.path.name}: MiB indexed", len(m) / 2**20) as progress:
                 start, number = 0, 0
                 while start < len(m):
                     end = m.find(b"\n", start)
                     end = len(m) if end < 0 else end
                     number += 1
                     yield number, start, end, m[start : min(end, start + 64)]
+                    progress.add((end + 1 - start) / 2**20)
                     start = end + 1
 
     def files(self):
@@ -1323,9 +1329,10 @@ def fetch_rest(url, part, have, size):
 
 def sha256_of(path):
     digest = hashlib.sha256()
-    with open(path, "rb") as f:
+    with open(path, "rb") as f, Progress(f"{path.name}: MiB verified", os.path.getsize(path) / 2**20) as progress:
         while block := f.read(2**20):
             digest.update(block)
+            progress.add(len(block) / 2**20)
     return digest.hexdigest()
 
 
