@@ -576,16 +576,14 @@ def test_an_export_that_fails_half_way_leaves_nothing(tmp_path, small_sizes):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_command_line(tmp_path):
-    """Sizes of the table, so that it works in a process of its own."""
-    make, write, _ = peers.FILES["cn-clip"]
+def test_command_line(called, stopped, tmp_path):
     torch.manual_seed(0)
     checkpoint.save(tmp_path / "own.pt", CLIP(CONFIGS["tiny"]))
     assert "own.pt: CE-CLIP, tiny, 4,918,361 parameters, pictures of 64 x 64, temperature 0.0700" in script("checkpoint.py", tmp_path / "own.pt")
-    assert "has no name for these sizes" in script("checkpoint.py", tmp_path / "own.pt", "--export", tmp_path / "peer.pt")
-    assert "peer.pt: Chinese-CLIP, tiny, 4,918,361 parameters" in script("checkpoint.py", tmp_path / "peer.pt")
-    assert "pictures of 96 x 96" in script("checkpoint.py", tmp_path / "peer.pt", "--image-size", 96)
-    assert "is there already" in refused("checkpoint.py", tmp_path / "own.pt", "--export", tmp_path / "peer.pt")
+    assert "has no name for these sizes" in called(checkpoint, tmp_path / "own.pt", "--export", tmp_path / "peer.pt")
+    assert "peer.pt: Chinese-CLIP, tiny, 4,918,361 parameters" in called(checkpoint, tmp_path / "peer.pt")
+    assert "pictures of 96 x 96" in called(checkpoint, tmp_path / "peer.pt", "--image-size", 96)
+    assert "is there already" in stopped(checkpoint, tmp_path / "own.pt", "--export", tmp_path / "peer.pt")
     assert "there is no such checkpoint" in refused("checkpoint.py", tmp_path / "other.pt")
     before, after = checkpoint.load(tmp_path / "own.pt")[0], checkpoint.load(tmp_path / "peer.pt")[0]
     assert before.cfg == after.cfg and all(torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values()))

@@ -183,13 +183,13 @@ def test_unknown_places(tmp_path):
             open_split(name, "train", tmp_path / "root")
 
 
-def test_command_line(tsv_folder, tmp_path):
+def test_command_line(called, stopped, tsv_folder, tmp_path):
     assert "train          12 pictures       12 captions       12 pairs" in script("data.py", tsv_folder)
-    assert "train    endless; 8,192 pairs an epoch" in script("data.py", "demo")
-    script("data.py", "demo", "--draw", tmp_path / "sheet.png")
+    assert "train    endless; 8,192 pairs an epoch" in called(data, "demo")
+    called(data, "demo", "--draw", tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (804, 536)
-    assert script("data.py", tsv_folder, "--draw", tmp_path / "sheet.png").count("picture 2") == 12
-    assert "endless" in refused("data.py", "demo", "--split", "train", "--draw", tmp_path / "sheet.png")
+    assert called(data, tsv_folder, "--draw", tmp_path / "sheet.png").count("picture 2") == 12
+    assert "endless" in stopped(data, "demo", "--split", "train", "--draw", tmp_path / "sheet.png")
     assert "neither a folder" in refused("data.py", "nothing-here")
 
 

@@ -84,13 +84,13 @@ def test_stage_1_leaves_the_vision_tower_alone_and_stage_2_changes_both(cfg, tmp
     assert len(optimizer["state"]) == sum(k.startswith("text") for k in start) + 1
 
 
-def test_stage_1_starts_from_a_vision_tower_and_a_fresh_text_tower(tmp_path, tsv_folder):
-    script("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 2, *QUICK, "--out", tmp_path / "before")
-    script("train.py", "--stage", 1, "--data", tsv_folder, "--max-steps", 1, "--seed", 5, "--vision-weights", tmp_path / "before/last.pt", *QUICK, "--out", tmp_path / "one")
+def test_stage_1_starts_from_a_vision_tower_and_a_fresh_text_tower(trained, stops, tmp_path, tsv_folder):
+    trained("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 2, *QUICK, "--out", tmp_path / "before")
+    trained("train.py", "--stage", 1, "--data", tsv_folder, "--max-steps", 1, "--seed", 5, "--vision-weights", tmp_path / "before/last.pt", *QUICK, "--out", tmp_path / "one")
     before, one = tensors(tmp_path / "before/last.pt"), tensors(tmp_path / "one/last.pt")
     assert {k for k in one if k.startswith("vision.")} <= same(before, one)
     assert (before["text.word_embed.weight"] != one["text.word_embed.weight"]).float().mean() > 0.99
-    assert "brings both towers" in refused("train.py", "--stage", 1, "--vision-weights", tmp_path / "before/last.pt", "--init", tmp_path / "before/last.pt", "--out", tmp_path / "two")
+    assert "brings both towers" in stops("train.py", "--stage", 1, "--vision-weights", tmp_path / "before/last.pt", "--init", tmp_path / "before/last.pt", "--out", tmp_path / "two")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -122,8 +122,8 @@ def test_a_model_for_larger_pictures_starts_from_one_for_smaller_ones(tmp_path, 
     assert torch.equal(small.vision.attention_pool.position_embed, large.vision.attention_pool.position_embed)
 
 
-def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path):
-    output = script("train.py", "--stage", 1, "--max-steps", 2, *QUICK, "--out", tmp_path)
+def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path, called):
+    output = called(train, "--stage", 1, "--max-steps", 2, *QUICK, "--out", tmp_path)
     assert "--data coco-cn" in output.splitlines()[0] and "step      2/2" in output and "frozen vision tower has random weights" in output
     for word in ("loss", "lr", "temperature", "samples/s", "left", "memory", "settings:", "valid  text-to-image R@1"):
         assert word in output
@@ -284,9 +284,9 @@ def test_torchrun_restarts_a_run_whose_worker_died(tsv_folder, tmp_path):
     equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_finished_run_says_so_and_changes_nothing(tsv_folder, undisturbed):
+def test_a_finished_run_says_so_and_changes_nothing(tsv_folder, undisturbed, called):
     before = {p.name: p.read_bytes() for p in undisturbed.iterdir()}
-    assert "nothing to do: finished." in script(*arguments(tsv_folder, undisturbed))
+    assert "nothing to do: finished." in called(train, *arguments(tsv_folder, undisturbed)[1:])
     assert {p.name: p.read_bytes() for p in undisturbed.iterdir()} == before
 
 
