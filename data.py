@@ -861,7 +861,8 @@ def class_root(folder, split=None):
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: there is no such folder; expected one with a folder for each class: 猫/1.jpg, 狗/1.jpg, …, or test/000, test/001, … beside label_cn.txt")
-    splits = sorted({"train", "val", "valid", "test", split or "test"} & {path.name for path in folder.iterdir() if path.is_dir()})
+    holds_folders = lambda path: path.is_dir() and any(inside.is_dir() for inside in path.iterdir())                    # else it is a class of that name
+    splits = sorted(name for name in {"train", "val", "valid", "test", split or "test"} if holds_folders(folder / name))
     if (split or "test") in splits:
         return folder / (split or "test")
     if split or splits:
@@ -1064,7 +1065,10 @@ def collate(samples):
 
 def training_loader(split, image_size, batches, workers, pin_memory=False):
     return DataLoader(TrainingPairs(split, image_size), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-                      prefetch_factor=4 if workers else None, worker_init_fn=reader_start())
+                      prefetch_factor=4 if workers else None, worker_init_fn=reader_start(), timeout=READER_SECONDS * (workers > 0))
+
+
+READER_SECONDS = 900                                                            # to wait for one batch: a full /dev/shm, for one, makes a reader wait for ever, without a word
 
 
 def own_memory(batch):
@@ -1423,6 +1427,8 @@ def run(main):
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
             status = "error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command"
+        elif str(error).startswith("DataLoader timed out"):
+            status = f"error: no picture came from its readers within {READER_SECONDS} s: is /dev/shm full, or the disk gone? --workers 0 does without them"
         elif "onnection" in str(error):                                         # gloo: "Connection closed by peer", "Connection reset by peer", …
             status = "error: the connection to another process of this run broke; the error line of that process says why"
         else:

@@ -162,7 +162,8 @@ def encode_pictures(model, read, batches, device, autocast, workers=0):
 
     read(i) -> picture i, or raises BadInput. The model is in evaluation mode.
     """
-    loader = DataLoader(Pictures(read, model.cfg.image_size), batch_sampler=batches, collate_fn=_together, num_workers=workers, worker_init_fn=data.reader_start())
+    loader = DataLoader(Pictures(read, model.cfg.image_size), batch_sampler=batches, collate_fn=_together, num_workers=workers, worker_init_fn=data.reader_start(),
+                        timeout=data.READER_SECONDS * (workers > 0))
     with data.Progress("pictures embedded", sum(map(len, batches))) as progress:
         for numbers, pixels, unreadable in loader:
             embed = torch.empty(0, model.cfg.embed_dim)
@@ -562,6 +563,8 @@ def retrieve(args, device, is_main):
     split_name = "all" if data.is_pattern(args.data) else args.split or "test"
     open_split = functools.cache(lambda context_length: data.open_split(args.data, split_name, args.data_root, context_length))
     name, records, all_ranked = data_name(args.data), [], []
+    if args.features is not None and len(set(map(file_name, args.ckpt))) < len(args.ckpt):
+        raise data.BadInput(f"--features {args.features}: two of the checkpoints would have the same folder there ({', '.join(map(file_name, args.ckpt))}); name each once, or rename one")
     for source in args.ckpt:
         record, split, embeds, ranked = retrieve_with(source, args, open_split, split_name, device)
         pictures = pictures_asked(ranked)
@@ -598,13 +601,17 @@ def retrieve_with(source, args, open_split, split_name, device):
         files = [(os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in split.files()]
         made_of = {"weights": weights, "data": split.fingerprint(), "files": hashlib.md5(repr(files).encode()).hexdigest()[:12], "precision": precision,
                    "image_size": model.cfg.image_size, "context_length": model.cfg.context_length, "embed_dim": model.cfg.embed_dim}
-        plain = lambda text: re.sub(r"[^\w.-]+", "-", str(text)).strip("-.")
-        folder = Path(args.features) / plain(source) / f"{plain(data_name(args.data))}-{plain(split_name)}"
+        folder = Path(args.features) / file_name(source) / file_name(f"{data_name(args.data)}-{split_name}")
         embeds = kept(folder, made_of, {"image_ids": list(map(str, split.image_ids)), "texts": split.texts}, compute)
     embeds = [x.to(device).float() for x in embeds]
     ranked = both_ways(*embeds, split.positives)
     record = {"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "setting": setting_of(state, args.data), "weights": weights, "precision": precision, "pairs": len(split.pairs)}
     return record | {way: recall_of(*r) for way, r in ranked.items()}, split, embeds, ranked
+
+
+def file_name(text):
+    """A text as a file's name: runs/own/best.pt -> runs-own-best.pt."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
 
 
 def classify(args, device, is_main):

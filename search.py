@@ -14,6 +14,7 @@ import functools
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 import urllib.parse
@@ -49,8 +50,12 @@ class Index:
         try:
             with np.load(self.place) as content:
                 files, embed = json.loads(content["files"].tobytes()), content["embed"]
-            if len(files) == len(embed) and embed.shape[1] == width and embed.dtype == np.float16 and all(len(about) == 3 for about in files.values()):
-                self.files, self.embed = files, embed
+            if embed.shape != (len(files), width) or embed.dtype != np.float16 or not np.isfinite(embed).all():
+                raise ValueError("not an index of these files")
+            for size, changed, reason in files.values():
+                if not (type(size) is type(changed) is int and (reason is None or isinstance(reason, str))):
+                    raise ValueError("not what was written there")
+            self.files, self.embed = files, embed
         except FileNotFoundError:
             pass
         except Exception:                                                       # cut short or overwritten, in one of many ways
@@ -74,7 +79,7 @@ class Index:
             with contextlib.suppress(OSError):                                  # gone this moment, or a link to nowhere
                 status = os.stat(self.folder / path)
                 now[path] = [status.st_size, status.st_mtime_ns]
-        row_of = {path: row for row, path in enumerate(self.files)}
+        before, row_of = self.files, {path: row for row, path in enumerate(self.files)}
         for place, reason in unread.items():                                    # a disk that does not answer: what was there may come back
             print(f"{self.folder / place}: cannot be read ({reason}); what was indexed of it stays", file=sys.stderr)
             now |= {path: about[:2] for path, about in self.files.items() if path.startswith(place + os.sep) and path not in now}
@@ -98,7 +103,7 @@ class Index:
                     saved = time.time()
         finally:                                                                # an interrupted call goes on from here
             self.embed = np.concatenate(rows)[: len(self.files)]                # Ctrl-C may have come between the two
-            if todo or gone:
+            if self.files != before:
                 self.write()
         return fresh, gone
 
@@ -139,13 +144,16 @@ def main():
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, transform = checkpoint.load(args.ckpt, device)
-    autocast, _ = precision_of("auto", device, evaluating=True)
+    autocast, precision = precision_of("auto", device, evaluating=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)                   # as Ctrl-C: what is embedded by then is kept
     tokenizer = Tokenizer("the query")
 
     def encode(paths):
         batches = [range(start, min(start + args.batch_size, len(paths))) for start in range(0, len(paths), args.batch_size)]
         read = functools.partial(data.picture_at, paths, folder=folder)
         for numbers, embed, unreadable in encode_pictures(model, read, batches, device, autocast, args.workers):
+            if not embed.isfinite().all():
+                raise data.BadInput(f"{args.ckpt}: its embeddings hold NaN or infinity: the weights are damaged, or too large for {precision}")
             yield [paths[i] for i in numbers], embed, {paths[i]: reason for i, reason in unreadable.items()}
 
     index = Index(folder, checkpoint.fingerprint(model))

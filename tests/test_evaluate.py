@@ -329,6 +329,7 @@ def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, ti
     (["--ckpt", "CKPT", "--data", "demo", "--report", "tests"], "--report 'tests': name a file"),
     (["--ckpt", "CKPT", "--data", "demo", "--batch-size", "0"], "--batch-size 0"),
     (["--ckpt", "CKPT", "--data", "LITTLE", "--features", "CKPT"], "name another folder"),
+    (["--ckpt", "CKPT", "CKPT", "--data", "LITTLE", "--features", "a"], "two of the checkpoints would have the same folder"),
     (["--ckpt", "CKPT"], "pass one of them"),
     (["--ckpt", "CKPT", "--data", "demo", "--classify", "."], "pass one of them"),
     (["--ckpt", "CKPT", "--data", "demo", "--templates", "a.txt"], "--templates goes with --classify"),
@@ -375,6 +376,10 @@ def test_class_folders_in_both_layouts(elevater, tmp_path):
     imagenet = write_classes(tmp_path / "imagenet/test", ["n02", "n01"]).parent
     (imagenet / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
     assert {path.parent.name: label for _, pictures, labels in [data.open_classes(data.class_root(imagenet, "test"))] for path, label in zip(pictures, labels)} == {"n01": 0, "n02": 1}
+
+
+def test_a_class_may_be_called_test(tmp_path):
+    assert data.open_classes(data.class_root(write_classes(tmp_path / "k", ["test", "狗"])))[0] == ["test", "狗"]
 
 
 @pytest.mark.filterwarnings("ignore")

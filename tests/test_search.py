@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, bomb, jpeg, png
@@ -68,13 +69,15 @@ def searched(monkeypatch, capsys, album, tiny_checkpoint):
     return run
 
 
-def test_indexes_once_then_only_what_has_changed(searched, album, monkeypatch):
+def test_indexes_once_then_only_what_has_changed(searched, album, monkeypatch, tmp_path):
     lines, said = searched("一只猫", "--top", 3)
     assert len(lines) == 3 and f"{READABLE} pictures and {BROKEN} that cannot be read" in said and f"; {READABLE + BROKEN} new or changed, 0 gone" in said
-    encoded = []
+    place, = (tmp_path / "cache/search").glob("*.npz")
+    written, encoded = place.stat().st_ino, []
     real = search.encode_pictures
     monkeypatch.setattr(search, "encode_pictures", lambda model, read, batches, *rest: encoded.extend(sum(map(list, batches), [])) or real(model, read, batches, *rest))
     again, said = searched("一只猫", "--top", 3)
+    assert place.stat().st_ino == written                                       # nothing to write
     assert again == lines and len(encoded) == BROKEN and "; 0 new or changed, 0 gone" in said
     (album / "kind.bmp").unlink()
     (album / "broken.jpg").write_bytes(jpeg(seed=3))                            # mended
@@ -168,8 +171,12 @@ def test_a_damaged_index_is_made_anew(searched, tmp_path):
     first, _ = searched("猫")
     place, = (tmp_path / "cache/search").glob("*.npz")
     whole = place.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", whole.replace(b"palette", b"\0alette")):
-        place.write_bytes(content)
+    with np.load(place) as content:
+        content = dict(content)
+    odd = lambda **arrays: np.savez(file := io.BytesIO(), **content | arrays) or file.getvalue()
+    for damaged in (whole[: len(whole) // 2], b"", whole.replace(b"palette", b"\0alette"), odd(embed=content["embed"] * np.float16("nan")), odd(embed=content["embed"][:, :, None]),
+                    odd(embed=content["embed"][1:]), odd(files=np.frombuffer(content["files"].tobytes().replace(b"null", b"true"), np.uint8))):
+        place.write_bytes(damaged)
         lines, said = searched("猫")
         assert lines == first and "is damaged; it is made anew" in said
     assert searched("猫")[0] == first
