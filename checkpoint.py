@@ -19,7 +19,6 @@ What is read. The content tells the format, the tensors' shapes the sizes; what 
 A tensor of the file is either used, or on a short list of what is left out (SKIPPED), or the file is refused with the tensor's name. No code of a file ever runs.
 """
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import json

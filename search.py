@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import time
-import urllib.parse
 from pathlib import Path
 
 import numpy as np

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import os
-import tarfile
 import warnings
 
 import numpy as np
@@ -306,12 +305,12 @@ def test_patterns_of_shards(tmp_path):
             open_split(f"{tmp_path}/{pattern}", "train")
 
 
-def test_any_layout_can_be_written_as_shards_and_holds_the_same(tsv_folder, tmp_path):
+def test_any_layout_can_be_written_as_shards_and_holds_the_same(called, stopped, tsv_folder, tmp_path):
     """By two processes, through the command line; killed half-way it goes on; other shards in the folder are not touched."""
     text = json.dumps({"text_id": 1, "text": "三张", "image_ids": [3, 1, 7]}) + "\n"
     (tsv_folder / "train_texts.jsonl").write_text(text + (tsv_folder / "train_texts.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
-    command = ["data.py", tsv_folder, "--write-shards", tmp_path / "shards", "--per-shard", 5, "--processes", 2]
-    assert "12 pictures with 15 captions in 3 shards" in script(*command)
+    command = [data, tsv_folder, "--write-shards", tmp_path / "shards", "--per-shard", 5, "--processes", 2]
+    assert "12 pictures with 15 captions in 3 shards" in called(*command)
     assert sorted(p.name for p in (tmp_path / "shards").glob("*.tar")) == [f"{s}-{n:06}.tar" for s in ("test", "train", "valid") for n in range(3)]
     before, after = open_split(tsv_folder, "train"), open_split(tmp_path / "shards", "train")
     seen = lambda split: sorted((p.tobytes(), ids.tolist(), tuple(sorted(keys)), key) for p, ids, keys, key in read_all(split))
@@ -321,15 +320,15 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(tsv_folder, tmp_
     whole = {p: p.read_bytes() for p in (tmp_path / "shards").glob("*.tar")}
     lost = tmp_path / "shards/train-000001.tar"
     lost.rename(lost.with_name(lost.name + ".part"))
-    script(*command)
+    called(*command)
     assert {p: p.read_bytes() for p in whole} == whole
-    assert "it holds other shards of 'train'; name another folder, or delete them and train.json" in refused(*command[:4], "--split", "train", "--per-shard", 6)
+    assert "it holds other shards of 'train'; name another folder, or delete them and train.json" in stopped(*command[:4], "--split", "train", "--per-shard", 6)
     with pytest.raises(BadInput, match="the split's name becomes a part of file names"):
         data.write_shards(before, tmp_path / "shards", "../train")
     again = tmp_path / "again"                                                  # shards as shards of another size
     data.write_shards(after, again, "train", per_shard=7)
     assert seen(open_split(again, "train")) == seen(before) and len(list(again.glob("*.tar"))) == 2
-    assert "train           3 shards         15 pairs, 0 of them without picture or caption" in script("data.py", tmp_path / "shards")
+    assert "train           3 shards         15 pairs, 0 of them without picture or caption" in called(data, tmp_path / "shards")
 
 
 def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):

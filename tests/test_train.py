@@ -423,8 +423,8 @@ def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(damaged
     assert all(Path(b["file"]).is_file() and b["offset"] > 0 for b in bad)
 
 
-def test_too_many_damaged_samples_stop_the_run(damaged_shards, tmp_path):
-    line = refused("train.py", "--stage", 2, "--data", damaged_shards, "--epochs", 2, "--batch-size", 50, "--precision", "fp32", "--out", tmp_path / "run")
+def test_too_many_damaged_samples_stop_the_run(damaged_shards, tmp_path, stops):
+    line = stops("train.py", "--stage", 2, "--data", damaged_shards, "--epochs", 2, "--batch-size", 50, "--precision", "fp32", "--out", tmp_path / "run")
     assert "11 pairs cannot be read, and of 1,000 only 10 may be (--max-bad 0.01)" in line and "The first: " in line
     assert len((tmp_path / "run/bad_samples.jsonl").read_text().splitlines()) == 11 and checkpoint.read(tmp_path / "run/last.pt")["step"] < 20
 
