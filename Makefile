@@ -9,7 +9,7 @@ demo: .venv/installed
 	@echo "--- Stage 1: a fresh Chinese text tower learns; the vision tower is frozen."
 	.venv/bin/python train.py --stage 1 --vision-weights runs/demo-vision/best.pt --out runs/demo-stage1
 	@echo "--- Stage 2: both towers learn."
-	.venv/bin/python train.py --stage 2 --init runs/demo-stage1/best.pt --epochs 6 --out runs/demo-stage2 runs/demo.html
+	.venv/bin/python train.py --stage 2 --init runs/demo-stage1/best.pt --epochs 6 --out runs/demo-stage2
 	@echo "--- Recall among 500 scenes that were never trained on."
 	.venv/bin/python evaluate.py --ckpt runs/demo-stage2/best.pt --data demo --report runs/demo.html
 
