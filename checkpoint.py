@@ -504,7 +504,7 @@ def find(source):
     if str(source) not in NAMES:
         raise BadInput(f"{source}: there is no such checkpoint. Name a file, a folder, or one of {', '.join(NAMES)}")
     place = NAMES[str(source)]
-    cache = Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
+    cache = data.cache_folder()
     return data.download(data.hub_url(f"OFA-Sys/{place}"), cache / place.rpartition("/")[2])
 
 

@@ -102,6 +102,11 @@ def write(path, fill, shown=None, part=".part"):
         raise BadInput(f"{shown}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
 
 
+def cache_folder():
+    """Where downloads and indexes are kept."""
+    return Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
+
+
 def is_device(path):
     """Whether it is there and neither a file nor a folder: /dev/null, /dev/stdout, a pipe, …"""
     return Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir()
@@ -616,7 +621,7 @@ def shard_index(path, thorough=False):
     """The index of a shard, its first row included; made when there is none of this file: beside it or, where that cannot be written, under CE_CLIP_CACHE. `thorough`: look at all its rows."""
     status = os.stat(path)
     head = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
-    cache = Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
+    cache = cache_folder()
     places = [path.with_name(path.name + ".index"), cache / "index" / f"{hashlib.md5(str(path.resolve()).encode()).hexdigest()}.index"]
     for place in places:
         try:

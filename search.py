@@ -25,7 +25,7 @@ import torch
 import checkpoint
 import data
 import report
-from evaluate import encode_pictures, embed_texts, precision_of
+from evaluate import embed_texts, encode_pictures, own_batches, precision_of
 from tokenizer import Tokenizer
 
 SAVE_SECONDS = 60                                                               # between two savings of a growing index: what an interrupted call can lose
@@ -39,9 +39,8 @@ class Index:
     """
 
     def __init__(self, folder, weights):
-        cache = Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
         self.folder = folder
-        self.place = cache / "search" / f"{hashlib.md5(os.fsencode(folder.resolve()) + weights.encode()).hexdigest()}.npz"       # another model, another index
+        self.place = data.cache_folder() / "search" / f"{hashlib.md5(os.fsencode(folder.resolve()) + weights.encode()).hexdigest()}.npz"       # another model, another index
         self.files, self.embed = {}, None
 
     def read(self, width):
@@ -148,9 +147,8 @@ def main():
     tokenizer = Tokenizer("the query")
 
     def encode(paths):
-        batches = [range(start, min(start + args.batch_size, len(paths))) for start in range(0, len(paths), args.batch_size)]
         read = functools.partial(data.picture_at, paths, folder=folder)
-        for numbers, embed, unreadable in encode_pictures(model, read, batches, device, autocast, args.workers):
+        for numbers, embed, unreadable in encode_pictures(model, read, own_batches(len(paths), args.batch_size), device, autocast, args.workers):
             if not embed.isfinite().all():
                 raise data.BadInput(f"{args.ckpt}: its embeddings hold NaN or infinity: the weights are damaged, or too large for {precision}")
             yield [paths[i] for i in numbers], embed, {paths[i]: reason for i, reason in unreadable.items()}

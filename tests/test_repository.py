@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+import train
+
 FILES = sorted(ROOT.glob("*.py")) + [ROOT / "tokenizer/__init__.py"]
 ALLOWED = {"torch", "torchvision", "tokenizers", "numpy", "PIL", "pytest"}
 OWN = {"checkpoint", "data", "evaluate", "loss", "model", "report", "search", "tokenizer", "train"}
@@ -44,6 +46,11 @@ def test_encoders_are_written_from_primitives():
 def test_no_eval_exec_global_or_bare_except():
     for path in FILES:
         assert not re.search(r"(?<![.\w])(eval|exec)\(|^\s*global |except:", path.read_text(encoding="utf-8"), re.M), path
+
+
+def test_the_demo_passes_train_py_what_it_takes():
+    lines = [line for line in (ROOT / "Makefile").read_text().splitlines() if "train.py" in line]
+    assert len(lines) == 3 and all(train.parse_args(line.split("train.py")[1].split()).out.startswith("runs/demo-") for line in lines)
 
 
 def test_published_row_of_every_flag_is_read():
