@@ -216,6 +216,8 @@ def training_curves(records):
         for line in lines:
             try:
                 record = json.loads(line)
+                if "average" in record:                                         # of the start and the end: no point of the curve
+                    continue
                 if "valid" in record:
                     for name, y in zip(valid, (record["valid"]["text_to_image"]["R@1"], record["valid"]["image_to_text"]["R@1"], record["score"])):
                         valid[name].append(point(record["step"], y))

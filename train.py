@@ -47,20 +47,37 @@ from tokenizer import MASK, SEP
 STAGES = {
     "1":        {"lr": 1e-4, "batch_size": 1024, "epochs": 1.0, "warmup": 5000},
     "2":        {"lr": 2e-5, "batch_size": 1024, "epochs": 1.0, "warmup": 5000},
-    "finetune": {"lr": 5e-5, "batch_size": 128, "epochs": 10.0, "warmup": 100},
+    "finetune": {"lr": None, "batch_size": 128, "epochs": 10.0, "warmup": 100},              # None: fitting_lr
 }
 # The tiny model learns from nothing, in minutes: steps as large as it bears.
 TINY = {
     "1":        {"lr": 1e-3, "batch_size": 256, "epochs": 3.0, "warmup": 20},
     "2":        {"lr": 2e-3, "batch_size": 256, "epochs": 12.0, "warmup": 50},
-    "finetune": {"lr": 5e-4, "batch_size": 256, "epochs": 20.0, "warmup": 50},
+    "finetune": {"lr": None, "batch_size": 128, "epochs": 20.0, "warmup": 50},
 }
+# --recipe: where its settings come from, and the settings. Flags override them.
+_TABLE_2 = {"stage": "finetune", "weight_decay": 0.001, "average": False}         # what all of the paper's fine-tuning has in common; it knows no weight averages
+_BASE, _LARGE = _TABLE_2 | {"init": "cn-clip-vit-b-16"}, _TABLE_2 | {"init": "cn-clip-vit-l-14"}
+_PRETRAINING = "arXiv 2211.01335, the batch as published there, learning rate and warmup from memory; the paper itself gives none"
+RECIPES = {
+    "coco-cn-base":       ("the paper's tables 2 and 3", _BASE | {"data": "coco-cn", "batch_size": 12800, "lr": 5e-5, "epochs": 13.0, "warmup": 6}),
+    "coco-cn-large":      ("the paper's tables 2 and 3", _LARGE | {"data": "coco-cn", "batch_size": 4096, "lr": 6e-5, "epochs": 7.0, "warmup": 5}),
+    "flickr30k-cn-base":  ("the paper's tables 2 and 3", _BASE | {"data": "flickr30k-cn", "batch_size": 7680, "lr": 5e-5, "epochs": 5.0, "warmup": 20}),
+    "flickr30k-cn-large": ("the paper's tables 2 and 3", _LARGE | {"data": "flickr30k-cn", "batch_size": 4096, "lr": 2e-5, "epochs": 6.0, "warmup": 20}),
+    "ap-id":  ("the paper's table 2, whose batch is that of one card", _BASE | {"data": "ap-id", "batch_size": 128, "lr": 5e-5, "epochs": 200.0, "warmup": 100, "valid_every": 150}),
+    "stage1": (_PRETRAINING, {"stage": "1", "batch_size": 32768, "lr": 1e-4, "warmup": 5000, "weight_decay": 0.001}),
+    "stage2": (_PRETRAINING, {"stage": "2", "batch_size": 32768, "lr": 2e-5, "warmup": 5000, "weight_decay": 0.001}),
+    "small":  ("our own measurements (README, Fine-tuning)", {"stage": "finetune"}),
+}
+# A batch and a learning rate with which fine-tuning works: of the tiny model by our own measurements, of the others by the paper's table 3 (Flickr30K-CN, base).
+FITTING = {"tiny": (128, 5e-4), "other models": (7680, 5e-5)}
+AVERAGES = [share / 10 for share in range(1, 10)]                               # how far from the start to the end are the weights that --average tries
 RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
           "patch_dropout": (0, 0.99), "max_bad": (0, 1), "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "save_minutes": (0, 1e6), "keep": (1, 1e4),
-          "log_every": (1, 1e9)}
+          "log_every": (1, 1e9), "patience": (0, 1e6)}
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
 # picture names, or of the shards' names and sizes.)
-FREE = {"out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing"}
+FREE = {"recipe", "out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing"}
 
 
 def main():
@@ -98,23 +115,34 @@ def main():
     agree(**vars(settings), device=device.type, first_step=first_step, weights=checkpoint.fingerprint(model))
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
-    if first_step == total:
-        return run.say(f"nothing to do: {run.summary(total)}. To train on from there: --init {last} with another --out")
+    if run.ended(first_step) and run.averaged == settings.average:
+        return run.say(f"nothing to do: {run.summary(first_step)}. To train on from there: --init {last} with another --out")
 
-    def validate(step):
+    def validate(step, share=None):
         if valid_split is not None:
-            run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=settings.workers), valid_split.positives))
+            run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=settings.workers), valid_split.positives), share)
 
     run.start(first_step)
     signals = catch_signals(rank == 0)
+
+    def asked_to_stop():
+        return largest(len(signals)) > 0                                        # a signal to any process stops all of them after the same step
+
+    def stop(step):
+        run.say(f"stopped by a signal after step {step}; the same command continues from there")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
     if first_step == 0:
         validate(0)
+        run.keep_start()
         run.snapshot(0)
 
     batches = data.Batches(train_split, settings.batch_size, settings.seed, first_step, total, rank, world, settings.micro_batch)
     loader = iter(data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda"))
     meter = Meter(first_step, total, settings, len(train_split), device)
-    for step in range(first_step + 1, total + 1):                               # `step` optimizer steps are done at the end of this round
+    step = first_step                                                           # optimizer steps done
+    while not run.ended(step):
+        step += 1
         lr = set_lr(optimizer, learning_rate(step - 1, settings.lr, settings.warmup, total))
         pixels, ids, image_keys, text_keys, bad = zip(*(data.own_memory(next(loader)) for _ in batches.places))     # of each micro-batch
         truth, bad = exchange(image_keys, text_keys, sum(bad, []))
@@ -131,13 +159,19 @@ def main():
         if due(settings.valid_every):
             with meter.paused():
                 validate(step)
-        stopping = largest(len(signals)) > 0                                    # a signal to any process stops all of them after the same step
+        stopping = asked_to_stop()
         if due(settings.valid_every) or due(settings.save_every) or run.minutes_since_snapshot() >= (settings.save_minutes or math.inf) or stopping:
             run.snapshot(step)
-        if stopping and step < total:
-            run.say(f"stopped by a signal after step {step}; the same command continues from there")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    run.say(run.summary(total))
+        if stopping and not run.ended(step):
+            stop(step)
+
+    if settings.average:
+        for share in run.averages():
+            validate(step, share)
+            if asked_to_stop():
+                stop(step)
+        run.snapshot(step)
+    run.say(run.summary(step))
 
 
 def starting_point(args, last):
@@ -304,6 +338,12 @@ def make_optimizer(model, weight_decay):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98 if vit else 0.999), eps=1e-6 if vit else 1e-8, fused=True)
 
 
+def fitting_lr(batch_size, config):
+    """A learning rate for fine-tuning with batches of this size. Small batches bear smaller steps only: Adam's grow with the square root of the batch (arXiv 2205.10287), from what FITTING knows."""
+    batch, lr = FITTING["tiny" if config == CONFIGS["tiny"] else "other models"]
+    return lr * math.sqrt(batch_size / batch)
+
+
 def learning_rate(step, peak, warmup, total):
     """Rate of the step after `step` done ones: linear to the peak over `warmup` steps, then a cosine to 0."""
     if step < warmup:
@@ -331,7 +371,8 @@ class Run:
     def __init__(self, out, settings, rank, model, optimizer, scaler):
         self.out, self.settings, self.first = out, settings, rank == 0
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
-        self.best, self.best_step = -1.0, 0                                     # highest score on the valid split so far, and when
+        self.best, self.best_step, self.best_share = -1.0, 0, None              # highest score on the valid split so far, when, and of which average
+        self.averaged = False                                                   # whether the averages of start and end have been tried
         self.losses, self.skipped = [], 0                                       # of the steps since the last line; how many steps fp16 scaling has skipped
         self.bad = set()                                                        # numbers of the pairs that could not be read
         self.saved = time.time()
@@ -349,7 +390,7 @@ class Run:
 
     def _resume(self, state):
         last = self.out / "last.pt"
-        missing = {"settings", "optimizer", "scaler", "best", "best_step", "losses", "skipped_steps", "step"} - state.keys()
+        missing = {"settings", "optimizer", "scaler", "best", "best_step", "best_share", "averaged", "losses", "skipped_steps", "step"} - state.keys()
         if missing:
             raise data.BadInput(f"{last} is no training snapshot (it lacks {', '.join(sorted(missing))}), so nothing can continue from it; choose another --out")
         before, now = state["settings"], self.settings
@@ -368,6 +409,7 @@ class Run:
                 raise ValueError("the optimizer's moments do not fit the parameters")
         self.scaler.load_state_dict(state["scaler"])
         self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped_steps"])
+        self.best_share, self.averaged = None if state["best_share"] is None else float(state["best_share"]), bool(state["averaged"])
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
             raise ValueError(f"step {state['step']!r}")
         return state["step"]
@@ -433,23 +475,47 @@ class Run:
                  f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB{skipped}")
         self._append(record)
 
-    def validated(self, step, recall):
-        """Report recall on the valid split; the highest mean over both directions so far becomes best.pt."""
+    def validated(self, step, recall, share=None):
+        """Report recall on the valid split; the highest mean over both directions so far becomes best.pt. `share`: of an average, how far from the start it is."""
         score = sum(recall[way]["MR"] for way in recall) / 2
         figures = {way: " ".join(f"{k} {recall[way][k]:.1f}" for k in ("R@1", "R@5", "R@10")) for way in recall}
-        self.say(f"step {step:6} valid  text-to-image {figures['text_to_image']}   image-to-text {figures['image_to_text']}   mean {score:.2f}"
-                 + ("  best so far" if score > self.best else ""))
-        self._append({"step": step, "valid": recall, "score": score})
+        self.say(("" if share is None else f"average {1 - share:.1f} start + {share:.1f} end, ") + f"step {step:6} valid  text-to-image {figures['text_to_image']}   "
+                 f"image-to-text {figures['image_to_text']}   mean {score:.2f}" + ("  best so far" if score > self.best else ""))
+        self._append({"step": step, "valid": recall, "score": score} | ({} if share is None else {"average": share}))
         if score > self.best and self.first:
-            checkpoint.save(self.out / "best.pt", self.model, step=step, recall=recall, settings=self.settings)
+            checkpoint.save(self.out / "best.pt", self.model, step=step, average=share, recall=recall, settings=self.settings)
         if score > self.best:
-            self.best, self.best_step = score, step
+            self.best, self.best_step, self.best_share = score, step, share
 
-    def summary(self, total):
+    def keep_start(self):
+        """For --average: start.pt, the weights before the first step. They are best.pt's at this moment."""
+        if self.first and self.settings["average"]:
+            second_name(self.out / "best.pt", self.out / "start.pt")
+
+    def averages(self):
+        """WiSE-FT (arXiv 2109.01903): between the start and the end of a fine-tune there are often weights that are better than both. The model gets the weights (1 - share) start.pt +
+        share last.pt, one share after the other, and at last those of last.pt again. -> the shares
+        """
+        if dist.is_initialized():
+            dist.barrier()                                                      # last.pt has been written
+        start, end = (checkpoint.read(self.out / name)["model"] for name in ("start.pt", "last.pt"))               # left on the disk, read as they are used
+        for share in AVERAGES:
+            self.model.load_state_dict({key: x.lerp(end[key], share) if x.is_floating_point() else end[key] for key, x in start.items()})
+            yield share
+        self.model.load_state_dict(end)
+        self.averaged = True
+
+    def ended(self, step):
+        """Whether `step` is the last one: the run's last, or the last validations (--patience of them) brought no higher recall."""
+        return step == self.settings["total_steps"] or 0 < self.settings["patience"] <= (step - self.best_step) // self.settings["valid_every"]
+
+    def summary(self, step):
         """What the finished run leaves, and whether it learned anything."""
+        early = f" (early: no higher recall in {self.settings['patience']} validations)" if step < self.settings["total_steps"] else ""
         if self.best < 0:
-            return f"finished. {self.out / 'last.pt'}: the last weights (nothing was validated)"
-        return (f"finished. {self.out / 'best.pt'}: highest recall on the valid split, after step {self.best_step} of {total}"
+            return f"finished{early}. {self.out / 'last.pt'}: the last weights (nothing was validated)"
+        weights = f"after step {self.best_step} of {step}" if self.best_share is None else f"{1 - self.best_share:.1f} x the start + {self.best_share:.1f} x the end"
+        return (f"finished{early}. {self.out / 'best.pt'}: highest recall on the valid split, {weights}"
                 + ("" if self.best_step else " (that is the START: training did not raise the recall)") + f"; {self.out / 'last.pt'}: the last weights")
 
     def snapshot(self, step):
@@ -458,15 +524,11 @@ class Run:
             if not all(x.isfinite().all() for x in self.model.state_dict().values()):
                 raise data.BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
             last = self.out / "last.pt"
-            checkpoint.save(last, self.model, step=step, best=self.best, best_step=self.best_step, losses=self.losses, skipped_steps=self.skipped, settings=self.settings,
+            checkpoint.save(last, self.model, step=step, best=self.best, best_step=self.best_step, best_share=self.best_share, averaged=self.averaged, losses=self.losses, skipped_steps=self.skipped, settings=self.settings,
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
             if self.settings["keep"] > 1:
                 name = self.out / f"step-{step:08}.pt"
-                name.unlink(missing_ok=True)
-                try:
-                    os.link(last, name)                                         # a second name for the same file: it costs no room until last.pt is replaced
-                except OSError:                                                 # on disks without such links
-                    shutil.copyfile(last, name)
+                second_name(last, name)
                 kept = sorted(path for path in self.out.glob("step-*.pt") if path.name <= name.name)
                 for path in kept[: -self.settings["keep"]]:
                     path.unlink()
@@ -481,10 +543,21 @@ class Run:
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
+def second_name(path, name):
+    """Another name for a file: it costs no room until the file at `path` is replaced; where a disk has no such links, a copy."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:
+        shutil.copyfile(path, name)
+
+
 def logged_step(line):
-    """The step of a line of metrics.jsonl or bad_samples.jsonl; infinity for a line that a crash has cut, or that is none of ours."""
+    """The step of a line of metrics.jsonl or bad_samples.jsonl; infinity for an average, which is tried once more when a run continues, and for a line that a crash has cut, or that is none of ours."""
     try:
         record = json.loads(line)
+        if "average" in record:
+            return math.inf
         return record["step"] if type(record["step"]) is int and type(record.get("pair", 0)) is int else math.inf
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return math.inf
@@ -552,6 +625,11 @@ def description(settings, model, train_split, valid_split, device, world, first_
     lines, count = [], lambda params: f"{sum(p.numel() for p in params):,}"
     if settings.data == "demo":
         lines.append("Training on the painted demo data set. For the real thing pass --data coco-cn, flickr30k-cn or a folder, and --model vit-b-16 or another size.")
+    if settings.recipe:
+        source_of, recipe = RECIPES[settings.recipe]
+        shown = lambda names: " ".join(f"{name}={getattr(settings, name)}" for name in names)
+        flags = [name for name, value in recipe.items() if getattr(settings, name) != value]
+        lines.append(f"recipe {settings.recipe} ({source_of}): {shown(name for name in recipe if name not in flags)}" + f"; otherwise than there: {shown(flags)}" * bool(flags))
     lines.append(f"stage {settings.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
                  f"starts from {source}")
     if state.get("skipped"):
@@ -566,6 +644,12 @@ def description(settings, model, train_split, valid_split, device, world, first_
         lines.append(f"warning: {len(valid_split.image_ids)} pictures in {valid_split.name} are too few to choose a checkpoint well; 100 or more are better")
     if settings.stage == "finetune" and source == "random weights":
         lines.append("note: there is nothing to fine-tune in random weights; name a checkpoint, for example --init cn-clip-vit-b-16")
+    fitting = fitting_lr(settings.batch_size, model.cfg)
+    if settings.stage == "finetune" and not fitting / 10 <= settings.lr <= 3 * fitting:
+        too = "large: it may destroy what the start knows" if settings.lr > fitting else "small: little will be learned"
+        fits = round(settings.batch_size * (settings.lr / fitting) ** 2)
+        larger = f"; so does --batch-size {fits} (--micro-batch: what a device holds at a time)" if settings.batch_size < fits <= len(train_split) else ""
+        lines.append(f"warning: for batches of {settings.batch_size} a learning rate of {settings.lr:g} is {too}; --lr {fitting:.1e} fits{larger}")
     if settings.norm_batch is not None and settings.norm_batch < settings.batch_size:
         lines.append(f"note: BatchNorm in this ResNet sees {settings.norm_batch:,} pictures at a time (--micro-batch x processes), not the whole batch; a ViT has none")
     share = settings.batch_size // world
@@ -577,11 +661,14 @@ def description(settings, model, train_split, valid_split, device, world, first_
 
 
 def parse_args(argv=None):
-    row = lambda stage, model, values: f"  {stage:8}  {model:12}" + "".join(f"  {value:>10}" for value in values)
-    defaults = "\n".join(["defaults:", row("stage", "model", ("--" + k.replace("_", "-") for k in STAGES["1"]))]
+    row = lambda stage, model, values: f"  {stage:8}  {model:12}" + "".join(f"  {value or 'by batch':>10}" for value in values)
+    flag = lambda name, value: f"--no-{name}" if value is False else f"--{name.replace('_', '-')} {value:g}" if isinstance(value, float) else f"--{name.replace('_', '-')} {value}"
+    recipes = [f"  {name:18}  {' '.join(flag(*item) for item in sets.items())}\n{'':22}({source})" for name, (source, sets) in RECIPES.items()]
+    defaults = "\n".join(["recipes:", *recipes, "\ndefaults:", row("stage", "model", ("--" + k.replace("_", "-") for k in STAGES["1"]))]
                          + [row(stage, model, sets[stage].values()) for stage in STAGES for model, sets in (("tiny", TINY), ("other models", STAGES))])
     parser = argparse.ArgumentParser(description="Train CE-CLIP.", epilog=f"{__doc__}\n{defaults}", formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=list(STAGES), required=True, help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
+    parser.add_argument("--stage", choices=list(STAGES), help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
+    parser.add_argument("--recipe", choices=list(RECIPES), help="the settings of a table of the paper, or of ours, listed below; flags override them")
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init or --vision-weights, else tiny)")
     parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, a folder, or a pattern of tar shards like 'shards/{{000000..020000}}.tar' (default: demo)")
     parser.add_argument("--valid-data", help="what to validate on: the valid split of a name or folder, or all of a pattern (default: that of --data; with a pattern of shards, nothing)")
@@ -594,7 +681,7 @@ def parse_args(argv=None):
     parser.add_argument("--micro-batch", type=int, help="pairs that a process holds at a time; several make up its share of the batch (default: the whole share)")
     parser.add_argument("--epochs", type=float, help="passes over the training pairs")
     parser.add_argument("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
+    parser.add_argument("--lr", type=float, help="peak learning rate (default of finetune: one that fits the batch)")
     parser.add_argument("--warmup", type=int, help="steps to reach it (at most half the run)")
     parser.add_argument("--weight-decay", type=float, default=0.001, help="of matrices and tables (default: %(default)s)")
     parser.add_argument("--augment", choices=list(data.AUGMENT), default="none", help="(default: none) photo: small shifts and stretches, mild colours; drawing: bends, turns and recolours")
@@ -605,12 +692,21 @@ def parse_args(argv=None):
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
     parser.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures, for each training process (default: 1)")
-    parser.add_argument("--valid-every", type=int, default=0, help="steps between validations (default: a tenth of the run)")
+    parser.add_argument("--valid-every", type=int, default=0, help="steps between validations (default: a twentieth of the run, more where they would take much of the time)")
+    parser.add_argument("--patience", type=int, default=0, help="stop after so many validations without a higher recall (default: 0, never)")
+    parser.add_argument("--average", action=argparse.BooleanOptionalAction, help="at the end try averages of the start and the end, too, as the best weights (default: when fine-tuning)")
     parser.add_argument("--save-every", type=int, default=0, help="steps between snapshots, beside those at each validation (default: none)")
     parser.add_argument("--save-minutes", type=float, default=15.0, help="minutes between snapshots, beside those (default: %(default)g; 0: none)")
     parser.add_argument("--keep", type=int, default=1, help="how many of the latest snapshots to keep (default: 1, last.pt)")
     parser.add_argument("--log-every", type=int, default=10, help="steps between lines (default: 10)")
     args = parser.parse_args(argv)
+    if args.recipe:
+        recipe = RECIPES[args.recipe][1]
+        towers = args.vision_weights is not None or args.text_weights is not None
+        parser.set_defaults(**{name: value for name, value in recipe.items() if not (towers and name == "init")})
+        args = parser.parse_args(argv)
+    if args.stage is None:
+        parser.error("--stage or --recipe is required")
     args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise data.BadInput(f"--out {args.out}: it is a file; name a folder for the run")
@@ -638,7 +734,12 @@ def resolve(args, config, train_split, valid_split, precision, world):
     settings.model, settings.precision = checkpoint.name_of(config), precision
     settings.total_steps = args.max_steps or math.ceil(settings.epochs * len(train_split) / settings.batch_size)
     settings.epochs = None if args.max_steps else settings.epochs
-    settings.valid_every = args.valid_every or max(1, settings.total_steps // 10)
+    settings.lr = fitting_lr(settings.batch_size, config) if settings.lr is None else settings.lr
+    # twenty times in a run, but not so often that it takes more than about a tenth of the time: a training pair costs as much as three pictures of the valid split
+    settings.valid_every = args.valid_every or max(1, settings.total_steps // 20, len(valid_split.image_ids) * 10 // (3 * settings.batch_size) if valid_split else 0)
+    settings.average = bool(valid_split) and args.stage == "finetune" if args.average is None else args.average
+    if valid_split is None and (settings.average or settings.patience):
+        raise data.BadInput(f"--{'average' if settings.average else 'patience'}: there is no valid split to choose by; --valid-data names one")
     settings.warmup = min(settings.warmup, settings.total_steps // 2)
     settings.processes = world
     settings.norm_batch = min(settings.batch_size, world * (settings.micro_batch or settings.batch_size)) if isinstance(config.vision_layers, tuple) and args.stage != "1" else None

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -238,7 +239,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(processes, tsv_fo
     files = {f"{i:02}.{extension}": content for i in range(40) for extension, content in (("png", png(seed=i)), ("txt", f"第{i}张".encode()))}
     files["07.png"] = b"damaged"
     write_tar(tmp_path / "a.tar", files)
-    command = lambda out: ["train.py", "--stage", 2, "--data", tmp_path / "a.tar", "--valid-data", tsv_folder, "--batch-size", 8, "--max-steps", 24, "--save-every", 1, "--valid-every", 3, "--max-bad", 0.5,
+    command = lambda out: ["train.py", "--stage", "finetune", "--data", tmp_path / "a.tar", "--valid-data", tsv_folder, "--batch-size", 8, "--max-steps", 24, "--save-every", 1, "--valid-every", 3, "--max-bad", 0.5,
                            "--log-every", 2, "--precision", "fp32", "--workers", 1, "--out", out]
     script(*command(tmp_path / "whole"), processes=processes)
     rng, kills, out = random.Random(processes), Counter(), tmp_path / "killed"
@@ -271,7 +272,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(processes, tsv_fo
 
 
 def test_torchrun_restarts_a_run_whose_worker_died(tsv_folder, tmp_path):
-    command = lambda out: [*arguments(tsv_folder, out), "--max-steps", 12]
+    command = lambda out: [*arguments(tsv_folder, out), "--stage", "finetune", "--max-steps", 12]
     script(*command(tmp_path / "whole"), processes=2)
     process = start(["--max-restarts", 1, *command(tmp_path / "run")], 2, stderr=subprocess.DEVNULL)
     for line in process.stdout:
@@ -353,6 +354,145 @@ def test_a_full_disk_leaves_the_snapshot_before_and_says_so(tsv_folder, tmp_path
     done = subprocess.run([sys.executable, "-c", FULL, str(2**20), *map(str, arguments(tsv_folder, out)[1:])], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "last.pt: cannot be written (" in done.stderr and "nothing there was changed" in done.stderr
     assert state["step"] == 8 and (out / "last.pt").read_bytes() == before and not list(out.glob("*.part"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- recipes
+
+
+PAPER = """
+Table 2: context_length 52, warmup 100, batch_size 128, lr 5e-5, wd 0.001, max_epochs 200, valid-step-interval 150
+
+Table 3         Batch size   Peak Learning rate   Maximum epochs   Warmup iterations
+COCO-CN      Base-size   12800   5e-5   13   6
+COCO-CN      Large-size   4096   6e-5   7   5
+Flickr30K-CN Base-size   7680   5e-5   5   20
+Flickr30K-CN Large-size   4096   2e-5   6   20
+"""
+MODELS = {"base": "vit-b-16", "large": "vit-l-14"}
+
+
+@pytest.mark.parametrize("row", [line.split() for line in PAPER.splitlines() if "-size " in line], ids=lambda row: "-".join(row[:2]))
+def test_recipes_of_table_3_are_its_numbers(row):
+    dataset, size, *numbers = row
+    name = f"{dataset}-{size.split('-')[0]}".lower()
+    args, model = train.parse_args(["--recipe", name]), MODELS[name.split("-")[-1]]
+    assert [args.batch_size, args.lr, args.epochs, args.warmup] == [float(x) for x in numbers]
+    assert (args.stage, args.data, args.init, args.weight_decay, args.average) == ("finetune", dataset.lower(), f"cn-clip-{model}", 0.001, False)
+    assert train.CONFIGS[model].context_length == 52
+
+
+def test_the_recipe_of_ap_id_is_table_2():
+    args, table = train.parse_args(["--recipe", "ap-id"]), dict(re.findall(r"([\w-]+) ([\de.-]+)(?:,|$)", PAPER.splitlines()[1].split(": ")[1]))
+    assert (args.warmup, args.batch_size, args.lr, args.weight_decay, args.epochs, args.valid_every) == tuple(
+        float(table[name]) for name in ("warmup", "batch_size", "lr", "wd", "max_epochs", "valid-step-interval"))
+    assert (args.stage, args.data, args.init) == ("finetune", "ap-id", "cn-clip-vit-b-16") and float(table["context_length"]) == train.CONFIGS["vit-b-16"].context_length
+
+
+def test_recipes_of_pretraining():
+    for stage, lr in (("1", 1e-4), ("2", 2e-5)):
+        args = train.parse_args(["--recipe", f"stage{stage}"])
+        assert (args.stage, args.batch_size, args.lr, args.warmup, args.weight_decay, args.data) == (stage, 32768, lr, 5000, 0.001, "demo")
+
+
+def test_flags_override_a_recipe_and_the_run_says_what_came_from_where(tmp_path, tsv_folder, called):
+    checkpoint.save(tmp_path / "start.pt", train.CLIP(train.CONFIGS["tiny"]))
+    output = called(train, "--recipe", "coco-cn-base", "--data", tsv_folder, "--init", tmp_path / "start.pt", *QUICK, "--max-steps", 1, "--out", tmp_path / "run")
+    line = next(line for line in output.splitlines() if line.startswith("recipe"))
+    ours, otherwise = line.split("; otherwise than there: ")
+    assert ours == "recipe coco-cn-base (the paper's tables 2 and 3): stage=finetune weight_decay=0.001 average=False lr=5e-05"
+    assert otherwise == f"init={tmp_path / 'start.pt'} data={tsv_folder} batch_size=6 epochs=None warmup=0"                    # a run of one step has no warmup
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert (settings["recipe"], settings["lr"], settings["batch_size"]) == ("coco-cn-base", 5e-5, 6)
+    assert not (tmp_path / "run/start.pt").exists()
+    towers = train.parse_args(["--recipe", "ap-id", "--vision-weights", "ViT-B-16.pt"])
+    assert towers.init is None and towers.vision_weights == "ViT-B-16.pt"
+
+
+def test_without_stage_or_recipe_it_asks_for_one(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args([])
+    assert "--stage or --recipe is required" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- fine-tuning ends no lower than it began
+
+
+def finetune(tsv_folder, out, *more):
+    return ["train.py", "--stage", "finetune", "--data", tsv_folder, "--max-steps", 4, "--valid-every", 1, *QUICK, "--out", out, *more]
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Recall as told: this list's numbers, one after the other, then 0."""
+    told = []
+    recall = lambda *_: {way: dict.fromkeys(("R@1", "R@5", "R@10", "MR"), score) for score in [told.pop(0) if told else 0.0] for way in ("text_to_image", "image_to_text")}
+    monkeypatch.setattr(train, "retrieval_recall", recall)
+    return told
+
+
+def test_the_best_of_start_end_and_their_averages_is_kept(tsv_folder, tmp_path, trained, scores):
+    scores += [50, 40, 30, 20, 10, 1, 2, 60, 3, 55]                             # the start, four steps, averages 0.1 to 0.5
+    trained(*finetune(tsv_folder, tmp_path / "run", "--lr", 0.01))
+    start, last, best = (tensors(tmp_path / "run" / name) for name in ("start.pt", "last.pt", "best.pt"))
+    assert checkpoint.read(tmp_path / "run/best.pt")["average"] == 0.3 and checkpoint.read(tmp_path / "run/start.pt")["step"] == 0
+    for key, x in best.items():
+        torch.testing.assert_close(x, start[key] + 0.3 * (last[key] - start[key]) if x.is_floating_point() else last[key])
+    assert [(m["step"], m["average"]) for m in metrics(tmp_path / "run") if "average" in m] == [(4, share / 10) for share in range(1, 10)]
+    trained(*finetune(tsv_folder, tmp_path / "plain", "--lr", 0.01, "--no-average"))
+    assert same(last, plain := tensors(tmp_path / "plain/last.pt")) == set(plain) and not (tmp_path / "plain/start.pt").exists()
+
+
+def test_a_rate_that_destroys_the_model_leaves_the_start_as_the_best(tsv_folder, tmp_path, called, scores):
+    scores += [50, 40, 30, 20, 10] + [0] * 9
+    output = called(train, *finetune(tsv_folder, tmp_path / "run", "--lr", 1.0)[1:])
+    assert "that is the START" in output and same(tensors(tmp_path / "run/best.pt"), start := tensors(tmp_path / "run/start.pt")) == set(start)
+
+
+def test_patience_ends_a_run_and_the_same_command_knows_it(tsv_folder, tmp_path, called, scores):
+    scores += [10, 20, 20, 15]
+    output = called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--patience", 2)[1:])
+    assert [m["step"] for m in metrics(tmp_path / "run") if "valid" in m and "average" not in m] == [0, 1, 2, 3] and checkpoint.read(tmp_path / "run/last.pt")["step"] == 3
+    assert "finished (early: no higher recall in 2 validations)" in output
+    assert "nothing to do: finished (early" in called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--patience", 2)[1:])
+
+
+def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_path, trained, monkeypatch):
+    trained(*finetune(tsv_folder, tmp_path / "whole"))
+    recall, calls = train.retrieval_recall, []
+
+    def killed(*arguments):
+        calls.append(0)
+        if len(calls) == 9:                                                     # start, four steps, four averages
+            raise InterruptedError
+        return recall(*arguments)
+
+    monkeypatch.setattr(train, "retrieval_recall", killed)
+    with pytest.raises(InterruptedError):
+        trained(*finetune(tsv_folder, tmp_path / "run"))
+    assert checkpoint.read(tmp_path / "run/last.pt")["step"] == 4 and not checkpoint.read(tmp_path / "run/last.pt")["averaged"]
+    trained(*finetune(tsv_folder, tmp_path / "run"))
+    equal_runs(tmp_path / "run", tmp_path / "whole")
+    assert checkpoint.read(tmp_path / "run/last.pt")["averaged"]
+
+
+@pytest.mark.parametrize("lr, words", [(0.02, "a learning rate of 0.02 is large: it may destroy what the start knows; --lr 1.1e-04 fits"), (1e-6, "is small: little will be learned"), (1e-4, None)])
+def test_a_rate_that_does_not_fit_the_batch_is_warned_of(lr, words, tsv_folder, tmp_path, called):
+    output = called(train, *finetune(tsv_folder, tmp_path / "run", "--lr", lr, "--max-steps", 1)[1:])
+    assert words in output if words else "a learning rate of" not in output
+
+
+def test_the_rate_that_fits_grows_with_the_root_of_the_batch():
+    vit = train.CONFIGS["vit-b-16"]
+    assert train.fitting_lr(7680, vit) == 5e-5 and train.fitting_lr(7680 // 4, vit) == 2.5e-5
+    for name, (_, recipe) in train.RECIPES.items():                             # what the paper took for its large batches fits
+        if "lr" in recipe and recipe["stage"] == "finetune" and name != "ap-id":
+            assert 0.5 < recipe["lr"] / train.fitting_lr(recipe["batch_size"], vit) < 2
+
+
+def test_what_chooses_by_recall_needs_a_valid_split(tsv_folder, tmp_path, stops):
+    write_tar(tmp_path / "a.tar", {"1.png": png(), "1.txt": b"x"})
+    for flag in (["--average"], ["--patience", 3]):
+        assert f"{flag[0]}: there is no valid split" in stops("train.py", "--stage", 2, "--data", tmp_path / "a.tar", *flag, "--out", tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals
