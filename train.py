@@ -146,6 +146,7 @@ def main():
         lr = set_lr(optimizer, learning_rate(step - 1, settings.lr, settings.warmup, total))
         pixels, ids, image_keys, text_keys, bad = zip(*(data.own_memory(next(loader)) for _ in batches.places))     # of each micro-batch
         truth, bad = exchange(image_keys, text_keys, sum(bad, []))
+        truth = truth if settings.positives == "all" else None
         run.report(step, bad, min(step * settings.batch_size, len(train_split)), len(train_split))
         draws = random_draws(settings, step, ids[0].shape[1])
         ready = [functools.partial(prepare, *micro, draws, settings, device) for micro in zip(pixels, ids, batches.places)]
@@ -653,6 +654,8 @@ def description(settings, model, train_split, valid_split, device, world, first_
     if settings.norm_batch is not None and settings.norm_batch < settings.batch_size:
         lines.append(f"note: BatchNorm in this ResNet sees {settings.norm_batch:,} pictures at a time (--micro-batch x processes), not the whole batch; a ViT has none")
     share = settings.batch_size // world
+    if not settings.micro_batch and share > 1024:
+        lines.append(f"note: {share:,} pairs at a time need much memory; --micro-batch 256 needs less and takes the same steps")
     several = f" ({math.ceil(share / settings.micro_batch):,} micro-batches a process)" if settings.micro_batch and settings.micro_batch < share else ""
     lines.append(f"{settings.total_steps:,} step{'s' * (settings.total_steps > 1)} of {settings.batch_size:,} pairs{several}; {world} process{'es' * (world > 1)}, {device.type}, {settings.precision}"
                  + (f"; continues after step {first_step:,}" if first_step else ""))
@@ -685,6 +688,7 @@ def parse_args(argv=None):
     parser.add_argument("--warmup", type=int, help="steps to reach it (at most half the run)")
     parser.add_argument("--weight-decay", type=float, default=0.001, help="of matrices and tables (default: %(default)s)")
     parser.add_argument("--augment", choices=list(data.AUGMENT), default="none", help="(default: none) photo: small shifts and stretches, mild colours; drawing: bends, turns and recolours")
+    parser.add_argument("--positives", choices=("all", "pair"), default="all", help="what counts as right in a batch: all captions of a picture and all pictures of a caption (default), or as in the paper its pair alone")
     parser.add_argument("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training (default: 0)")
     parser.add_argument("--patch-dropout", type=float, default=0.0, help="share of a picture's patches that a ViT leaves out in training: less time and memory (default: 0)")
     parser.add_argument("--max-bad", type=float, default=0.01, help="share of the pairs that may be unreadable and are replaced; above it the run stops (default: %(default)s)")

@@ -542,3 +542,12 @@ def test_real_pictures(real_data):
             split = open_split(real_data, name)
             assert (len(split.image_ids), len(split.texts)) == (pictures, captions)
             assert {split.picture(i).size for i in range(pictures)} == {(64, 64)}
+
+
+def test_too_little_memory_is_one_line(monkeypatch):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation")
+    monkeypatch.setattr(data.warnings, "showwarning", warnings.showwarning)     # run replaces it
+    with pytest.raises(SystemExit) as stop:
+        data.run(main)
+    assert stop.value.code == "error: there is not enough memory (CUDA out of memory. Tried to allocate 20 GiB.); in training a smaller --micro-batch or --grad-checkpointing needs less"

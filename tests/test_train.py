@@ -18,7 +18,7 @@ import peers
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, bomb, jpeg, on_processes, png, refused, script, write_tar
+from conftest import ROOT, bomb, jpeg, on_processes, png, refused, script, write_tar, write_tsv_split
 from test_model import RESNET, VIT, batch, build
 
 import checkpoint
@@ -663,6 +663,15 @@ def test_the_cached_step_equals_autograd_through_the_same_chunks_kept_in_memory(
     worst = max(((a - b).norm() / (a.norm() + 1e-12)).item() for a, b in ((results[0][k].double(), results[1][k].double()) for k in results[0]))
     print(f"\nlargest relative difference of a gradient: {worst:.1e}")
     assert len(results[0]) > 20 and worst < 1e-6
+
+
+def test_with_positives_pair_only_its_own_caption_is_right(tsv_folder, tmp_path, trained, monkeypatch):
+    write_tsv_split(tsv_folder, "train", captions_per_picture=3)
+    given, loss = {}, train.tiled_loss
+    for positives in ("all", "pair"):
+        monkeypatch.setattr(train, "tiled_loss", lambda *arguments: given.update({positives: arguments[3]}) or loss(*arguments))
+        trained("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 1, *QUICK, "--batch-size", 36, "--positives", positives, "--out", tmp_path / positives)
+    assert len(given["all"][0]) == 36 * 3 and given["pair"] is None
 
 
 def test_one_micro_batch_is_embedded_once():
