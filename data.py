@@ -1,7 +1,7 @@
 """Pictures and captions on disk -> batches, in an order that is a function of (seed, epoch) alone.
 
     python data.py coco-cn --data-root data          # what a data set holds: pictures, captions and pairs per split
-    python data.py demo --draw demo.png              # look at the painted data set
+    python data.py poems --draw poems.png            # look at a painted data set
     python data.py coco-cn --write-shards coco-shards --processes 4        # any layout -> tar shards
     python data.py 'shards/{000000..000020}.tar'     # build the shards' indexes, say how many pairs they hold
 
@@ -1107,7 +1107,7 @@ def end_with(parent, number=signal.SIGKILL):
         os.kill(os.getpid(), number)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the painted data set
+# ---------------------------------------------------------------------------------------------------------------- the painted data sets
 
 
 class PaintedSplit(Split):

@@ -298,7 +298,7 @@ def _crows(draw, rng, x, s):
 def _smoke(draw, rng, x, s):
     sway = rng.uniform(0, 6)
     for k in range(37):
-        _dot(draw, x + 0.15 * k * math.sin(0.3 * k + sway), 178 - 4 * k, 3 + 0.3 * k, 6, (170 - k, 170 - k, 174 - k))
+        _dot(draw, x + 0.1 * k * math.sin(0.2 * k + sway) + rng.uniform(-0.17, 0.17) * k, 178 - 4 * k, 3 + 0.25 * k, 4 + 0.15 * k, _shade(rng, (168, 168, 174), 10))
 
 
 def _lotus(draw, rng, x, s):
@@ -378,7 +378,7 @@ def _rain(draw, rng, x, s):
     slant = rng.choice([-1, 1]) * rng.uniform(5, 11)
     for k in range(120):
         u, v = 256 * (k % 12 + rng.random()) / 12, 256 * (k // 12 + rng.random()) / 10 - 10
-        draw.line([(u, v), (u + slant, v + 22)], fill=(232, 240, 250, 200), width=2)
+        draw.line([(u, v), (u + slant, v + 22)], fill=(240, 246, 254, 235), width=3)
 
 
 # ---------------------------------------------------------------------------------------------------------------- landscapes: what can be in one, what goes together, how it is said
@@ -439,6 +439,7 @@ LIGHTS = [("圆月 弯月 星星 渔火", (88, 104, 156), (176, 184, 212), (158,
 
 
 def with_water(elements):
+    """-> a scene: the elements, and the water that some of them need."""
     return frozenset(elements) | ({"水"} if ON_WATER & frozenset(elements) else frozenset())
 
 
@@ -507,6 +508,7 @@ def paint_landscape(scene, rng, size=128):
     above, horizon, tint = next(light for names, *light in LIGHTS if not names or scene & set(names.split()))
     for y in range(152):
         draw.line([(0, y), (256, y)], fill=tuple(round(a + (b - a) * y / 151) for a, b in zip(above, horizon)))
+    aside = dict(zip(("far", "things"), rng.sample([-40, 40], 2)))              # one thing alone does not stand in front of what is far
     for row in ROWS:
         if row == "ground":
             _shape(draw, 0, 0, 1, _shade(rng, (238, 242, 246) if "雪" in scene else (206, 206, 164), 6), (0, 152), (64, 149), (150, 152), (256, 150), (256, 256), (0, 256))
@@ -515,7 +517,7 @@ def paint_landscape(scene, rng, size=128):
             draw = ImageDraw.Draw(picture, "RGBA")
         here = [element for element in ELEMENTS if element in scene and ELEMENTS[element][0] == row]
         for element, place in zip(here, rng.sample(range(len(here)), len(here))):
-            x = 256 * (place + 0.5 + rng.uniform(-0.15, 0.15)) / len(here)
+            x = 256 * (place + 0.5 + rng.uniform(-0.15, 0.15)) / len(here) + (aside.get(row, 0) if len(here) == 1 else 0)
             s = (1, 0.88, 0.72, 0.6)[len(here) - 1] * rng.uniform(0.92, 1.08)
             if element in STAMPS:
                 _stamp(draw, rng, x, s, *STAMPS[element])
@@ -525,6 +527,7 @@ def paint_landscape(scene, rng, size=128):
 
 
 def split_of_landscape(scene):
+    """As split_of_scene."""
     return _split_of(describe_landscape(scene), 10)
 
 
@@ -538,10 +541,11 @@ def random_poem(rng):
 
 
 def scene_of_poem(pair):
+    """What the picture of two verses shows: all that they speak of."""
     return VERSES[pair[0]][1] | VERSES[pair[1]][1]
 
 
-def poem_caption(pair, rng=None):
+def poem_caption(pair):
     return "，".join(pair)
 
 

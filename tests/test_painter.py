@@ -150,12 +150,13 @@ def test_a_poem_shows_what_its_two_lines_speak_of(poems):
         assert scene == of_a | of_b and a != b and 3 <= len(scene) <= 6 and painter.goes_together(scene)
 
 
-def test_command_line_of_every_painted_set(called, tmp_path, monkeypatch):
-    for name, (sizes, endless, *functions) in PAINTED.items():
-        monkeypatch.setitem(PAINTED, name, (dict.fromkeys(sizes, 30), endless, *functions))
-        assert called(data, name).count("30 pairs") == 3
+def test_command_line_of_painted_landscapes(called, tmp_path, monkeypatch):
+    for name in ("landscapes", "poems"):
+        sizes, endless, *functions = PAINTED[name]
+        monkeypatch.setitem(PAINTED, name, (dict.fromkeys(sizes, 24), endless, *functions))
+        assert called(data, name).count("24 pairs") == 3
         assert called(data, name, "--draw", tmp_path / "sheet.png").count("picture") == 24
         called(data, name, "--write-shards", tmp_path / name)
         assert data.split_names(tmp_path / name) == (["valid", "test"] if endless else ["train", "valid", "test"])
         shown, written = open_split(name, "test"), open_split(tmp_path / name, "test")
-        assert {shown.picture(i).tobytes() for i in range(30)} == {written.picture(i).tobytes() for i in range(30)}
+        assert {shown.picture(i).tobytes() for i in range(24)} == {written.picture(i).tobytes() for i in range(24)}
