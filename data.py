@@ -1,7 +1,7 @@
 """Pictures and captions on disk -> batches, in an order that is a function of (seed, epoch) alone.
 
     python data.py coco-cn --data-root data          # what a data set holds: pictures, captions and pairs per split
-    python data.py demo --draw demo.png              # look at the painted data set
+    python data.py poems --draw poems.png            # look at a painted data set
     python data.py coco-cn --write-shards coco-shards --processes 4        # any layout -> tar shards
     python data.py 'shards/{000000..000020}.tar'     # build the shards' indexes, say how many pairs they hold
 
@@ -12,14 +12,14 @@ Four layouts, one interface (`Split`): how many captions and pictures, who descr
    stand in several rows. A further column `split` (train, valid, test, …) divides the pictures; without it 80 % train, 10 % valid, 10 % test, by a hash of the path.
 3. Tar shards (WebDataset), for any number of pictures: files key.jpg (png, webp, …) beside key.txt, the caption, or key.json with {"text": "…"}, {"caption": "…"} or
    {"texts": ["…", "…"]}; named by a pattern such as 'shards/{000000..000020}.tar' or 'shards/*.tar', or a folder with train-000000.tar, …, valid-000000.tar, ….
-4. `demo`: painted scenes whose captions say what is in them, made here, endless, no download.
+4. Painted here, no download (painter.py): `demo`, coloured things in the quarters of a picture, and `landscapes`, both endless, their captions say what is in them; `poems`, landscapes
+   whose captions are lines of classical verse, of the sizes of the paper's own set of poems and pictures.
 
 A training sample is a (caption, picture) pair. Pictures are read when a worker needs them; the captions of layouts 1 and 2 are kept in memory, those of shards are not.
 A pair that cannot be read is replaced by the next one that can, and reported (`TrainingPairs`).
 """
 import argparse
 import base64
-import colorsys
 import contextlib
 import csv
 import ctypes
@@ -53,9 +53,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+import painter
 from tokenizer import Tokenizer
 
 # Folder names of the published archives (Hugging Face data set OFA-Sys/chinese-clip-eval) and of the paper's own set, under --data-root.
@@ -64,6 +65,12 @@ NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "
 TABLE_1 = {"coco-cn":      {"train": 22_980, "valid": 3_185, "test": 1_053},
            "flickr30k-cn": {"train": 148_915, "valid": 5_000, "test": 5_000},
            "ap-id":        {"train": 2_000, "valid": 1_000, "test": 1_000}}
+# The painted sets: pairs in each split, whether training is endless; and of painter.py: a random scene, its caption, what its picture shows, how that is painted, its split.
+PAINTED = {
+    "demo": ({"train": 8192, "valid": 300, "test": 500}, True, painter.random_scene, painter.describe, frozenset, painter.paint, painter.split_of_scene),
+    "landscapes": ({"train": 8192, "valid": 300, "test": 500}, True, painter.random_landscape, painter.describe_landscape, frozenset, painter.paint_landscape, painter.split_of_landscape),
+    "poems": (TABLE_1["ap-id"], False, painter.random_poem, painter.poem_caption, painter.scene_of_poem, painter.paint_landscape, painter.split_of_poem),
+}
 
 
 class BadInput(Exception):
@@ -795,7 +802,7 @@ def find(data, data_root="data"):
         if not folder.is_dir():
             raise BadInput(f"{data}: there is no folder {folder}; unpack the data set there or name another place with --data-root")
     elif not folder.is_dir():
-        raise BadInput(f"{data}: neither a folder, nor a pattern of tar shards, nor a known data set ({', '.join([*NAMES, 'demo'])})")
+        raise BadInput(f"{data}: neither a folder, nor a pattern of tar shards, nor a known data set ({', '.join([*NAMES, *PAINTED])})")
     return folder
 
 
@@ -826,9 +833,9 @@ def split_names(folder):
 
 
 def open_split(data, split, data_root="data", context_length=52) -> Split:
-    """The split of a data set by name (coco-cn, flickr30k-cn, muge, ap-id, demo), folder, or pattern of tar shards. Raises BadInput when there is none."""
-    if data == "demo":
-        return PaintedSplit(split, context_length)
+    """The split of a data set by name (coco-cn, flickr30k-cn, muge, ap-id, demo, landscapes, poems), folder, or pattern of tar shards. Raises BadInput when there is none."""
+    if data in PAINTED:
+        return PaintedSplit(data, split, context_length)
     if is_pattern(data):
         return ShardSplit(shards_of(str(data)), str(data), context_length)
     folder = find(data, data_root)
@@ -1100,116 +1107,35 @@ def end_with(parent, number=signal.SIGKILL):
         os.kill(os.getpid(), number)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the painted data set
-
-
-def _circle(r=1.0, x=0.0, y=0.0, start=0.0, end=2 * math.pi, n=24):
-    return [(x + r * math.cos(start + (end - start) * k / n), y + r * math.sin(start + (end - start) * k / n)) for k in range(n + 1)]
-
-
-def _crescent():
-    inner = [(0.45 + 0.85 * math.cos(a), 0.85 * math.sin(a)) for a in (math.pi * (0.42 + 1.16 * k / 16) for k in range(17))]
-    return _circle(1.0, 0, 0, math.pi * 0.35, math.pi * 1.65) + inner[::-1]
-
-
-def _heart():
-    t = [2 * math.pi * k / 32 for k in range(32)]
-    return [(math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16) for a in t]
-
-
-_STAR = [(r * math.sin(math.pi * k / 5), -r * math.cos(math.pi * k / 5)) for k, r in enumerate([1, 0.42] * 5)]
-_BROWN, _YELLOW, _PALE = (110, 75, 45), (250, 215, 70), (250, 250, 250)
-
-# noun -> (measure word, polygons in the square -1..1 with y downwards; fill None is the object's own colour)
-THINGS = {
-    "圆形": ("个", [(None, _circle())]),
-    "方块": ("个", [(None, [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)])]),
-    "三角形": ("个", [(None, [(0, -1), (1, 0.85), (-1, 0.85)])]),
-    "十字": ("个", [(None, [(-0.3, -1), (0.3, -1), (0.3, 1), (-0.3, 1)]), (None, [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)])]),
-    "星星": ("颗", [(None, _STAR)]),
-    "爱心": ("颗", [(None, _heart())]),
-    "月亮": ("弯", [(None, _crescent())]),
-    "花": ("朵", [(None, _circle(0.45, 0.55 * math.cos(a), 0.55 * math.sin(a))) for a in (2 * math.pi * k / 5 for k in range(5))] + [(_YELLOW, _circle(0.32))]),
-    "树": ("棵", [(_BROWN, [(-0.15, 0.2), (0.15, 0.2), (0.15, 1), (-0.15, 1)]), (None, _circle(0.65, 0, -0.3))]),
-    "房子": ("座", [(None, [(-0.75, -0.1), (0.75, -0.1), (0.75, 1), (-0.75, 1)]), (_BROWN, [(0, -1), (1, -0.1), (-1, -0.1)]), (_PALE, [(-0.2, 0.4), (0.2, 0.4), (0.2, 1), (-0.2, 1)])]),
-    "小船": ("只", [(None, [(-1, 0.35), (1, 0.35), (0.6, 0.95), (-0.6, 0.95)]), (_BROWN, [(-0.06, -1), (0.06, -1), (0.06, 0.35), (-0.06, 0.35)]), (_PALE, [(0.1, -0.95), (0.8, 0.2), (0.1, 0.2)])]),
-    "鱼": ("条", [(None, [(0.75 * x - 0.2, 0.5 * y) for x, y in _circle()]), (None, [(0.35, 0), (1, -0.55), (1, 0.55)]), (_PALE, _circle(0.12, -0.6, -0.12))]),
-    "雨伞": ("把", [(None, _circle(1, 0, 0.1, math.pi, 2 * math.pi)), (_BROWN, [(-0.07, 0.1), (0.07, 0.1), (0.07, 1), (-0.07, 1)])]),
-    "旗子": ("面", [(_BROWN, [(-0.9, -1), (-0.72, -1), (-0.72, 1), (-0.9, 1)]), (None, [(-0.72, -1), (1, -1), (1, 0.15), (-0.72, 0.15)])]),
-}
-COLOURS = {"红色": (0.0, 0.85, 0.9), "橙色": (0.08, 0.9, 1.0), "黄色": (0.15, 0.85, 0.95), "绿色": (0.35, 0.8, 0.65), "蓝色": (0.6, 0.85, 0.9), "紫色": (0.77, 0.7, 0.7),
-           "粉色": (0.93, 0.35, 1.0), "黑色": (0.0, 0.0, 0.15)}                                     # hue, saturation, value
-PLACES = {"左上角": (-1, -1), "右上角": (1, -1), "左下角": (-1, 1), "右下角": (1, 1)}
-COUNTS = {1: "一", 2: "两", 3: "三"}
-LAYOUTS = {1: [(0, 0)], 2: [(-0.5, 0), (0.5, 0)], 3: [(-0.5, 0.45), (0.5, 0.45), (0, -0.45)]}       # where 1, 2, 3 things stand in their quarter
-
-
-def random_scene(rng):
-    """A scene is a set of statements (place, count, colour, thing), one to three of them, in different quarters of the picture."""
-    places = rng.sample(list(PLACES), rng.choice([1, 2, 2, 3]))
-    return frozenset((p, rng.choice(list(COUNTS)), rng.choice(list(COLOURS)), rng.choice(list(THINGS))) for p in places)
-
-
-def describe(scene, rng=None):
-    """A caption that makes every statement of the scene. With `rng`, in random order and one of several wordings each."""
-    parts = []
-    for place, count, colour, thing in sorted(scene):
-        objects = f"{COUNTS[count]}{THINGS[thing][0]}{colour}的{thing}"
-        wordings = [f"{place}有{objects}", f"{objects}在{place}", f"{place}画着{objects}", f"{place}是{objects}"]
-        parts.append(rng.choice(wordings) if rng else wordings[0])
-    if rng:
-        rng.shuffle(parts)
-    return "，".join(parts)
-
-
-def paint(scene, rng, size=128):
-    """Draw a scene; what its caption does not say (exact place, size, tilt, shade, background) is random."""
-    background = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), rng.uniform(0.85, 1)))
-    picture = Image.new("RGB", (size, size), background)
-    draw = ImageDraw.Draw(picture)
-    for place, count, colour, thing in sorted(scene):
-        hue, saturation, value = COLOURS[colour]
-        jitter = lambda x, most: min(1.0, max(0.0, x + rng.uniform(-most, most)))
-        own = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((hue + rng.uniform(-0.02, 0.02)) % 1, jitter(saturation, 0.08) if saturation else 0, jitter(value, 0.08)))
-        quarter_x, quarter_y = (size / 2 + sign * size / 4 + rng.uniform(-0.03, 0.03) * size for sign in PLACES[place])
-        radius = size * (0.19 if count == 1 else 0.1) * rng.uniform(0.8, 1.1)
-        for dx, dy in LAYOUTS[count]:
-            x, y, angle = quarter_x + dx * size * 0.22, quarter_y + dy * size * 0.22, math.radians(rng.uniform(-12, 12))
-            for fill, points in THINGS[thing][1]:
-                turned = [(x + radius * (u * math.cos(angle) - v * math.sin(angle)), y + radius * (u * math.sin(angle) + v * math.cos(angle))) for u, v in points]
-                draw.polygon(turned, fill=fill or own)
-    return picture
-
-
-def split_of_scene(scene):
-    """Every scene belongs to one split for ever, so a test scene is never trained on."""
-    return {0: "valid", 1: "test"}.get(hashlib.md5(describe(scene).encode()).digest()[0] % 10, "train")
+# ---------------------------------------------------------------------------------------------------------------- the painted data sets
 
 
 class PaintedSplit(Split):
-    """The painted data set. `train` is endless: each epoch paints SIZES["train"] new pictures. `valid` and `test` are fixed, and each of their captions is true of
-    exactly one picture: no scene's statements are contained in another's.
+    """A split of a painted data set. Where `train` is endless each epoch paints so many new pictures. The others are fixed. In `valid` and `test` what a picture shows is never
+    contained in what another shows, so that each caption is true of exactly one; in a fixed `train` no two show the same.
     """
 
-    SIZES = {"train": 8192, "valid": 300, "test": 500}
-
-    def __init__(self, split, context_length=52):
-        if split not in self.SIZES:
-            raise BadInput(f"demo: no split {split!r}; it has {', '.join(self.SIZES)}")
-        self.split, self.endless, size = split, split == "train", self.SIZES[split]
+    def __init__(self, data, split, context_length=52):
+        sizes, endless, self.draw, self.describe, self.shown, self.paint, self.split_of = PAINTED[data]
+        if split not in sizes:
+            raise BadInput(f"{data}: no split {split!r}; it has {', '.join(sizes)}")
+        self.name, self.seed, self.endless, size = f"{data}/{split}", f"{data} {split}", endless and split == "train", sizes[split]
         if self.endless:
-            self.tokenizer, self.context_length = Tokenizer("demo/train"), context_length
-            self.name, self.texts, self.image_ids, self.positives, self.pairs = "demo/train", [], [], [], range(size)
+            self.tokenizer, self.context_length = Tokenizer(self.name), context_length
+            self.texts, self.image_ids, self.positives, self.pairs = [], [], [], range(size)
             return
-        rng, self.scenes = random.Random(f"demo {split}"), []
-        while len(self.scenes) < size:
-            scene = random_scene(rng)
-            if split_of_scene(scene) == split and not any(scene <= other or other <= scene for other in self.scenes):
+        rng, texts, self.scenes = random.Random(self.seed), [], []
+        while len(texts) < size:
+            drawn = self.draw(rng)
+            scene = self.shown(drawn)
+            alike = (scene == other if split == "train" else scene <= other or other <= scene for other in self.scenes)
+            if self.split_of(drawn) == split and not any(alike):
                 self.scenes.append(scene)
-        super().__init__(f"demo/{split}", [describe(s) for s in self.scenes], list(range(size)), [[i] for i in range(size)], context_length)
+                texts.append(self.describe(drawn))
+        super().__init__(self.name, texts, list(range(size)), [[i] for i in range(size)], context_length)
 
     def picture(self, i):
-        return paint(self.scenes[i], random.Random(f"demo {self.split} {i}"))
+        return self.paint(self.scenes[i], random.Random(f"{self.seed} {i}"))
 
     def picture_bytes(self, i):
         file = io.BytesIO()
@@ -1223,13 +1149,13 @@ class PaintedSplit(Split):
         if not self.endless:
             return super().sample(epoch, k)
         number = epoch * len(self) + k
-        rng = random.Random(f"demo train {number}")
-        scene = random_scene(rng)
-        while split_of_scene(scene) != "train":
-            scene = random_scene(rng)
-        ids = self.tokenizer([describe(scene, rng)], self.context_length)[0].numpy()
-        meaning = sentence_key(describe(scene))                                 # the same scene in other words has the same key
-        return paint(scene, rng), ids, [meaning], meaning
+        rng = random.Random(f"{self.seed} {number}")
+        scene = self.draw(rng)
+        while self.split_of(scene) != "train":
+            scene = self.draw(rng)
+        ids = self.tokenizer([self.describe(scene, rng)], self.context_length)[0].numpy()
+        meaning = sentence_key(self.describe(scene))                            # the same scene in other words has the same key
+        return self.paint(scene, rng), ids, [meaning], meaning
 
 
 # ---------------------------------------------------------------------------------------------------------------- from the web
@@ -1350,7 +1276,7 @@ def sha256_of(path):
 
 def main():
     parser = argparse.ArgumentParser(description="What a data set holds; and any data set as tar shards.")
-    parser.add_argument("data", help=f"{', '.join([*NAMES, 'demo'])}, a folder, or a pattern of tar shards like 'shards/{{000000..000020}}.tar'")
+    parser.add_argument("data", help=f"{', '.join([*NAMES, *PAINTED])}, a folder, or a pattern of tar shards like 'shards/{{000000..000020}}.tar'")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--split", help="the split to --draw (default: test), or the only one to --write-shards of (default: all)")
     parser.add_argument("--draw", metavar="FILE.png", help="write a sheet of up to 24 pictures and print a caption of each")
@@ -1365,11 +1291,12 @@ def main():
     if is_pattern(args.data):
         names = ["train"]
     else:
-        names = ["valid", "test"] if args.data == "demo" and args.write_shards else list(PaintedSplit.SIZES) if args.data == "demo" else split_names(find(args.data, args.data_root))
+        names = list(PAINTED[args.data][0]) if args.data in PAINTED else split_names(find(args.data, args.data_root))
     if args.write_shards is not None:
         if not args.write_shards:
             raise BadInput("--write-shards '': name a folder")
-        for name in [args.split] if args.split else names:
+        endless = args.data in PAINTED and PAINTED[args.data][1]
+        for name in [args.split] if args.split else names[endless:]:            # an endless one has no end to write; the first, train
             write_shards(open_split(args.data, name, args.data_root), args.write_shards, name, args.per_shard, args.processes)
         return print(f"Train on them with --data {args.write_shards}")
     for name in names:

@@ -448,7 +448,7 @@ def setting_of(state, name):
     """What a checkpoint has seen of the data set `name` (a value of --data), as far as its file tells: "fine-tuned" or "trained" on it, else "zero-shot"."""
     settings = state.get("settings")
     seen = str(settings.get("data")) if isinstance(settings, dict) and state.get("step") else None
-    same = seen is not None and data_name(seen) == data_name(name) and (data_name(name) in [*data.NAMES, "demo"] or Path(seen).resolve() == Path(name).resolve())
+    same = seen is not None and data_name(seen) == data_name(name) and (data_name(name) in [*data.NAMES, *data.PAINTED] or Path(seen).resolve() == Path(name).resolve())
     return "zero-shot" if not same else "fine-tuned" if settings.get("stage") == "finetune" else "trained"
 
 
@@ -657,7 +657,7 @@ def write_json(path, content):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ckpt", nargs="+", required=True, help="checkpoints: files, folders, or names of released weights (see checkpoint.py); several give one table")
-    parser.add_argument("--data", help=f"{', '.join([*data.NAMES, 'demo'])}, a folder, or a pattern of tar shards (all of it)")
+    parser.add_argument("--data", help=f"{', '.join([*data.NAMES, *data.PAINTED])}, a folder, or a pattern of tar shards (all of it)")
     parser.add_argument("--classify", metavar="DIR", help="instead of --data: zero-shot classification of pictures in one folder for each class")
     parser.add_argument("--templates", metavar="FILE", help="prompts for --classify, one a line, {} for the class's name (default: 20 of our own)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")

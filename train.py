@@ -691,7 +691,7 @@ def parse_args(argv=None):
     parser.add_argument("--stage", choices=list(STAGES), help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
     parser.add_argument("--recipe", choices=list(RECIPES), help="the settings of a table of the paper, or of ours, listed below; flags override them")
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init or --vision-weights, else tiny)")
-    parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, 'demo'])}, a folder, or a pattern of tar shards like 'shards/{{000000..020000}}.tar' (default: demo)")
+    parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, *data.PAINTED])}, a folder, or a pattern of tar shards like 'shards/{{000000..020000}}.tar' (default: demo)")
     parser.add_argument("--valid-data", help="what to validate on: the valid split of a name or folder, or all of a pattern (default: that of --data; with a pattern of shards, nothing)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--init", help="a checkpoint to start from: a file, a folder, or the name of released weights (see checkpoint.py)")

@@ -497,43 +497,6 @@ def test_augmentation_never_mirrors_and_keeps_paper_white():
     assert (changed[:, :, 0, 31] == 1).all() and changed.min() >= 0 and changed.max() <= 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- the painted set
-
-
-def test_each_painted_caption_is_true_of_one_picture():
-    for name, size in (("valid", 300), ("test", 500)):
-        split = open_split("demo", name)
-        assert len(set(split.texts)) == len(split.texts) == size
-        for a, scene in enumerate(split.scenes):
-            assert [b for b, other in enumerate(split.scenes) if scene <= other] == [a]
-
-
-def test_painted_training_scenes_never_show_a_test_scene_and_are_new_in_every_epoch(monkeypatch):
-    train = open_split("demo", "train")
-    painted = []
-    monkeypatch.setattr(data, "paint", lambda scene, rng: painted.append(scene))
-    for epoch in (0, 1):
-        for k in range(400):
-            train.sample(epoch, k)
-    assert {data.split_of_scene(s) for s in painted} == {"train"} and painted[:400] != painted[400:]
-
-
-def test_painted_pictures_are_reproducible_and_captions_say_every_statement():
-    train = open_split("demo", "train")
-    a, b = train.sample(3, 5), train.sample(3, 5)
-    assert np.array_equal(np.array(a[0]), np.array(b[0])) and np.array_equal(a[1], b[1])
-    scene = frozenset({("左上角", 2, "红色", "鱼"), ("右下角", 1, "蓝色", "房子")})
-    for text in (data.describe(scene), data.describe(scene, data.random.Random(0))):
-        assert "两条红色的鱼" in text and "左上角" in text and "一座蓝色的房子" in text and "右下角" in text
-
-
-def test_painted_place_and_colour_are_where_the_caption_says():
-    picture = np.array(data.paint(frozenset({("左上角", 1, "红色", "方块")}), data.random.Random(0))).astype(int)
-    red = picture[..., 0] - picture[..., 1:].max(axis=2) > 80
-    rows, columns = np.nonzero(red)
-    assert len(rows) > 300 and rows.max() < 80 and columns.max() < 80
-
-
 def test_real_pictures(real_data):
     """The counts of the real set, and that every picture decodes."""
     with warnings.catch_warnings():

@@ -320,7 +320,7 @@ def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, ti
 @pytest.mark.parametrize("arguments, message", [
     (["--ckpt", "nowhere.pt", "--data", "demo"], "nowhere.pt: there is no such checkpoint"),
     (["--ckpt", "CKPT", "nowhere.pt", "--data", "LITTLE"], "nowhere.pt: there is no such checkpoint"),
-    (["--ckpt", "CKPT", "--data", "imagenet"], "neither a folder, nor a pattern of tar shards, nor a known data set (coco-cn, flickr30k-cn, muge, ap-id, demo)"),
+    (["--ckpt", "CKPT", "--data", "imagenet"], "neither a folder, nor a pattern of tar shards, nor a known data set (coco-cn, flickr30k-cn, muge, ap-id, demo, landscapes, poems)"),
     (["--ckpt", "CKPT", "--data", "coco-cn", "--data-root", "nowhere"], "there is no folder nowhere/COCO-CN"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "dev"], "no split 'dev'; it has train, valid, test"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "train"], "endless"),

@@ -11,7 +11,7 @@ import train
 
 FILES = sorted(ROOT.glob("*.py")) + [ROOT / "tokenizer/__init__.py"]
 ALLOWED = {"torch", "torchvision", "tokenizers", "numpy", "PIL", "pytest"}
-OWN = {"checkpoint", "data", "evaluate", "loss", "model", "report", "search", "tokenizer", "train"}
+OWN = {"checkpoint", "data", "evaluate", "loss", "model", "painter", "report", "search", "tokenizer", "train"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -23,6 +23,8 @@ def test_imports_are_the_six_packages_and_the_standard_library(path):
     assert names <= ALLOWED | OWN | set(sys.stdlib_module_names)
     if path.name in ("model.py", "loss.py"):
         assert not names & (OWN | (ALLOWED - {"torch"}))
+    if path.name == "painter.py":
+        assert not names & (OWN | (ALLOWED - {"PIL"}))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
