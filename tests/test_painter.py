@@ -25,12 +25,12 @@ def scenes(n, seed=0):
 # ---------------------------------------------------------------------------------------------------------------- things in the quarters of a picture
 
 
-def test_the_demo_is_what_it_was():
-    """Results of earlier versions stay comparable."""
+def test_the_demo_says_what_it_said():
+    """Results of earlier versions stay comparable. (How polygons are filled is up to Pillow, so of the pictures there is no such test.)"""
     rng, digest = random.Random(0), hashlib.sha256()
     for scene in [painter.random_scene(rng) for _ in range(200)]:
-        digest.update((painter.describe(scene) + painter.describe(scene, rng) + painter.split_of_scene(scene)).encode() + painter.paint(scene, rng).tobytes())
-    assert digest.hexdigest()[:16] == "6c80324db66700bb"
+        digest.update((painter.describe(scene) + painter.describe(scene, rng) + painter.split_of_scene(scene)).encode())
+    assert digest.hexdigest()[:16] == "8c637b7149fb1c40"
 
 
 def test_painted_pictures_are_reproducible_and_captions_say_every_statement():
