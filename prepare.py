@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import BadInput
-from evaluate import columns, data_name
+from evaluate import data_name
 from tokenizer import PAD, UNK, Tokenizer
 
 FETCHED = ("coco-cn", "flickr30k-cn")                                           # what the Hugging Face data set OFA-Sys/chinese-clip-eval has, as COCO-CN.zip and Flickr30k-CN.zip
@@ -50,34 +50,24 @@ FETCHED = ("coco-cn", "flickr30k-cn")                                           
 
 @contextlib.contextmanager
 def filled_beside(folder):
-    """An empty folder beside the place of `folder`, for this process alone; others wait. The caller fills it and renames it, or a folder in it. In the end it is gone, whatever happens."""
-    part = folder.with_name(folder.name + ".part")
+    """An empty folder beside the place of `folder`. The caller fills it and renames it, or a folder in it. In the end it is gone, whatever happens. Other processes that ask wait."""
+    part, lock = folder.with_name(folder.name + ".part"), None
     try:
-        while True:
-            part.mkdir(parents=True, exist_ok=True)
-            try:
-                lock = os.open(part, os.O_RDONLY)
-            except FileNotFoundError:                                           # another process has just removed it
-                continue
-            fcntl.flock(lock, fcntl.LOCK_EX)                                    # let go when the process dies
-            if is_same(lock, part):
-                break
-            os.close(lock)                                                      # the process that was waited for has renamed or removed it
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder.parent, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)                                        # let go when the process dies
+        if part.is_dir():
+            shutil.rmtree(part)                                                 # of a killed run
+        part.mkdir()
         try:
-            for left in part.iterdir():                                         # by a killed run
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             yield part
         finally:
-            if is_same(lock, part):
-                shutil.rmtree(part, ignore_errors=True)
-            os.close(lock)
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made ({error}); make room, or name another place") from None
-
-
-def is_same(lock, path):
-    """Whether an open folder is still the one at this path."""
-    return path.exists() and os.path.samestat(os.fstat(lock), os.stat(path))
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 # ---------------------------------------------------------------------------------------------------------------- archives
@@ -171,13 +161,13 @@ def fetch(name, data_root):
                 if len(found) != 1:
                     raise BadInput(f"{archive}: {len(found)} of its folders have *_imgs.tsv, instead of one; is it the archive of {name}? Delete it and run this again")
                 os.replace(found.pop(), folder)
-        print(f"{folder}: unpacked; {archive} is no longer needed")
+        print(f"{folder}: unpacked")
     try:
         tell(folder, name)
     except BadInput as error:
         raise BadInput(f"{error}. Or move {folder} and {archive.name} away and run this again") from None
     place = "" if data_root == "data" else f" --data-root {data_root}"
-    print(f"Next: python data.py check {name}{place}; then python train.py --recipe … with --data {name}{place}. {archive.name * archive.exists()}{' may be deleted.' * archive.exists()}".rstrip())
+    print(f"Next: python data.py check {name}{place}; then python train.py --recipe … with --data {name}{place}. {archive.name} is no longer needed.")
 
 
 def tell(folder, name):
@@ -189,7 +179,10 @@ def tell(folder, name):
 
 def names_of(source, data_root="data"):
     """Names of the splits of whatever --data can be."""
-    return [name for name in data.all_names(source, data_root) if not is_litter([name])]            # ._train_imgs.tsv
+    names = [name for name in data.all_names(source, data_root) if not is_litter([name])]           # ._train_imgs.tsv
+    if not names:
+        raise BadInput(f"{source}: it holds no split, only what macOS leaves beside one")
+    return names
 
 
 def against_paper(name, split_name, pairs):
@@ -221,7 +214,7 @@ def convert(source, dest, pictures, shards, skip_missing):
     path, dest, name = Path(source), Path(dest), data_name(source)
     packed = path.is_file() and (path.name.lower().endswith((".zip", ".tgz", ".tar.gz")) or data.is_pattern(source) and is_release(path))
     folder = None if packed or data.is_pattern(source) else data.find(source)
-    original = packed or folder and not (data.caption_file(folder) or any(folder.glob("*_imgs.tsv")) or data.split_shards(folder))
+    original = packed or folder and not (data.caption_file(folder) or any(not is_litter([path.name]) for path in folder.glob("*_imgs.tsv")) or data.split_shards(folder))
     if original and (pictures is None or not Path(pictures).is_dir()):
         raise BadInput(f"--pictures {pictures}: there is no such folder" if pictures else
                        f"{source}: an original release has no pictures, and no other layout was found there; name the folder of the pictures (MSCOCO's, or Flickr30K's) with --pictures")
@@ -295,53 +288,48 @@ def one_text(split, texts):
     return texts[0][1]
 
 
+def rows_of(path, pattern, expected):
+    """(what of the line matches the pattern, "file, line n") of every line that is not blank. What comes before the last group names the line, and may not come again."""
+    seen = set()
+    for number, line in data.utf8_lines(path):
+        place, found = f"{path}, line {number}", re.fullmatch(pattern, line.strip())
+        if not line.strip():
+            continue
+        if not found:
+            raise BadInput(f"{place}: expected {expected}, found {line.strip()[:60]}")
+        if found.groups()[:-1] in seen:
+            raise BadInput(f"{place}: {'#'.join(found.groups()[:-1])} stands above already; numbers must be unique")
+        seen.add(found.groups()[:-1])
+        yield found, place
+
+
 def read_coco_cn(folder, files):
-    described, split_of = {split: {} for split in LISTS.values()}, {}
-    for name in (*LISTS, CAPTIONS):
-        paths = [path for path in files if path.name == name]
-        if len(paths) != 1:
-            raise BadInput(f"{folder}/: {'no' if not paths else 'more than one'} {name}; the original COCO-CN has one of each: {', '.join(LISTS)} and {CAPTIONS}")
-        path, keys, strange = paths[0], set(), []
-        for number, line in data.utf8_lines(path):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            if name in LISTS:
-                if not re.fullmatch(r"[\w.-]+", line.strip()):
-                    raise BadInput(f"{place}: expected a picture id such as COCO_val2014_000000043734, found {line.strip()[:60]}")
-                if line.strip() in split_of:
-                    raise BadInput(f"{place}: {line.strip()} stands in the {split_of[line.strip()]} split already; a picture belongs to one split, once")
-                split_of[line.strip()] = LISTS[name]
-                described[LISTS[name]][line.strip()] = [], place
-                continue
-            found = re.fullmatch(r"([^#\s]+)#(\d+)\t\s*(\S.*)", line.strip())
-            if not found:
-                raise BadInput(f"{place}: expected `ID#number<TAB>caption`, found {line.strip()[:60]}")
-            if found.group(1, 2) in keys:
-                raise BadInput(f"{place}: {found[1]}#{found[2]} stands above already; numbers must be unique")
-            keys.add(found.group(1, 2))
-            if found[1] in split_of:
-                described[split_of[found[1]]][found[1]][0].append(found[3])
-            else:
-                strange.append(place)
+    paths = {name: [path for path in files if path.name == name] for name in (*LISTS, CAPTIONS)}
+    if wrong := next((name for name in paths if len(paths[name]) != 1), None):
+        raise BadInput(f"{folder}/: {'more than one' if paths[wrong] else 'no'} {wrong}; the original COCO-CN has one of each: {', '.join(paths)}")
+    described, split_of, strange = {split: {} for split in LISTS.values()}, {}, []
+    for name, split in LISTS.items():
+        for found, place in rows_of(paths[name][0], r"([\w.-]+)()", "a picture id such as COCO_val2014_000000043734"):
+            if split_of.setdefault(found[1], split) != split:
+                raise BadInput(f"{place}: {found[1]} stands in the {split_of[found[1]]} split already; a picture belongs to one split")
+            described[split][found[1]] = [], place
+    for found, place in rows_of(paths[CAPTIONS][0], r"([^#\s]+)#(\d+)\t\s*(\S.*)", "`ID#number<TAB>caption`"):
+        if found[1] in split_of:
+            described[split_of[found[1]]][found[1]][0].append(found[3])
+        else:
+            strange.append(place)
     if strange:
         warnings.warn(f"{len(strange):,} captions are left out, for their pictures are in no list; the first: {strange[0]}")
-    if empty := [place for pictures in described.values() for texts, place in pictures.values() if not texts]:
-        warnings.warn(f"{len(empty):,} pictures have no caption; they are kept as candidates for a search. The first: {empty[0]}")
+    if silent := [place for pictures in described.values() for texts, place in pictures.values() if not texts]:
+        warnings.warn(f"{len(silent):,} pictures have no caption; they are kept as candidates for a search. The first: {silent[0]}")
     return described
 
 
 def read_flickr(path):
-    described, keys = {}, set()
-    for number, line in data.utf8_lines(path):
-        if line.strip():
-            found = FLICKR.fullmatch(line.strip())
-            if not found:
-                raise BadInput(f"{path}, line {number}: expected a line like 1009692167#zhm#1 在:p 警车:n, found {line.strip()[:60]}")
-            if found.group(1, 2, 3) in keys:
-                raise BadInput(f"{path}, line {number}: {found[1]}#{found[2]}#{found[3]} stands above already; numbers must be unique")
-            keys.add(found.group(1, 2, 3))
-            described.setdefault(found[1], ([], f"{path}, line {number}"))[0].append("".join(re.sub(r"(?<=.):[A-Za-z]\w*$", "", word) for word in found[4].split()))
+    described = {}
+    for found, place in rows_of(path, FLICKR, "a line like 1009692167#zhm#1 在:p 警车:n"):
+        caption = "".join(re.sub(r"(?<=.):[A-Za-z][A-Za-z0-9]*$", "", word) for word in found[4].split())                       # the tag stands after the last colon
+        described.setdefault(found[1], ([], place))[0].append(caption)
     return described
 
 
@@ -406,7 +394,7 @@ KINDS = {
     "pictures without a caption": False,
     "captions without a picture": False,
 }
-(CLOSED, BROKEN, LEAKED, EMPTY, SIMILAR, TWICE, SHARED, LONG, UNKNOWN, SILENT, BLIND) = KINDS
+CLOSED, BROKEN, LEAKED, EMPTY, SIMILAR, TWICE, SHARED, LONG, UNKNOWN, SILENT, BLIND = KINDS
 
 
 def check(name, data_root, processes, json_file):
@@ -427,11 +415,10 @@ def check(name, data_root, processes, json_file):
         except (BadInput, OSError) as error:
             found[CLOSED].append(f"{title}: {error}")
             continue
-        many = len(np.unique(sentences[title])) if isinstance(split, data.ShardSplit) else len(sentences[title])
-        rows.append({"split": title, "pictures": count, "captions": many, "pairs": len(split), "table_1": data.TABLE_1.get(known, {}).get(split_name)})
+        row = {"split": title, "pictures": count, "captions": len(np.unique(sentences[title]) if isinstance(split, data.ShardSplit) else sentences[title]), "pairs": len(split)}
+        rows.append(row | {"table_1": data.TABLE_1.get(known, {}).get(split_name)})
+        print(f"{title:8} {count:8,} pictures {row['captions']:8,} captions {len(split):8,} pairs{against_paper(known, split_name, len(split))}")
     compare(looks, sentences, shown, found)
-    print("\n".join(columns([[f"{head:>9}" if n else f"{head:8}" for n, head in enumerate(("split", "pictures", "captions", "pairs"))] + [""],
-                             *([f"{row['split']:8}", *(f"{row[key]:9,}" for key in ("pictures", "captions", "pairs")), against_paper(known, row["split"], row["pairs"]).lstrip(",; ")] for row in rows)])))
     for kind, lines in found.items():
         print(f"{kind}: {len(lines):,}")
         print("".join(f"    {line}\n" for line in lines[:10]) + f"    … and {len(lines) - 10:,} more\n" * (len(lines) > 10), end="")
@@ -546,7 +533,9 @@ def check_pictures(title, count, read, shown, found, processes):
 
 def repeated(keys):
     """keys {split: (n,)} -> for every key that comes several times its places: [[(split, index), …], …]."""
-    names = list(keys)
+    names = list(keys) if any(map(len, keys.values())) else []
+    if not names:
+        return []
     split_of, index = (np.concatenate([make(len(keys[name]), n) for n, name in enumerate(names)]) for make in (np.full, lambda size, _: np.arange(size)))
     _, group, sizes = np.unique(np.concatenate([keys[name] for name in names]), return_inverse=True, return_counts=True)
     places = collections.defaultdict(list)
@@ -557,28 +546,23 @@ def repeated(keys):
 
 def compare(looks, sentences, shown, found):
     """What comes several times: the same pictures and captions in two splits, pictures twice in one, and pictures that look alike in two."""
-    if not looks:
-        return
     named = lambda places: ", ".join(f"{split} {shown[split](looks[split][0][at])}" for split, at in places)
-    same = set()
     for places in repeated({split: of_pixels for split, (_, _, of_pixels, _) in looks.items()}):
-        alike = "the same bytes" if len({int(looks[split][1][at]) for split, at in places}) == 1 else "the same pixels in other bytes"
+        how = "the same bytes" if len({int(looks[split][1][at]) for split, at in places}) == 1 else "the same pixels in other bytes"
         if len({split for split, _ in places}) > 1:
-            found[LEAKED].append(f"{named(places)}: {alike}")
+            found[LEAKED].append(f"{named(places)}: {how}")
         for split in {split for split, _ in places}:
-            own = [place for place in places if place[0] == split]
-            found[TWICE] += [f"{named([own[0], other])}: {alike}" for other in own[1:]]
-        same |= set(itertools.permutations(places[:100], 2))                    # more are told above
+            first, *others = [place for place in places if place[0] == split]
+            found[TWICE] += [f"{named([first, other])}: {how}" for other in others]
     found[SHARED] += [", ".join(f"{split} caption {t + 1}" for split, t in places) for places in repeated(sentences) if len({split for split, _ in places}) > 1]
-    signs = {split: torch.from_numpy(np.unpackbits(bits, axis=1)).float() * 2 - 1 for split, (_, _, _, bits) in looks.items()}
-    for (one, a), (other, b) in itertools.combinations(signs.items(), 2):
-        for start in range(0, len(b), 4096):                                    # the sum of 256 products of -1 and 1 tells how many bits differ
-            near = collections.defaultdict(list)
-            for to, at in (b[start : start + 4096] @ a.T >= 256 - 2 * ALIKE).nonzero().tolist():
-                places = (one, at), (other, start + to)
-                if places not in same and looks[one][3][at].any() and looks[other][3][start + to].any():
-                    near[places[1]].append(places[0])
-            found[SIMILAR] += [f"{named([picture, others[0]])}" + f" and {len(others) - 1:,} more of {one}" * (len(others) > 1) for picture, others in near.items()]
+    signs = lambda bits: torch.from_numpy(np.unpackbits(bits, axis=1)).float() * 2 - 1              # (n, 32) bytes -> (n, 256) of -1 and 1, whose products tell how many bits differ
+    for (one, (_, _, pixels, bits)), (other, (_, _, other_pixels, other_bits)) in itertools.combinations(looks.items(), 2):
+        near = collections.defaultdict(list)                                    # picture of the second split -> those of the first that look like it
+        for a, b in itertools.product(range(0, len(bits), 4096), range(0, len(other_bits), 4096)):
+            for to, at in ((signs(other_bits[b : b + 4096]) @ signs(bits[a : a + 4096]).T >= 256 - 2 * ALIKE).nonzero() + torch.tensor([b, a])).tolist():
+                if pixels[at] != other_pixels[to] and bits[at].any() and other_bits[to].any():      # the same ones are told above
+                    near[to].append(at)
+        found[SIMILAR] += [named([(other, to), (one, some[0])]) + f" and {len(some) - 1:,} more of {one}" * (len(some) > 1) for to, some in near.items()]
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
