@@ -51,10 +51,10 @@ FETCHED = ("coco-cn", "flickr30k-cn")                                           
 @contextlib.contextmanager
 def filled_beside(folder):
     """An empty folder beside the place of `folder`. The caller fills it and renames it, or a folder in it. In the end it is gone, whatever happens. Other processes that ask wait."""
-    part, lock = folder.with_name(folder.name + ".part"), None
+    part, lock = Path(f"{folder.absolute()}.part"), None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder.parent, os.O_RDONLY)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(part.parent, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)                                        # let go when the process dies
         if part.is_dir():
             shutil.rmtree(part)                                                 # of a killed run
@@ -551,7 +551,7 @@ def compare(looks, sentences, shown, found):
         how = "the same bytes" if len({int(looks[split][1][at]) for split, at in places}) == 1 else "the same pixels in other bytes"
         if len({split for split, _ in places}) > 1:
             found[LEAKED].append(f"{named(places)}: {how}")
-        for split in {split for split, _ in places}:
+        for split in dict(places):
             first, *others = [place for place in places if place[0] == split]
             found[TWICE] += [f"{named([first, other])}: {how}" for other in others]
     found[SHARED] += [", ".join(f"{split} caption {t + 1}" for split, t in places) for places in repeated(sentences) if len({split for split, _ in places}) > 1]
