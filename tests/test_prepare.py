@@ -12,6 +12,7 @@ import threading
 import zipfile
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT, bomb, jpeg, png, refused, write_tar, write_tsv_split
 from PIL import Image
@@ -35,6 +36,11 @@ def write_zip(path, files):
 def relation(split):
     """What a split says, apart from the numbers of its pictures: captions in order, each with the bytes of its pictures."""
     return [(text, [split.picture_bytes(i) for i in images]) for text, images in zip(split.texts, split.positives)]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- fetch
@@ -142,15 +148,14 @@ def test_a_damaged_zip_says_what_to_do_and_leaves_nothing(damage, published, sto
     assert contents(published.folder) == published.files
 
 
-def test_no_byte_that_is_changed_makes_it_crash(published, tmp_path, monkeypatch):
-    """At every third place of a small zip, and at places of the headers of a tar: unpacked, or refused with one line, and nothing left."""
-    monkeypatch.setattr(prepare.os, "fsync", lambda _: None)
+def test_no_byte_that_is_changed_makes_it_crash(published, tmp_path):
+    """At every fifth place of a small zip, and of the first header of a tar: unpacked, or refused with one line, and nothing left."""
     small = write_zip(tmp_path / "a.zip", {"a/x.txt": b"1" * 50, "a/y.txt": b"2"}).read_bytes()
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         tar.add(tmp_path / "made", "made")
     outcomes = set()
     for name, content in (("a.zip", small), ("b.tar", (tmp_path / "b.tar").read_bytes())):
-        for at in range(0, min(len(content), 700), 3):
+        for at in range(0, min(len(content), 700), 5):
             (tmp_path / name).write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
             try:
                 with prepare.filled_beside(tmp_path / "out") as part:
@@ -401,6 +406,13 @@ def landscape(seed):
     return Image.open(io.BytesIO(png(size=(7, 6), seed=seed))).resize((160, 120), Image.Resampling.BICUBIC)
 
 
+def faint(corner):
+    """A nearly flat picture, from left to right a little brighter, as a wall is; and the brightness of one pixel."""
+    grey = np.tile(np.linspace(100, 108, 64).astype(np.uint8), (48, 1))
+    grey[0, 0] = corner
+    return encoded(Image.fromarray(grey).convert("RGB"), format="PNG")
+
+
 def encoded(picture, **options):
     out = io.BytesIO()
     picture.save(out, **options)
@@ -408,11 +420,14 @@ def encoded(picture, **options):
 
 
 @pytest.mark.parametrize("layout, processes", [("tsv", 1), ("folder", 1), ("shards", 1), ("shards", 2)])
-def test_every_kind_of_finding_in_every_layout(layout, processes, tmp_path, checked):
-    splits = {"train": [(png(seed=n), [f"第{n}张"]) for n in range(40)] + [(encoded(landscape(1), format="PNG"), ["山"]), (png((9, 9, 9)), ["黑"]), (png(seed=0), ["又一次"]), (png(seed=7)[:-30], ["坏"])],
+def test_every_kind_of_finding_in_every_layout(layout, processes, tmp_path, checked, monkeypatch):
+    splits = {"train": [(png(seed=n), [f"第{n}张"]) for n in range(40)] + [(encoded(landscape(1), format="PNG"), ["山"]), (faint(100), ["墙"]), (png(seed=0), ["又一次"]), (png(seed=7)[:-30], ["坏"])],
               "test": [(png(seed=3), ["同一张"]), (other_bytes(png(seed=4), format="PNG", compress_level=0), ["同样的像素"]), (encoded(landscape(1), format="JPEG", quality=60), ["像"]),
-                       (png((9, 10, 9)), ["黑的"]), (png(seed=50), ["第1张", "长" * 61]), (png(seed=51), ["☃ ☃ ☃ 好"]), (b"<html>", ["坏了"]), (bomb(), ["炸弹"])]}
+                       (faint(101), ["白墙"]), (png(seed=50), ["第1张", "长" * 61]), (png(seed=51), ["☃ ☃ ☃ 好"]), (b"<html>", ["坏了"]), (bomb(), ["炸弹"])]}
+    readers, real = [], prepare.DataLoader
+    monkeypatch.setattr(prepare, "DataLoader", lambda *args, **options: readers.append(options["num_workers"]) or real(*args, **options))
     status, _, found, rows = checked(in_layout(layout, tmp_path, splits), "--processes", processes)
+    assert readers == [0 if processes == 1 else 2] * 2
     assert status == 1 and [(row["pictures"], row["captions"], row["pairs"]) for row in rows] == [(44, 44, 44), (8, 9, 9)]
     name = {"tsv": "{1}", "folder": "{0}/{1}.png", "shards": f"{{1}}.jpg of {tmp_path}/set/{{0}}-000000.tar"}[layout].format
     assert [line.partition(": it cannot be read")[0] for line in found.pop(prepare.BROKEN)] == [f"{split}: picture {name(split, i)}" for split, i in (("train", 43), ("test", 6), ("test", 7))]
