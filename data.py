@@ -4,6 +4,7 @@
     python data.py poems --draw poems.png            # look at a painted data set
     python data.py coco-cn --write-shards coco-shards --processes 4        # any layout -> tar shards
     python data.py 'shards/{000000..000020}.tar'     # build the shards' indexes, say how many pairs they hold
+    python data.py fetch coco-cn                     # get it from the web; and `convert`, `check`: see prepare.py
 
 Four layouts, one interface (`Split`): how many captions and pictures, who describes whom, and picture i when it is needed.
 
@@ -1275,7 +1276,14 @@ def sha256_of(path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a data set holds; and any data set as tar shards.")
+    if sys.argv[1:2] in (["fetch"], ["convert"], ["check"]):
+        import prepare                                                          # it builds on this file
+        return prepare.main()
+    parser = argparse.ArgumentParser(description="What a data set holds; and any data set as tar shards.", formatter_class=argparse.RawDescriptionHelpFormatter, epilog="""three further commands, each with its own --help:
+  data.py fetch NAME              download a published data set
+  data.py convert SOURCE DEST     write an original release, or any layout, as a folder that is read here
+  data.py check DATA              look at every picture and every caption
+(a folder of such a name: ./check)""")
     parser.add_argument("data", help=f"{', '.join([*NAMES, *PAINTED])}, a folder, or a pattern of tar shards like 'shards/{{000000..000020}}.tar'")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--split", help="the split to --draw (default: test), or the only one to --write-shards of (default: all)")
@@ -1288,10 +1296,7 @@ def main():
         raise BadInput(f"--per-shard {args.per_shard} --processes {args.processes}: out of range, 1 to 1e7 and 1 to 512")
     if args.draw:
         return draw_sheet(open_split(args.data, args.split or "test", args.data_root), args.draw)
-    if is_pattern(args.data):
-        names = ["train"]
-    else:
-        names = list(PAINTED[args.data][0]) if args.data in PAINTED else split_names(find(args.data, args.data_root))
+    names = all_names(args.data, args.data_root)
     if args.write_shards is not None:
         if not args.write_shards:
             raise BadInput("--write-shards '': name a folder")
@@ -1300,13 +1305,21 @@ def main():
             write_shards(open_split(args.data, name, args.data_root), args.write_shards, name, args.per_shard, args.processes)
         return print(f"Train on them with --data {args.write_shards}")
     for name in names:
-        split = open_split(args.data, name, args.data_root)
-        if split.endless:
-            print(f"{name:8} endless; {len(split):,} pairs an epoch")
-        elif isinstance(split, ShardSplit):
-            print(f"{'all' if is_pattern(args.data) else name:8} {len(split.shards):8,} shards   {len(split):8,} pairs, {split.incomplete():,} of them without picture or caption")
-        else:
-            print(f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs")
+        print(summary("all" if is_pattern(args.data) else name, open_split(args.data, name, args.data_root)))
+
+
+def all_names(data, data_root="data"):
+    """Names of the splits of whatever --data can be."""
+    return ["train"] if is_pattern(data) else list(PAINTED[data][0]) if data in PAINTED else split_names(find(data, data_root))
+
+
+def summary(name, split):
+    """A line: what a split holds."""
+    if split.endless:
+        return f"{name:8} endless; {len(split):,} pairs an epoch"
+    if isinstance(split, ShardSplit):
+        return f"{name:8} {len(split.shards):8,} shards   {len(split):8,} pairs, {split.incomplete():,} of them without picture or caption"
+    return f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs"
 
 
 def draw_sheet(split, path):
@@ -1380,4 +1393,5 @@ def run(main):
 
 
 if __name__ == "__main__":
-    run(main)
+    import data                                                                 # as others import it: else this file would be there twice, with two kinds of BadInput
+    data.run(data.main)

@@ -1,11 +1,15 @@
 import base64
+import hashlib
+import http.server
 import io
 import json
 import os
+import random
 import struct
 import subprocess
 import sys
 import tarfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -16,6 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
+import data
 import peers
 from data import BadInput
 from model import CONFIGS
@@ -111,6 +116,56 @@ def stopped(called):
         assert "\n" not in str(caught.value)
         return str(caught.value)
     return run
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A little hub: the file that is named `file` redirects to /storage and tells size and SHA-256, as Hugging Face does; the storage knows ranges, and cuts connections when told to."""
+
+    def do_HEAD(self):
+        self.server.asked.append(("HEAD", self.path, None))
+        if "/moved/" in self.path:
+            return self.head(307, Location=self.path.replace("/moved/", "/OFA-Sys/"))
+        if self.path.rpartition("/")[2] != self.server.file:
+            return self.head(404)
+        self.head(302, Location="/storage", **{"X-Linked-Size": str(len(self.server.content)), "X-Linked-ETag": f'"{self.server.tag}"'})
+
+    def do_GET(self):
+        if self.path != "/storage":
+            return self.head(302, Location="/storage")
+        span = self.headers.get("Range")
+        self.server.asked.append(("GET", self.path, span))
+        first = int(span.removeprefix("bytes=").rstrip("-")) if span and self.server.ranges else 0
+        body = self.server.content[first:]
+        extra = {"Content-Range": f"bytes {first}-{len(self.server.content) - 1}/{len(self.server.content)}"} if span and self.server.ranges else {}
+        self.head(206 if extra else 200, **{"Content-Length": str(len(body)), **extra})
+        self.wfile.write(body[: self.server.cuts.pop(0)] if self.server.cuts else body)
+        self.wfile.flush()
+        self.server.pause.wait(60)
+
+    def head(self, code, **headers):
+        self.send_response(code)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.file = "clip_cn_rn50.pt"
+        server.content = random.Random(0).randbytes(3_000_000)
+        server.tag, server.asked, server.cuts, server.ranges, server.pause = hashlib.sha256(server.content).hexdigest(), [], [], True, threading.Event()
+        server.pause.set()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()     # looks every 0.02 s whether it is to end
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(data.time, "sleep", lambda _: None)
+        yield server
+        server.shutdown()
 
 
 def script(*args, processes=1, ok=True, env=None):

@@ -11,7 +11,7 @@ import train
 
 FILES = sorted(ROOT.glob("*.py")) + [ROOT / "tokenizer/__init__.py"]
 ALLOWED = {"torch", "torchvision", "tokenizers", "numpy", "PIL", "pytest"}
-OWN = {"checkpoint", "data", "evaluate", "loss", "model", "painter", "report", "search", "tokenizer", "train"}
+OWN = {"checkpoint", "data", "evaluate", "loss", "model", "painter", "prepare", "report", "search", "tokenizer", "train"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -57,7 +57,7 @@ def test_the_demo_passes_train_py_what_it_takes():
 
 def test_published_row_of_every_flag_is_read():
     """A flag that nobody reads is a lie."""
-    for name in ("train.py", "evaluate.py", "data.py", "search.py"):
+    for name in ("train.py", "evaluate.py", "data.py", "prepare.py", "search.py"):
         source = (ROOT / name).read_text(encoding="utf-8")
         for flag in re.findall(r'add_argument\("--([a-z-]+)"', source):
             attribute = flag.replace("-", "_")

@@ -1,0 +1,497 @@
+"""Getting the data: fetched whole or not at all, no archive can write outside of its folder, conversions that lose nothing, and a look through that finds what is wrong."""
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, bomb, jpeg, png, refused, write_tar, write_tsv_split
+from PIL import Image
+
+import data
+import prepare
+from data import BadInput, open_split
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_zip(path, files):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def relation(split):
+    """What a split says, apart from the numbers of its pictures: captions in order, each with the bytes of its pictures."""
+    return [(text, [split.picture_bytes(i) for i in images]) for text, images in zip(split.texts, split.positives)]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+# ---------------------------------------------------------------------------------------------------------------- fetch
+
+
+@pytest.fixture
+def published(hub, tmp_path):
+    """The hub with COCO-CN.zip, a tenth of a percent of it -> (hub, publish, the files as they must be unpacked)."""
+    for split, count, start in (("train", 5, 1), ("valid", 3, 101), ("test", 2, 201)):
+        write_tsv_split(tmp_path / "made", split, count, start=start)
+    files = contents(tmp_path / "made")
+
+    def publish(entries, damage=lambda content: content):
+        hub.file, hub.content = "COCO-CN.zip", damage(write_zip(tmp_path / "made.zip", entries).read_bytes())
+        hub.tag = hashlib.sha256(hub.content).hexdigest()
+    publish({f"COCO-CN/{name}": content for name, content in files.items()})
+    return SimpleNamespace(hub=hub, publish=publish, files=files, root=tmp_path / "data", folder=tmp_path / "data/COCO-CN")
+
+
+def left(root):
+    return sorted(path.name for path in root.iterdir() if path.suffix != ".lock")
+
+
+def test_a_published_set_is_fetched_and_told_beside_table_1(published, called):
+    said = called(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
+    assert published.hub.asked[0][1] == "/datasets/OFA-Sys/chinese-clip-eval/resolve/main/COCO-CN.zip"
+    assert "train           5 pictures        5 captions        5 pairs; the paper's table 1 has 22,980\n" in said
+    assert said.splitlines()[-1] == (f"Next: python data.py check coco-cn --data-root {published.root}; then python train.py --recipe … with --data coco-cn --data-root {published.root}. "
+                                     "COCO-CN.zip is no longer needed.")
+    asked = len(published.hub.asked)
+    (published.root / "COCO-CN.zip").unlink()
+    assert "is there already" in called(data, "fetch", "coco-cn", "--data-root", published.root) and len(published.hub.asked) == asked
+
+
+def test_a_cut_download_goes_on(published, called):
+    published.hub.cuts = [1000]
+    called(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert [span for what, _, span in published.hub.asked if what == "GET"] == ["bytes=0-", "bytes=1000-"] and contents(published.folder) == published.files
+
+
+def test_a_zip_that_is_there_is_used_without_the_net_and_no_top_folder_is_needed(published, called, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    published.root.mkdir()
+    litter = {"__MACOSX/._train_imgs.tsv": b"x", "._train_imgs.tsv": b"x", ".DS_Store": b"x"}
+    write_zip(published.root / "COCO-CN.zip", {"README": b"r", **litter, **published.files})
+    called(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder) == {"README": b"r", **published.files}
+
+
+def test_names_that_are_not_utf8(published, called, monkeypatch):
+    published.publish({"COCO-CN/" + name: content for name, content in published.files.items()} | {"COCO-CN/xxxx": b"gb"}, lambda content: content.replace(b"COCO-CN/xxxx", b"COCO-CN/\xc4\xe3\xba\xc3"))
+    called(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert set(contents(published.folder)) > set(published.files)
+    marked = zipfile.ZipInfo("你.txt")
+    published.publish({marked: b"x"}, lambda content: content.replace("你".encode(), b"\xff\xff\xff"))
+    (published.root / "COCO-CN.zip").unlink()
+    published.folder.rename(published.root / "away")
+    with pytest.raises(BadInput, match="damaged or cut short .*delete it and run this again"):
+        called(data, "fetch", "coco-cn", "--data-root", published.root)
+
+
+def as_link(name="COCO-CN/link"):
+    entry = zipfile.ZipInfo(name)
+    entry.create_system, entry.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    return entry
+
+
+@pytest.mark.parametrize("name, message", [("../evil", "could lead out"), ("COCO-CN/../../evil", "could lead out"), ("/tmp/evil", "could lead out"), ("C:/evil", "could lead out"), ("c:evil", "could lead out"),
+                                           ("..\\evil", "could lead out"), (as_link(), "a link or a device"), ("COCO-CN//train_imgs.tsv", "it is there twice"), ("COCO-CN/./train_imgs.tsv", "it is there twice"),
+                                           ("COCO-CN", "is a file and a folder"), ("COCO-CN/test_imgs.tsv/x", "is a file and a folder")], ids=str)
+def test_entries_that_could_do_harm_are_refused_before_anything_is_written(name, message, published, stopped, monkeypatch):
+    published.publish({**{f"COCO-CN/{file}": content for file, content in published.files.items()}, name: b"evil"})
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: pytest.fail("it looked for room"))
+    line = stopped(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert message in line and "nothing was unpacked" in line and left(published.root) == ["COCO-CN.zip"]
+
+
+def test_encrypted_entries_are_refused(published, stopped):
+    def encrypt(content):
+        content, at = bytearray(content), content.index(b"PK\x01\x02")
+        content[at + 8] |= 1
+        return bytes(content)
+    published.publish({f"COCO-CN/{name}": content for name, content in published.files.items()}, encrypt)
+    assert "it is encrypted; nothing was unpacked" in stopped(data, "fetch", "coco-cn", "--data-root", published.root)
+
+
+def flip(content):
+    """One bit of the first file's content: its CRC does not fit."""
+    content = bytearray(content)
+    content[200] ^= 1
+    return bytes(content)
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-40], lambda content: content[: len(content) // 2], flip, lambda content: content.replace(b"PK\x01\x02", b"PK\x01\x03", 1), lambda _: b"<html>"],
+                         ids=["end cut", "half", "CRC", "directory", "no zip"])
+def test_a_damaged_zip_says_what_to_do_and_leaves_nothing(damage, published, stopped, called):
+    whole = published.hub.content
+    published.publish({f"COCO-CN/{name}": content for name, content in published.files.items()}, damage)
+    line = stopped(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert re.search("COCO-CN.zip: damaged or cut short .*; delete it and run this again", line) and left(published.root) == ["COCO-CN.zip"]
+    (published.root / "COCO-CN.zip").unlink()
+    published.hub.content, published.hub.tag = whole, hashlib.sha256(whole).hexdigest()
+    called(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder) == published.files
+
+
+def test_no_byte_that_is_changed_makes_it_crash(published, tmp_path):
+    """At every fifth place of a small zip, and of the first header of a tar: unpacked, or refused with one line, and nothing left."""
+    small = write_zip(tmp_path / "a.zip", {"a/x.txt": b"1" * 50, "a/y.txt": b"2"}).read_bytes()
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        tar.add(tmp_path / "made", "made")
+    outcomes = set()
+    for name, content in (("a.zip", small), ("b.tar", (tmp_path / "b.tar").read_bytes())):
+        for at in range(0, min(len(content), 700), 5):
+            (tmp_path / name).write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
+            try:
+                with prepare.filled_beside(tmp_path / "out") as part:
+                    prepare.unpack(tmp_path / name, part, "get it again")
+                outcomes.add("unpacked")
+            except BadInput as error:
+                outcomes.add("refused")
+                assert "\n" not in str(error)
+            assert not (tmp_path / "out.part").exists()
+    assert outcomes == {"unpacked", "refused"}
+
+
+def test_a_full_disk_and_forbidden_folders_are_one_line(published, stopped, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        assert re.search(r"COCO-CN.zip: 0 MiB when unpacked, and .*data has room for 0; make room", stopped(data, "fetch", "coco-cn", "--data-root", published.root))
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert re.search("COCO-CN: cannot be made .*No space left", stopped(data, "fetch", "coco-cn", "--data-root", published.root))
+    assert left(published.root) == ["COCO-CN.zip"]
+    (published.root / "COCO-CN.part").write_bytes(b"")
+    assert "COCO-CN: cannot be made" in stopped(data, "fetch", "coco-cn", "--data-root", published.root)
+
+
+def test_killed_before_it_is_renamed_it_goes_on(published, called, monkeypatch):
+    """A process that dies at the rename leaves no folder; the next call removes what it left. Another file's leftovers are not taken over."""
+    code = "import os, sys, prepare; prepare.os.replace = lambda a, b, real=os.replace: os._exit(9) if str(b).endswith('COCO-CN') else real(a, b); prepare.fetch('coco-cn', sys.argv[1])"
+    assert subprocess.run([sys.executable, "-c", code, published.root], cwd=ROOT).returncode == 9
+    assert left(published.root) == ["COCO-CN.part", "COCO-CN.zip"]
+    (published.root / "COCO-CN.part/COCO-CN/old").write_text("of a killed run")
+    called(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
+
+
+def test_several_at_the_same_time_unpack_once(published, monkeypatch, capsys):
+    unpacked, real = [], prepare.unpack
+    monkeypatch.setattr(prepare, "unpack", lambda *args: unpacked.append(args) or real(*args))
+    racing = [threading.Thread(target=prepare.fetch, args=("coco-cn", str(published.root))) for _ in range(4)]
+    for thread in racing:
+        thread.start()
+    for thread in racing:
+        thread.join()
+    assert len(unpacked) == 1 and contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
+    assert capsys.readouterr().out.count("Next: ") == 4
+
+
+def test_what_is_no_data_set(published, stopped):
+    published.publish({"COCO-CN/readme.txt": b"x"})
+    assert "0 of its folders have *_imgs.tsv" in stopped(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert left(published.root) == ["COCO-CN.zip"]
+    published.folder.mkdir()
+    assert re.search("no captions.csv .* Or move .*COCO-CN and COCO-CN.zip away", stopped(data, "fetch", "coco-cn", "--data-root", published.root))
+
+
+# ---------------------------------------------------------------------------------------------------------------- convert
+
+COCO = {"coco-cn_train.txt": "COCO_train2014_000000000011\nCOCO_val2014_000000000012\n", "coco-cn_val.txt": "COCO_val2014_000000000021\n", "coco-cn_test.txt": "COCO_val2014_000000000031\n",
+        "imageid.human-written-caption.txt": "COCO_train2014_000000000011#0\t一只猫\nCOCO_train2014_000000000011#1\t猫在睡觉。\nCOCO_val2014_000000000012#0\t两条狗\n"
+                                             "COCO_val2014_000000000021#0\t海\nCOCO_val2014_000000000031#0\t山：高\n",
+        "imageid.manually-translated-caption.txt": "COCO_val2014_000000000031#0\t不是这个\n"}
+FLICKR = {"kn_train/seg.train.txt": "11#zhb#0 在:p 警车:n\n11#zhb#1 12:30:m 点\n12#zhb#0 ：:wm T:nx 恤:n\n", "kn_val/seg.caption.txt": "21#zhb#0 海:n\n",
+          "kn_test/zhb_test.txt": "31#zhb#0 机器:n\n", "kn_test/zhm_test.txt": "31#zhm#0 人:n 写:v 的:ude\n", "readme.txt": "Flickr30K-CN"}
+SAID = {"coco": {"train": [("一只猫", 11), ("猫在睡觉。", 11), ("两条狗", 12)], "valid": [("海", 21)], "test": [("山：高", 31)]},
+        "flickr": {"train": [("在警车", 11), ("12:30点", 11), ("：T恤", 12)], "valid": [("海", 21)], "test": [("人写的", 31)]}}
+LITTER = {"._coco-cn_train.txt": b"\0\5\x16\7", "__MACOSX/kn_train/._seg.train.txt": b"\0", ".DS_Store": b"\0"}
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_files(tmp_path / "pictures", {**{f"train2014/COCO_train2014_{n:012}.jpg": jpeg(n) for n in (11,)}, **{f"val2014/COCO_val2014_{n:012}.jpg": jpeg(n) for n in (12, 21, 31)},
+                                               **{f"flickr/{n}.jpg": jpeg(n) for n in (11, 12, 21, 31)}, "val2014/._COCO_val2014_000000000031.jpg": b"x"})
+
+
+def packed(tmp_path, files, how):
+    """The files of a release as a folder, or packed."""
+    folder = write_files(tmp_path / "release/deep", {**files, **LITTER}).parent
+    if how == "folder":
+        return folder
+    if how == "zip":
+        return write_zip(tmp_path / "release.zip", {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+    with tarfile.open(tmp_path / f"release.{how}", "w" if how == "tar" else "w:gz") as tar:
+        tar.add(folder, "top")
+    return tmp_path / f"release.{how}"
+
+
+@pytest.mark.parametrize("how", ["folder", "zip", "tar", "tar.gz", "tgz"])
+@pytest.mark.parametrize("release, files", [("coco", COCO), ("flickr", FLICKR)])
+def test_original_releases(release, files, how, tmp_path, pictures, called):
+    said = called(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--pictures", pictures)
+    assert "; the paper's table 1 has " in said and ("zhm_test.txt" in said) == (release == "flickr")
+    for name, expected in SAID[release].items():
+        split = open_split(tmp_path / "out", name)
+        assert [(text, split.image_ids[i]) for text, images in zip(split.texts, split.positives) for i in images] == expected
+        assert relation(split) == [(text, [jpeg(number)]) for text, number in expected]
+    assert sorted(contents(tmp_path / "out")) == sorted(f"{split}_{kind}" for split in SAID[release] for kind in ("imgs.tsv", "texts.jsonl")) and not (tmp_path / "out.part").exists()
+
+
+def test_releases_become_shards(tmp_path, pictures, called):
+    called(data, "convert", packed(tmp_path, COCO, "folder"), tmp_path / "out", "--pictures", pictures, "--shards")
+    for name, expected in SAID["coco"].items():
+        assert sorted(relation(open_split(tmp_path / "out", name))) == sorted((text, [jpeg(number)]) for text, number in expected)
+
+
+@pytest.mark.parametrize("options", [(), ("--shards",)], ids=["tsv", "shards"])
+@pytest.mark.parametrize("layout", ["tsv", "folder", "shards", "pattern"])
+def test_any_layout_is_converted_without_a_loss(layout, options, tsv_folder, tmp_path, called):
+    (tsv_folder / "train_texts.jsonl").write_text(json.dumps({"text_id": 1, "text": "三张", "image_ids": [3, 1, 7]}) + "\n" + (tsv_folder / "train_texts.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
+    source = tsv_folder
+    if layout == "folder":
+        source = write_files(tmp_path / "folder", {"captions.csv": "image,caption,split\na b/1.png,一,train\n2.png,一,train\n2.png,二,train\n3.png,三,test\n", **{name: png(seed=n) for n, name in enumerate(("a b/1.png", "2.png", "3.png"))}})
+    elif layout in ("shards", "pattern"):
+        called(data, tsv_folder, "--write-shards", tmp_path / "shards", "--per-shard", 5)
+        source = tmp_path / "shards" if layout == "shards" else str(tmp_path / "shards/train-*.tar")
+    if layout == "tsv":
+        write_files(source, {"._train_imgs.tsv": b"\0", "._valid_imgs.tsv": b"\0"})
+    called(data, "convert", source, tmp_path / "out", *options)
+    names = ["train"] if layout == "pattern" else ["train", "test"] if layout == "folder" else ["train", "valid", "test"]
+    assert data.split_names(tmp_path / "out") == names
+    for name in names:
+        before, after = relation(open_split(source, name)), relation(open_split(tmp_path / "out", name))
+        key = lambda row: (row[0], sorted(row[1]))
+        assert sorted(map(key, before)) == sorted(map(key, after)) and (options or before == after)
+    if layout == "tsv" and not options:
+        assert open_split(tmp_path / "out", "test").image_ids == list(range(201, 213))
+
+
+def edited(files, name, change):
+    return {**files, name: change(files[name])}
+
+
+@pytest.mark.parametrize("files, message", [
+    (edited(COCO, "coco-cn_val.txt", lambda t: t + "两 个\n"), "release/deep/coco-cn_val.txt, line 2: expected a picture id"),
+    (edited(COCO, "coco-cn_test.txt", lambda t: t + "\nCOCO_val2014_000000000021\n"), "coco-cn_test.txt, line 3: COCO_val2014_000000000021 stands in the valid split already"),
+    (edited(COCO, "imageid.human-written-caption.txt", lambda t: "COCO_x 无\n" + t), "caption.txt, line 1: expected `ID#number<TAB>caption`"),
+    (edited(COCO, "imageid.human-written-caption.txt", lambda t: t + "COCO_val2014_000000000031#1\t \n"), "caption.txt, line 6: expected `ID#number<TAB>caption`"),
+    (edited(COCO, "imageid.human-written-caption.txt", lambda t: t + "COCO_val2014_000000000031#0\t又\n"), "caption.txt, line 6: COCO_val2014_000000000031#0 stands above already"),
+    (edited(COCO, "imageid.human-written-caption.txt", lambda t: t.encode() + b"COCO_val2014_000000000031#1\t\xff\n"), "caption.txt, line 6: not UTF-8"),
+    ({name: text for name, text in COCO.items() if name != "coco-cn_val.txt"}, "no coco-cn_val.txt; the original COCO-CN has one of each"),
+    ({**COCO, "copy/coco-cn_val.txt": ""}, "more than one coco-cn_val.txt"),
+    (edited(FLICKR, "kn_train/seg.train.txt", lambda t: t + "13#zhb#0\n"), "seg.train.txt, line 4: expected a line like 1009692167#zhm#1"),
+    (edited(FLICKR, "kn_train/seg.train.txt", lambda t: t + "11#zhb#0 又:d\n"), "seg.train.txt, line 4: 11#zhb#0 stands above already"),
+    ({**FLICKR, "kn_val/zhm.txt": "21#zhm#0 海:n\n"}, "another text of the valid split"),
+    ({**FLICKR, "kn_test/zhm2_test.txt": "31#zhm#0 海:n\n"}, "another text of the test split"),
+    ({**FLICKR, "other/a.txt": "31#zhm#0 海:n\n"}, "is it the train, the val or the test split?"),
+    ({"a.txt": "nothing"}, "neither the original COCO-CN")])
+@pytest.mark.parametrize("how", ["folder", "zip"])
+def test_what_is_wrong_with_a_release_is_named_with_its_line(files, message, how, tmp_path, pictures, stopped):
+    line = stopped(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--pictures", pictures)
+    assert message.removeprefix("release/deep/") in line and ".part" not in line
+    assert str(tmp_path / ("release" if how == "folder" else "release.zip")) in line and not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+
+
+def test_missing_pictures_are_counted_and_left_out_only_when_told_to(tmp_path, pictures, called, stopped):
+    (pictures / "val2014/COCO_val2014_000000000012.jpg").unlink()
+    command = data, "convert", packed(tmp_path, COCO, "tgz"), tmp_path / "out", "--pictures", pictures
+    assert re.search(r"1 of 4 pictures are not under .*, the first COCO_val2014_000000000012.jpg \(coco-cn_train.txt, line 2\).*--skip-missing", stopped(*command))
+    assert not (tmp_path / "out").exists()
+    assert re.search("left out: 1 of 4 pictures .*; 1 captions with them", called(*command, "--skip-missing"))
+    assert open_split(tmp_path / "out", "train").image_ids == [11]
+
+
+def test_captions_of_no_list_and_pictures_of_no_caption_are_said(tmp_path, pictures, called):
+    files = edited(COCO, "imageid.human-written-caption.txt", lambda t: t.replace("COCO_val2014_000000000012#0", "COCO_val2014_000000000099#0"))
+    with pytest.warns(UserWarning) as said:
+        called(data, "convert", packed(tmp_path, files, "folder"), tmp_path / "out", "--pictures", pictures)
+    assert [re.sub("/.*/", "", str(w.message)) for w in said] == [
+        "1 captions are left out, for their pictures are in no list; the first: imageid.human-written-caption.txt, line 3",
+        "1 pictures have no caption; they are kept as candidates for a search. The first: coco-cn_train.txt, line 2"]
+    assert open_split(tmp_path / "out", "train").image_ids == [11, 12] and len(open_split(tmp_path / "out", "train")) == 2
+
+
+def test_convert_refuses(tmp_path, tsv_folder, pictures, stopped, called):
+    release = packed(tmp_path, COCO, "folder")
+    assert "name the folder of the pictures (MSCOCO's, or Flickr30K's) with --pictures" in stopped(data, "convert", release, tmp_path / "out")
+    assert "there is no such folder" in stopped(data, "convert", release, tmp_path / "out", "--pictures", tmp_path / "none")
+    assert "it holds its own pictures" in stopped(data, "convert", tsv_folder, tmp_path / "out", "--pictures", pictures)
+    assert "is there already" in stopped(data, "convert", tsv_folder, release)
+    assert "neither a folder" in stopped(data, "convert", tmp_path / "none", tmp_path / "out")
+    write_files(pictures, {"again/COCO_val2014_000000000031.jpg": b"x"})
+    assert "has the same name; which is meant?" in stopped(data, "convert", release, tmp_path / "out", "--pictures", pictures)
+    link = tarfile.TarInfo("coco-cn_val.txt")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
+        tar.addfile(link)
+    assert "a link or a device; nothing was unpacked" in stopped(data, "convert", tmp_path / "evil.tar", tmp_path / "out", "--pictures", pictures)
+    content = packed(tmp_path, COCO, "tar").read_bytes()
+    with tarfile.open(tmp_path / "release.tar") as tar:
+        at = tar.getmembers()[4].offset                                         # a header in the middle, where tarfile would stop without a word
+    (tmp_path / "header.tar").write_bytes(content[:at] + b"\xff" * 512 + content[at + 512 :])
+    assert "damaged or cut short" in stopped(data, "convert", tmp_path / "header.tar", tmp_path / "out", "--pictures", pictures)
+    (tmp_path / "out").mkdir()                                                  # an empty folder may be there
+    called(data, "convert", tsv_folder, tmp_path / "out")
+    assert len(contents(tmp_path / "out")) == 6
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+
+@pytest.fixture
+def checked(called, tmp_path):
+    """data.py check -> (exit status, what it says, {the kind's first words: findings})."""
+    def run(*args):
+        status, said = 0, None
+        try:
+            said = called(data, "check", *args, "--json", tmp_path / "found.json")
+        except SystemExit as stop:
+            status = stop.code
+        found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+        assert found["sound"] == (status == 0)
+        return status, said, {kind: lines for kind, lines in found["found"].items() if lines}, found["splits"]
+    return run
+
+
+def in_layout(layout, tmp_path, splits):
+    """{split: [(picture bytes, captions)]} as a data set in one of the layouts."""
+    folder = tmp_path / "set"
+    for split, samples in splits.items():
+        if layout == "shards":
+            write_tar(folder / f"{split}-000000.tar", {name: content for i, (encoded, texts) in enumerate(samples) for name, content in
+                                                       ((f"{i}.jpg", encoded), (f"{i}.json", json.dumps({"texts": texts}).encode())) if (texts if name.endswith("json") else encoded is not None)})
+        elif layout == "tsv":
+            write_files(folder, {f"{split}_imgs.tsv": "".join(f"{i}\t{prepare.base64.b64encode(encoded).decode()}\n" for i, (encoded, _) in enumerate(samples) if encoded is not None)})
+            texts = [{"text": text, "image_ids": [i] if encoded is not None else []} for i, (encoded, texts) in enumerate(samples) for text in texts]
+            write_files(folder, {f"{split}_texts.jsonl": "".join(json.dumps({"text_id": t, **record}) + "\n" for t, record in enumerate(texts))})
+        else:
+            write_files(folder, {f"{split}/{i}.png": encoded for i, (encoded, _) in enumerate(samples)})
+            with open(folder / "captions.jsonl", "a", encoding="utf-8") as f:
+                f.writelines(json.dumps({"image": f"{split}/{i}.png", "caption": text, "split": split}) + "\n" for i, (_, texts) in enumerate(samples) for text in texts)
+    return folder
+
+
+def other_bytes(encoded, **options):
+    """The same picture, written again."""
+    out = io.BytesIO()
+    Image.open(io.BytesIO(encoded)).save(out, **options)
+    return out.getvalue()
+
+
+def landscape(seed):
+    """A picture without sharp edges, as photographs are."""
+    return Image.open(io.BytesIO(png(size=(7, 6), seed=seed))).resize((160, 120), Image.Resampling.BICUBIC)
+
+
+def faint(corner):
+    """A nearly flat picture, from left to right a little brighter, as a wall is; and the brightness of one pixel."""
+    grey = np.tile(np.linspace(100, 108, 64).astype(np.uint8), (48, 1))
+    grey[0, 0] = corner
+    return encoded(Image.fromarray(grey).convert("RGB"), format="PNG")
+
+
+def encoded(picture, **options):
+    out = io.BytesIO()
+    picture.save(out, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("layout, processes", [("tsv", 1), ("folder", 1), ("shards", 1), ("shards", 2)])
+def test_every_kind_of_finding_in_every_layout(layout, processes, tmp_path, checked, monkeypatch):
+    splits = {"train": [(png(seed=n), [f"第{n}张"]) for n in range(40)] + [(encoded(landscape(1), format="PNG"), ["山"]), (faint(100), ["墙"]), (png(seed=0), ["又一次"]), (png(seed=7)[:-30], ["坏"])],
+              "test": [(png(seed=3), ["同一张"]), (other_bytes(png(seed=4), format="PNG", compress_level=0), ["同样的像素"]), (encoded(landscape(1), format="JPEG", quality=60), ["像"]),
+                       (faint(101), ["白墙"]), (png(seed=50), ["第1张", "长" * 61]), (png(seed=51), ["☃ ☃ ☃ 好"]), (b"<html>", ["坏了"]), (bomb(), ["炸弹"])]}
+    readers, real = [], prepare.DataLoader
+    monkeypatch.setattr(prepare, "DataLoader", lambda *args, **options: readers.append(options["num_workers"]) or real(*args, **options))
+    status, _, found, rows = checked(in_layout(layout, tmp_path, splits), "--processes", processes)
+    assert readers == [0 if processes == 1 else 2] * 2
+    assert status == 1 and [(row["pictures"], row["captions"], row["pairs"]) for row in rows] == [(44, 44, 44), (8, 9, 9)]
+    name = {"tsv": "{1}", "folder": "{0}/{1}.png", "shards": f"{{1}}.jpg of {tmp_path}/set/{{0}}-000000.tar"}[layout].format
+    assert [line.partition(": it cannot be read")[0] for line in found.pop(prepare.BROKEN)] == [f"{split}: picture {name(split, i)}" for split, i in (("train", 43), ("test", 6), ("test", 7))]
+    assert found.pop(prepare.LEAKED) == [f"train {name('train', 3)}, test {name('test', 0)}: the same bytes", f"train {name('train', 4)}, test {name('test', 1)}: the same pixels in other bytes"]
+    assert found.pop(prepare.TWICE) == [f"train {name('train', 0)}, train {name('train', 42)}: the same bytes"]
+    assert found.pop(prepare.SIMILAR) == [f"test {name('test', 2)}, train {name('train', 40)}"]
+    assert found.pop(prepare.SHARED) == ["train caption 2, test caption 5"]
+    assert re.search(": 61 tokens: 长{40}…$", found.pop(prepare.LONG)[0]) and len(found.pop(prepare.UNKNOWN)) == 1 and not found
+
+
+def test_leaks_are_told_in_full(tmp_path, checked, capsys):
+    splits = {"train": [(png(seed=n), [f"第{n}张"]) for n in range(15)], "valid": [(png(seed=n), [f"第{n}张图"]) for n in range(3, 18)], "test": [(png(seed=99), ["九"]), (png(seed=5), ["五"])]}
+    status, _, found, _ = checked(in_layout("tsv", tmp_path, splits))
+    assert status == 1 and list(found) == [prepare.LEAKED] and "train 5, valid 2, test 1: the same bytes" in found[prepare.LEAKED]
+    said = capsys.readouterr().out
+    assert f"{prepare.LEAKED}: 12\n" in said and "    … and 2 more\n" in said and said.count("the same bytes") == 10
+    assert said.endswith("set: not sound: 12 pictures that are in two splits\n")
+
+
+@pytest.mark.parametrize("layout", ["tsv", "shards"])
+def test_what_stands_alone_or_is_empty(layout, tmp_path, checked):
+    splits = {"test": [(png(seed=1), ["一"]), (png(seed=2), []), (None, ["没有图片"]), (png(seed=3), [" "]), (png(seed=4), ["\u200b\u3000"])]}
+    status, _, found, _ = checked(in_layout(layout, tmp_path, splits))
+    assert status == 1 and len(found[prepare.EMPTY]) == 2 and len(found[prepare.SILENT]) == 1 and len(found[prepare.BLIND]) == 1 and len(found) == 3
+
+
+def test_one_split_that_cannot_be_opened_does_not_hide_the_others(tsv_folder, checked):
+    (tsv_folder / "valid_texts.jsonl").write_text("{\n")
+    (tsv_folder / "._test_imgs.tsv").write_bytes(b"\0\5\x16\7")
+    status, _, found, rows = checked(tsv_folder)
+    assert status == 1 and [row["split"] for row in rows] == ["train", "test"] and list(found) == [prepare.CLOSED] and "valid_texts.jsonl, line 1: not JSON" in found[prepare.CLOSED][0]
+
+
+def test_shards_that_are_cut_short(tmp_path, checked):
+    path = write_tar(tmp_path / "a.tar", {name: content for i in range(4) for name, content in ((f"{i}.jpg", png(seed=i)), (f"{i}.txt", f"第{i}张".encode()))})
+    assert checked(path)[0] == 0
+    (tmp_path / "b.tar").write_bytes(path.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match="damaged"):
+        status, _, found, rows = checked(tmp_path / "b.tar")
+    assert status == 1 and list(found) == [prepare.CLOSED] and rows[0]["split"] == "all"
+
+
+def test_a_sound_set_by_name_beside_table_1_and_the_painted_one(tmp_path, tsv_folder, checked, monkeypatch):
+    tsv_folder.rename(tmp_path / "COCO-CN")
+    monkeypatch.setitem(data.TABLE_1, "coco-cn", {"train": 12, "valid": 3_185, "test": 1_053})
+    for name in (["coco-cn", "--data-root", tmp_path], [tmp_path / "COCO-CN"]):
+        status, said, found, _ = checked(*name)
+        assert status == 0 and not found and said.endswith("sound\n")
+        assert said.splitlines()[:2] == ["train          12 pictures       12 captions       12 pairs, as in the paper's table 1", "valid          12 pictures       12 captions       12 pairs; the paper's table 1 has 3,185"]
+    status, said, found, rows = checked("demo")
+    assert status == 0 and set(found) <= {prepare.SIMILAR} and "train is endless: not looked through" in said and [row["pictures"] for row in rows] == [300, 500]
+
+
+# ---------------------------------------------------------------------------------------------------------------- command line
+
+
+def test_commands(called, stopped, tsv_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tsv_folder.rename("check")
+    assert "train          12 pictures" in called(data, "./check")
+    for args, text in ((["--help"], "data.py check DATA"), (["check", "--help"], "usage: data.py check [-h]"), (["fetch", "--help"], "{coco-cn,flickr30k-cn}"), (["convert", "--help"], "--skip-missing")):
+        with pytest.raises(SystemExit) as stop:
+            called(data, *args)
+        assert stop.value.code == 0 and text in capsys.readouterr().out
+    assert "--processes 0: out of range" in stopped(data, "check", "check", "--processes", 0)
+    assert "--json" in stopped(data, "check", "check", "--json", tmp_path / "none/x.json")
+    assert refused(ROOT / "data.py", "check", "nothing-here").startswith("error: nothing-here: neither a folder")
