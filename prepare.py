@@ -177,6 +177,14 @@ def tell(folder, name):
         print(data.summary(split_name, split) + against_paper(name, split_name, len(split)))
 
 
+@contextlib.contextmanager
+def nothing_is_cut():
+    """Without the tokenizer's warning about long captions: here nothing is cut, and `check` says more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*captions are longer than")
+        yield
+
+
 def names_of(source, data_root="data"):
     """Names of the splits of whatever --data can be."""
     names = [name for name in data.all_names(source, data_root) if not is_litter([name])]           # ._train_imgs.tsv
@@ -209,6 +217,7 @@ class Release(data.Split):
         return self.paths[i].read_bytes()
 
 
+@nothing_is_cut()
 def convert(source, dest, pictures, shards, skip_missing):
     """Write a data set, in any form, to the new folder `dest`: in the Chinese-CLIP layout, or as tar shards. The pictures' bytes stay as they are. Says what it holds."""
     path, dest, name = Path(source), Path(dest), data_name(source)
@@ -397,18 +406,17 @@ KINDS = {
 CLOSED, BROKEN, LEAKED, EMPTY, SIMILAR, TWICE, SHARED, LONG, UNKNOWN, SILENT, BLIND = KINDS
 
 
+@nothing_is_cut()
 def check(name, data_root, processes, json_file):
     """Look at every picture and every caption of a data set, print what was found -> whether it is sound. Of each picture 56 bytes are kept in memory, of each caption 8."""
     known, found, rows, looks, sentences, shown = data_name(name), {kind: [] for kind in KINDS}, [], {}, {}, {}
     for split_name in names_of(name, data_root):
         title = "all" if data.is_pattern(name) else split_name
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", ".*captions are longer than")                     # said below
-                split = data.open_split(name, split_name, data_root)
-                if split.endless:
-                    print(f"{title} is endless: not looked through")
-                    continue
+            split = data.open_split(name, split_name, data_root)
+            if split.endless:
+                print(f"{title} is endless: not looked through")
+                continue
             count, read, shown[title], captions = shard_content(split, title, found) if isinstance(split, data.ShardSplit) else content(split, title, found)
             sentences[title] = check_captions(title, captions, found)
             looks[title] = check_pictures(title, count, read, shown[title], found, processes)
@@ -480,20 +488,18 @@ def quoted(text):
 def check_captions(title, captions, found):
     """Look at (name, text) of each caption -> (T,) the keys of the sentences."""
     tokenizer, keys, captions = Tokenizer(), array.array("Q"), iter(captions)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*captions are longer than")
-        while some := list(itertools.islice(captions, 1000)):
-            ids = tokenizer([text for _, text in some], ROOM + 3).numpy()       # one more than is read: whoever has that one is too long
-            lengths, unknown = (ids != PAD).sum(1) - 2, (ids == UNK).sum(1)
-            for (name, text), length, strange in zip(some, lengths.tolist(), unknown.tolist()):
-                keys.append(data.sentence_key(text))
-                if length == 0:
-                    found[EMPTY].append(f"{title}: {name}")
-                elif 2 * strange > length:
-                    found[UNKNOWN].append(f"{title}: {name}: {quoted(text)}")
-                if length > ROOM:
-                    length = int((tokenizer([text], 3 * len(text) + 2) != PAD).sum()) - 2
-                    found[LONG].append(f"{title}: {name}: {length:,} tokens: {quoted(text)}")
+    while some := list(itertools.islice(captions, 1000)):
+        ids = tokenizer([text for _, text in some], ROOM + 3).numpy()           # one more than is read: whoever has that one is too long
+        lengths, unknown = (ids != PAD).sum(1) - 2, (ids == UNK).sum(1)
+        for (name, text), length, strange in zip(some, lengths.tolist(), unknown.tolist()):
+            keys.append(data.sentence_key(text))
+            if length == 0:
+                found[EMPTY].append(f"{title}: {name}")
+            elif 2 * strange > length:
+                found[UNKNOWN].append(f"{title}: {name}: {quoted(text)}")
+            if length > ROOM:
+                length = int((tokenizer([text], 3 * len(text) + 2) != PAD).sum()) - 2
+                found[LONG].append(f"{title}: {name}: {length:,} tokens: {quoted(text)}")
     return np.array(keys, np.uint64)
 
 
