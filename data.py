@@ -815,7 +815,7 @@ def is_pattern(data):
 def split_shards(folder):
     """{split: its shards, in order} of a folder that has train-000000.tar, …"""
     shards = {}
-    for path in sorted(Path(folder).glob("*.tar")):
+    for path in sorted(Path(folder).glob("[!.]*.tar")):
         if match := re.fullmatch(r"(.+)-\d+\.tar", path.name):
             shards.setdefault(match[1], []).append(path)
     return shards
@@ -824,7 +824,7 @@ def split_shards(folder):
 def split_names(folder):
     """Names of the splits that a folder holds, in any layout."""
     captions = caption_file(folder)
-    names = {split for _, _, split in caption_rows(captions)} if captions else {p.name.removesuffix("_imgs.tsv") for p in folder.glob("*_imgs.tsv")}
+    names = {split for _, _, split in caption_rows(captions)} if captions else {p.name.removesuffix("_imgs.tsv") for p in folder.glob("[!.]*_imgs.tsv")}
     names = names or set(split_shards(folder))
     if not names:
         raise BadInput(f"{folder}: no captions.csv or captions.jsonl with rows beside pictures, nor *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout), nor train-000000.tar, … "

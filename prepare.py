@@ -167,12 +167,12 @@ def fetch(name, data_root):
     except BadInput as error:
         raise BadInput(f"{error}. Or move {folder} and {archive.name} away and run this again") from None
     place = "" if data_root == "data" else f" --data-root {data_root}"
-    print(f"Next: python data.py check {name}{place}; then python train.py --recipe … with --data {name}{place}. {archive.name} is no longer needed.")
+    print(f"Next: python data.py check {name}{place}; then python train.py --recipe {name}-base{place}. {archive.name} is no longer needed.")
 
 
 def tell(folder, name):
     """Print what each split of a folder holds, beside table 1 of the paper for the set of this name."""
-    for split_name in names_of(folder):
+    for split_name in data.split_names(folder):
         split = data.open_split(folder, split_name)
         print(data.summary(split_name, split) + against_paper(name, split_name, len(split)))
 
@@ -183,14 +183,6 @@ def nothing_is_cut():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*captions are longer than")
         yield
-
-
-def names_of(source, data_root="data"):
-    """Names of the splits of whatever --data can be."""
-    names = [name for name in data.all_names(source, data_root) if not is_litter([name])]           # ._train_imgs.tsv
-    if not names:
-        raise BadInput(f"{source}: it holds no split, only what macOS leaves beside one")
-    return names
 
 
 def against_paper(name, split_name, pairs):
@@ -223,7 +215,7 @@ def convert(source, dest, pictures, shards, skip_missing):
     path, dest, name = Path(source), Path(dest), data_name(source)
     packed = path.is_file() and (path.name.lower().endswith((".zip", ".tgz", ".tar.gz")) or data.is_pattern(source) and is_release(path))
     folder = None if packed or data.is_pattern(source) else data.find(source)
-    original = packed or folder and not (data.caption_file(folder) or any(not is_litter([path.name]) for path in folder.glob("*_imgs.tsv")) or data.split_shards(folder))
+    original = packed or folder and not (data.caption_file(folder) or any(folder.glob("[!.]*_imgs.tsv")) or data.split_shards(folder))
     if original and (pictures is None or not Path(pictures).is_dir()):
         raise BadInput(f"--pictures {pictures}: there is no such folder" if pictures else
                        f"{source}: an original release has no pictures, and no other layout was found there; name the folder of the pictures (MSCOCO's, or Flickr30K's) with --pictures")
@@ -245,7 +237,7 @@ def convert(source, dest, pictures, shards, skip_missing):
                 raise BadInput(str(error).replace(f"{folder}/", f"{source}/")) from None            # not the temporary folder's name
             splits = with_pictures(described, Path(pictures), skip_missing)
         else:
-            splits = ((split_name, data.open_split(source, split_name)) for split_name in names_of(source))
+            splits = ((split_name, data.open_split(source, split_name)) for split_name in data.all_names(source))
         for split_name, split in splits:
             if split.endless:
                 continue
@@ -410,7 +402,7 @@ CLOSED, BROKEN, LEAKED, EMPTY, SIMILAR, TWICE, SHARED, LONG, UNKNOWN, SILENT, BL
 def check(name, data_root, processes, json_file):
     """Look at every picture and every caption of a data set, print what was found -> whether it is sound. Of each picture 56 bytes are kept in memory, of each caption 8."""
     known, found, rows, looks, sentences, shown = data_name(name), {kind: [] for kind in KINDS}, [], {}, {}, {}
-    for split_name in names_of(name, data_root):
+    for split_name in data.all_names(name, data_root):
         title = "all" if data.is_pattern(name) else split_name
         try:
             split = data.open_split(name, split_name, data_root)
