@@ -4,7 +4,8 @@
     torchrun --nproc_per_node 8 train.py --stage 1 --vision-weights vision.pt   # the same optimizer steps on 8 processes
     python train.py --stage 1 --vision-weights ViT-B-16.pt --text-weights chinese-roberta-wwm-ext --data coco-cn    # OpenAI's CLIP and a Chinese RoBERTa
     python train.py --stage 2 --init runs/stage1/last.pt
-    python train.py --stage finetune --data coco-cn --init cn-clip-vit-b-16 --out runs/coco-cn     # released weights
+    python train.py --recipe small --data /path/to/folder --init cn-clip-vit-b-16 --out runs/own   # fine-tune released weights on your own pictures
+    python train.py --recipe coco-cn-base --micro-batch 256                     # fine-tuning as in the paper: the recipes are listed below
     python train.py --stage 2 --data /path/to/folder --out runs/own             # your own pictures, from scratch
     torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint host:29500 --max-restarts 3 train.py --stage 2 --data 'shards/{000000..020000}.tar' --micro-batch 256 …
 
@@ -13,7 +14,7 @@ process holds at a time. Neither the number of processes nor the micro-batch cha
 product counts: BatchNorm sees so many pictures at a time).
 
 The same command run again continues where the run stopped, after any kill, to the same result (bit for bit on CPUs; kernels of GPUs round differently each time). In --out: last.pt (to continue from; with --keep also step-00001000.pt, …), best.pt
-(highest recall on the valid split), metrics.jsonl, settings.json, bad_samples.jsonl (pairs that could not be read).
+(highest recall on the valid split), of a fine-tune start.pt (the weights before it), metrics.jsonl, settings.json, bad_samples.jsonl (pairs that could not be read).
 """
 import argparse
 import contextlib
@@ -67,10 +68,11 @@ RECIPES = {
     "ap-id":  ("the paper's table 2, whose batch is that of one card", _BASE | {"data": "ap-id", "batch_size": 128, "lr": 5e-5, "epochs": 200.0, "warmup": 100, "valid_every": 150}),
     "stage1": (_PRETRAINING, {"stage": "1", "batch_size": 32768, "lr": 1e-4, "warmup": 5000, "weight_decay": 0.001}),
     "stage2": (_PRETRAINING, {"stage": "2", "batch_size": 32768, "lr": 2e-5, "warmup": 5000, "weight_decay": 0.001}),
-    "small":  ("our own measurements (README, Fine-tuning)", {"stage": "finetune"}),
+    "small":  ("our own measurements on a few thousand pairs, see the README", {"stage": "finetune", "init": "cn-clip-vit-b-16", "batch_size": 128, "epochs": 40.0, "warmup": 50, "augment": "photo",
+                                                                        "mask_tokens": 0.2, "distill": 3.0, "average": True, "patience": 10}),
 }
 # A batch and a learning rate with which fine-tuning works: of the tiny model by our own measurements, of the others by the paper's table 3 (Flickr30K-CN, base).
-FITTING = {"tiny": (128, 5e-4), "other models": (7680, 5e-5)}
+FITTING = {"tiny": (128, 2e-3), "other models": (7680, 5e-5)}
 AVERAGES = [share / 10 for share in range(1, 10)]                               # how far from the start to the end are the weights that --average tries
 RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
           "patch_dropout": (0, 0.99), "max_bad": (0, 1), "distill": (0, 1e6), "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "save_minutes": (0, 1e6), "keep": (1, 1e4),
