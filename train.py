@@ -44,7 +44,6 @@ from model import CLIP, CONFIGS, statistics_kept
 from tokenizer import MASK, SEP
 
 # What each stage sets when no flag does. The paper gives no figures for the two pretraining stages; these are the learning rates of Chinese CLIP.
-# Fine-tuning: the paper's table 2, but for its 200 epochs, which were for 2,000 pairs. Other batch sizes want other learning rates.
 STAGES = {
     "1":        {"lr": 1e-4, "batch_size": 1024, "epochs": 1.0, "warmup": 5000},
     "2":        {"lr": 2e-5, "batch_size": 1024, "epochs": 1.0, "warmup": 5000},
@@ -126,18 +125,11 @@ def main():
 
     run.start(first_step)
     signals = catch_signals(rank == 0)
-
-    def asked_to_stop():
-        return largest(len(signals)) > 0                                        # a signal to any process stops all of them after the same step
-
-    def stop(step):
-        run.say(f"stopped by a signal after step {step}; the same command continues from there")
-        sys.exit(128 + (signals or [signal.SIGTERM])[0])
-
     if first_step == 0:
         validate(0)
         run.keep_start()
         run.snapshot(0)
+        wait_for_all()                                                          # start.pt has been written
     teacher = functools.partial(teach, starting_model(config, run.start_weights(), device), settings.distill / settings.batch_size, autocast) if settings.distill else None
 
     batches = data.Batches(train_split, settings.batch_size, settings.seed, first_step, total, rank, world, settings.micro_batch)
@@ -163,17 +155,17 @@ def main():
         if due(settings.valid_every):
             with meter.paused():
                 validate(step)
-        stopping = asked_to_stop()
+        stopping = asked_to_stop(signals)
         if due(settings.valid_every) or due(settings.save_every) or run.minutes_since_snapshot() >= (settings.save_minutes or math.inf) or stopping:
             run.snapshot(step)
         if stopping and not run.ended(step):
-            stop(step)
+            run.stop(step, signals)
 
     if settings.average:
         for share in run.averages():
             validate(step, share)
-            if asked_to_stop():
-                stop(step)
+            if asked_to_stop(signals):
+                run.stop(step, signals)
         run.snapshot(step)
     run.say(run.summary(step))
 
@@ -432,14 +424,15 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped_steps"])
         self.best_share, self.averaged = None if state["best_share"] is None else float(state["best_share"]), bool(state["averaged"])
+        if self.needs_start() and not self.averaged:
+            self.start_weights()                                                # should it be gone, that comes to light now and not at the end
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
             raise ValueError(f"step {state['step']!r}")
         return state["step"]
 
     def start(self, step):
         """Prepare the folder. What a killed run had logged after its last snapshot goes: those steps come again."""
-        if dist.is_initialized():
-            dist.barrier()                                                      # everyone has read last.pt before it is written again
+        wait_for_all()                                                          # everyone has read last.pt before it is written again
         if not self.first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -509,22 +502,30 @@ class Run:
         if score > self.best:
             self.best, self.best_step, self.best_share = score, step, share
 
+    def needs_start(self):
+        return bool(self.settings["average"] or self.settings["distill"])
+
     def keep_start(self):
-        """For --average and --distill, and to compare with: start.pt, the weights before the first step."""
-        if self.first and self.settings["stage"] == "finetune":
+        """start.pt: the weights before the first step, for --average and --distill, and to compare with."""
+        if self.first and (self.needs_start() or self.settings["stage"] == "finetune"):
             checkpoint.save(self.out / "start.pt", self.model, step=0, settings=self.settings)
 
     def start_weights(self):
         """-> the tensors of start.pt, left on the disk and read as they are used."""
-        if dist.is_initialized():
-            dist.barrier()                                                      # it has been written
-        return checkpoint.read(self.out / "start.pt")["model"]
+        weights = checkpoint.read(self.out / "start.pt")["model"]
+        checkpoint.compare(weights, self.model.state_dict(), f"{self.out / 'start.pt'} is not the start of this run")
+        return weights
+
+    def stop(self, step, signals):
+        self.say(f"stopped by a signal after step {step}; the same command continues from there")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
     def averages(self):
         """WiSE-FT (arXiv 2109.01903): between the start and the end of a fine-tune there are often weights that are better than both. The model gets the weights (1 - share) start.pt +
         share last.pt, one share after the other, and at last those of last.pt again. -> the shares
         """
-        start, end = self.start_weights(), checkpoint.read(self.out / "last.pt")["model"]           # written before the barrier in start_weights
+        wait_for_all()                                                          # last.pt has been written
+        start, end = self.start_weights(), checkpoint.read(self.out / "last.pt")["model"]
         for share in AVERAGES:
             self.model.load_state_dict({key: x.lerp(end[key], share) if x.is_floating_point() else end[key] for key, x in start.items()})
             yield share
@@ -613,6 +614,16 @@ def largest(number):
     if dist.is_initialized():
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
+
+
+def asked_to_stop(signals):
+    """Whether a signal came to any process: then all of them stop after the same step."""
+    return largest(len(signals)) > 0
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def memory_mib(device):

@@ -490,7 +490,7 @@ def test_patience_ends_a_run_and_the_same_command_knows_it(tsv_folder, tmp_path,
     assert "nothing to do: finished (early" in called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--patience", 2)[1:])
 
 
-def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_path, trained, monkeypatch):
+def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_path, trained, stops, monkeypatch):
     trained(*finetune(tsv_folder, tmp_path / "whole"))
     recall, calls = train.retrieval_recall, []
 
@@ -504,6 +504,9 @@ def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_
     with pytest.raises(InterruptedError):
         trained(*finetune(tsv_folder, tmp_path / "run"))
     assert checkpoint.read(tmp_path / "run/last.pt")["step"] == 4 and not checkpoint.read(tmp_path / "run/last.pt")["averaged"]
+    (tmp_path / "run/start.pt").rename(tmp_path / "elsewhere.pt")
+    assert "run/start.pt: there is no such checkpoint" in stops(*finetune(tsv_folder, tmp_path / "run"))
+    (tmp_path / "elsewhere.pt").rename(tmp_path / "run/start.pt")
     trained(*finetune(tsv_folder, tmp_path / "run"))
     equal_runs(tmp_path / "run", tmp_path / "whole")
     assert checkpoint.read(tmp_path / "run/last.pt")["averaged"]
