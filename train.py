@@ -68,13 +68,13 @@ RECIPES = {
     "stage1": (_PRETRAINING, {"stage": "1", "batch_size": 32768, "lr": 1e-4, "warmup": 5000, "weight_decay": 0.001}),
     "stage2": (_PRETRAINING, {"stage": "2", "batch_size": 32768, "lr": 2e-5, "warmup": 5000, "weight_decay": 0.001}),
     "small":  ("our own measurements on a few thousand pairs, see the README", {"stage": "finetune", "init": "cn-clip-vit-b-16", "batch_size": 128, "epochs": 40.0, "warmup": 50, "augment": "photo",
-                                                                        "mask_tokens": 0.2, "distill": 3.0, "average": True, "patience": 10}),
+                                                                                "average": True, "patience": 10}),
 }
 # A batch and a learning rate with which fine-tuning works: of the tiny model by our own measurements, of the others by the paper's table 3 (Flickr30K-CN, base).
 FITTING = {"tiny": (128, 2e-3), "other models": (7680, 5e-5)}
 AVERAGES = [share / 10 for share in range(1, 10)]                               # how far from the start to the end are the weights that --average tries
 RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
-          "patch_dropout": (0, 0.99), "max_bad": (0, 1), "distill": (0, 1e6), "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "save_minutes": (0, 1e6), "keep": (1, 1e4),
+          "patch_dropout": (0, 0.99), "max_bad": (0, 1), "seed": (0, 2**31 - 1), "workers": (0, 512), "valid_every": (0, 1e9), "save_every": (0, 1e9), "save_minutes": (0, 1e6), "keep": (1, 1e4),
           "log_every": (1, 1e9), "patience": (0, 1e6)}
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
 # picture names, or of the shards' names and sizes.)
@@ -129,8 +129,6 @@ def main():
         validate(0)
         run.keep_start()
         run.snapshot(0)
-        wait_for_all()                                                          # start.pt has been written
-    teacher = functools.partial(teach, starting_model(config, run.start_weights(), device), settings.distill / settings.batch_size, autocast) if settings.distill else None
 
     batches = data.Batches(train_split, settings.batch_size, settings.seed, first_step, total, rank, world, settings.micro_batch)
     loader = iter(data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda"))
@@ -146,7 +144,7 @@ def main():
         draws = random_draws(settings, step, ids[0].shape[1])
         ready = [functools.partial(prepare, *micro, draws, settings, device) for micro in zip(pixels, ids, batches.places)]
         seeds = [random_seed(settings.seed, step, rank, k) for k in range(len(ready))]              # functions of (seed, step, process, micro-batch), so never stored
-        loss, norm = train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast, teacher)
+        loss, norm = train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast)
         run.took(step, loss, norm, lambda: [train_split.where(k) for _, k in batches.pairs(step - 1, range(settings.batch_size))])
 
         due = lambda every: step == total or (every and step % every == 0)
@@ -182,10 +180,10 @@ def starting_point(args, last):
     return "random weights", {}
 
 
-def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast, teacher=None):
+def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast):
     """One optimizer step on this process's share of the global batch, however many micro-batches it takes -> loss of the global batch, norm of its gradient.
 
-    ready: for each micro-batch, a function that gives (pixels, ids); seeds: the seed of its dropout and patch masks; teacher: see `teach`. With one micro-batch the graph of the forward pass is kept;
+    ready: for each micro-batch, a function that gives (pixels, ids); seeds: the seed of its dropout and patch masks. With one micro-batch the graph of the forward pass is kept;
     with several each is embedded without, and once more, alike, when the gradient at its embeddings is known (gradient caching, arXiv 2101.06983).
     When loss or gradient are not finite, the model stays as it is.
     """
@@ -205,10 +203,6 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
     # 2. the loss, and its gradient at the embeddings, over all processes
     scale = model.logit_scale.exp()
     loss, d_image, d_text, d_scale = tiled_loss(torch.cat(image_embeds).detach(), torch.cat(text_embeds).detach(), scale.detach(), truth)
-
-    if teacher:                                                                 # its part of the gradient; the loss that is reported is the contrastive one
-        for embeds_gradient, taught in zip((d_image, d_text), map(torch.cat, zip(*(teacher(*part()) for part in ready)))):
-            embeds_gradient -= taught
 
     # 3. backward through each micro-batch; parameter gradients add up over them and over the processes
     gradients.zero(loss)
@@ -238,20 +232,6 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
             x.copy_(before)
     scaler.update()                                                             # under fp16: a lower scale after what was not finite, a higher one after a long while without
     return loss, norm
-
-
-@torch.no_grad()
-def teach(start, weight, autocast, pixels, ids):
-    """--distill: beside the contrastive loss, weight Σ ((1 - I·I°) + (1 - T·T°)) keeps the embeddings I and T near I° and T°, those that the model gave before the first step.
-    -> minus its gradients, weight I° and weight T°, each (b, D)."""
-    with autocast():
-        return weight * start.encode_image(pixels), weight * start.encode_text(ids)
-
-
-def starting_model(config, weights, device):
-    model = CLIP(config)
-    model.load_state_dict(weights)
-    return model.to(device).eval().requires_grad_(False)
 
 
 class GradientSum:
@@ -424,7 +404,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped_steps"])
         self.best_share, self.averaged = None if state["best_share"] is None else float(state["best_share"]), bool(state["averaged"])
-        if self.needs_start() and not self.averaged:
+        if self.settings["average"] and not self.averaged:
             self.start_weights()                                                # should it be gone, that comes to light now and not at the end
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
             raise ValueError(f"step {state['step']!r}")
@@ -502,12 +482,9 @@ class Run:
         if score > self.best:
             self.best, self.best_step, self.best_share = score, step, share
 
-    def needs_start(self):
-        return bool(self.settings["average"] or self.settings["distill"])
-
     def keep_start(self):
-        """start.pt: the weights before the first step, for --average and --distill, and to compare with."""
-        if self.first and (self.needs_start() or self.settings["stage"] == "finetune"):
+        """start.pt: the weights before the first step, for --average and to compare with."""
+        if self.first and (self.settings["average"] or self.settings["stage"] == "finetune"):
             checkpoint.save(self.out / "start.pt", self.model, step=0, settings=self.settings)
 
     def start_weights(self):
@@ -722,7 +699,6 @@ def parse_args(argv=None):
     parser.add_argument("--positives", choices=("all", "pair"), default="all", help="what counts as right in a batch: all captions of a picture and all pictures of a caption (default), or as in the paper its pair alone")
     parser.add_argument("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training (default: 0)")
     parser.add_argument("--patch-dropout", type=float, default=0.0, help="share of a picture's patches that a ViT leaves out in training: less time and memory (default: 0)")
-    parser.add_argument("--distill", type=float, default=0.0, help="weight of a second loss, which keeps the embeddings near those of the start; costs a third of the time (default: 0)")
     parser.add_argument("--max-bad", type=float, default=0.01, help="share of the pairs that may be unreadable and are replaced; above it the run stops (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")

@@ -441,41 +441,6 @@ def test_the_best_of_start_end_and_their_averages_is_kept(tsv_folder, tmp_path, 
     assert same(last, plain := tensors(tmp_path / "plain/last.pt")) == set(plain)
 
 
-def test_distillation_is_the_gradient_of_its_formula():
-    """Against autograd, fp64, two micro-batches; dropout off."""
-    cfg = dataclasses.replace(VIT, text_dropout=0.0)
-    pixels, ids = batch(cfg, n=6)
-    pixels, start, results = pixels.double(), build(cfg).double().eval(), []
-    for taught in (False, True):
-        torch.manual_seed(1)
-        model = build(cfg).double().train()
-        with torch.no_grad():
-            for p in model.parameters():
-                p += 0.02 * torch.randn_like(p)
-        gradients = train.GradientSum(list(model.parameters()))
-        if taught:
-            teacher = lambda *micro: train.teach(start, 0.7 / 6, contextlib.nullcontext, *micro)
-            train.train_step(model, [lambda c=c: c for c in zip(pixels.split(4), ids.split(4))], [1, 2], None, gradients, train.make_optimizer(model, 0.1),
-                             torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext, teacher)
-        else:
-            image, text, scale = model(pixels, ids)
-            image_start, text_start, _ = start(pixels, ids)
-            (contrastive_loss(image, text, scale) + 0.7 / 6 * (2 * 6 - (image * image_start).sum() - (text * text_start).sum())).backward()
-        results.append([p.grad.clone() for p in model.parameters()])
-    for expected, got in zip(*results):
-        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-12)
-
-
-def test_a_distilled_run_continues_to_the_same_weights(tsv_folder, tmp_path, trained, monkeypatch):
-    trained(*finetune(tsv_folder, tmp_path / "whole", "--distill", 1))
-    trained(*finetune(tsv_folder, tmp_path / "plain"))
-    assert same(tensors(tmp_path / "whole/last.pt"), tensors(tmp_path / "plain/last.pt")) < set(tensors(tmp_path / "whole/last.pt"))
-    trained(*finetune(tsv_folder, tmp_path / "run", "--distill", 1, "--keep", 9))
-    shutil.copy(tmp_path / "run/step-00000002.pt", tmp_path / "run/last.pt")
-    trained(*finetune(tsv_folder, tmp_path / "run", "--distill", 1, "--keep", 9))
-    equal_runs(tmp_path / "run", tmp_path / "whole")
-
-
 def test_a_rate_that_destroys_the_model_leaves_the_start_as_the_best(tsv_folder, tmp_path, called, scores):
     scores += [50, 40, 30, 20, 10] + [0] * 9
     output = called(train, *finetune(tsv_folder, tmp_path / "run", "--lr", 1.0)[1:])
