@@ -82,11 +82,13 @@ def is_litter(parts):
 
 @contextlib.contextmanager
 def opened(path, remedy):
-    """An open zip or tar archive (.gz, .bz2 and .xz ones too). Whatever is wrong with its bytes becomes one line, also later, while it is read."""
+    """An open zip or tar archive (.gz, too). Whatever is wrong with its bytes becomes one line, also later, while it is read."""
     try:
         with (zipfile.ZipFile(path) if path.suffix.lower() == ".zip" else tarfile.open(path)) as archive:
             yield archive
-    except UNREADABLE as error:
+    except (*UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:              # of the disk; those of decompression have no number
+            raise
         raise BadInput(f"{path}: damaged or cut short ({(str(error) or type(error).__name__).splitlines()[0]}); {remedy}") from None
 
 
@@ -153,7 +155,10 @@ def fetch(name, data_root):
     if folder.exists():
         print(f"{folder} is there already")
     else:
-        data.download(data.hub_url(f"datasets/OFA-Sys/chinese-clip-eval/resolve/main/{archive.name}"), archive)
+        try:
+            data.download(data.hub_url(f"datasets/OFA-Sys/chinese-clip-eval/resolve/main/{archive.name}"), archive)
+        except BadInput as error:
+            raise BadInput(f"{error} (its place is {archive}). Of the original release python data.py convert makes the same") from None
         with filled_beside(folder) as part:
             if not folder.exists():                                             # else another process, which was waited for, has made it
                 unpack(archive, part, "delete it and run this again: it will be downloaded anew")
@@ -167,7 +172,7 @@ def fetch(name, data_root):
     except BadInput as error:
         raise BadInput(f"{error}. Or move {folder} and {archive.name} away and run this again") from None
     place = "" if data_root == "data" else f" --data-root {data_root}"
-    print(f"Next: python data.py check {name}{place}; then python train.py --recipe {name}-base{place}. {archive.name} is no longer needed.")
+    print(f"Next: python data.py check {name}{place}; then python train.py --recipe {name}-base --micro-batch 256{place}. {archive.name} is no longer needed.")
 
 
 def tell(folder, name):
@@ -268,10 +273,10 @@ def read_release(folder):
         with open(path, "rb") as f:
             first = FLICKR.match(f.readline(2**16).decode(errors="replace"))
         if first:
-            inside = next((found for part in reversed(path.relative_to(folder).parts) if (found := set(re.findall("train|val|test", part.lower())))), set())
-            if len(inside) != 1:
+            inside = next((found[-1] for part in reversed(path.relative_to(folder).parts) if (found := re.findall("train|val|test", part.lower()))), None)
+            if inside is None:
                 raise BadInput(f"{path}: is it the train, the val or the test split? Let the name of the file or of its folder say one of these")
-            texts.setdefault(inside.pop().replace("val", "valid"), []).append((first[2], path))
+            texts.setdefault(inside.replace("val", "valid"), []).append((first[2], path))
     if not texts:
         raise BadInput(f"{folder}/: neither the original COCO-CN ({', '.join(LISTS)} and {CAPTIONS}), nor that of Flickr30K-CN (text files with lines like 1009692167#zhm#1 在:p 警车:n), "
                        "nor a layout that is read here")

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node 8 train.py --stage 1 --vision-weights vision.pt   # the same optimizer steps on 8 processes
     python train.py --stage 1 --vision-weights ViT-B-16.pt --text-weights chinese-roberta-wwm-ext --data coco-cn    # OpenAI's CLIP and a Chinese RoBERTa
     python train.py --stage 2 --init runs/stage1/last.pt
-    python train.py --recipe small --data /path/to/folder --init cn-clip-vit-b-16 --out runs/own   # fine-tune released weights on your own pictures
+    python train.py --recipe small --data /path/to/folder --out runs/own        # fine-tune released weights on your own pictures
     python train.py --recipe coco-cn-base --micro-batch 256                     # fine-tuning as in the paper: the recipes are listed below
     python train.py --stage 2 --data /path/to/folder --out runs/own             # your own pictures, from scratch
     torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint host:29500 --max-restarts 3 train.py --stage 2 --data 'shards/{000000..020000}.tar' --micro-batch 256 …
@@ -43,7 +43,7 @@ from loss import gather, matches, tiled_loss
 from model import CLIP, CONFIGS, statistics_kept
 from tokenizer import MASK, SEP
 
-# What each stage sets when no flag does. The paper gives no figures for the two pretraining stages; these are the learning rates of Chinese CLIP.
+# What each stage sets when no flag does. The paper gives no figures for the two pretraining stages; the learning rates are those of Chinese CLIP (from memory), the batch is a smaller one.
 STAGES = {
     "1":        {"lr": 1e-4, "batch_size": 1024, "epochs": 1.0, "warmup": 5000},
     "2":        {"lr": 2e-5, "batch_size": 1024, "epochs": 1.0, "warmup": 5000},
@@ -56,7 +56,7 @@ TINY = {
     "finetune": {"lr": None, "batch_size": 128, "epochs": 20.0, "warmup": 50},
 }
 # --recipe: where its settings come from, and the settings. Flags override them.
-_TABLE_2 = {"stage": "finetune", "weight_decay": 0.001, "average": False}         # what all of the paper's fine-tuning has in common; it knows no weight averages
+_TABLE_2 = {"stage": "finetune", "weight_decay": 0.001, "positives": "pair", "average": False}      # in all of the paper's fine-tuning; its loss is the plain one, and it averages no weights
 _BASE, _LARGE = _TABLE_2 | {"init": "cn-clip-vit-b-16"}, _TABLE_2 | {"init": "cn-clip-vit-l-14"}
 _PRETRAINING = "arXiv 2211.01335, the batch as published there, learning rate and warmup from memory; the paper itself gives none"
 RECIPES = {
@@ -67,10 +67,9 @@ RECIPES = {
     "ap-id":  ("the paper's table 2, whose batch is that of one card", _BASE | {"data": "ap-id", "batch_size": 128, "lr": 5e-5, "epochs": 200.0, "warmup": 100, "valid_every": 150}),
     "stage1": (_PRETRAINING, {"stage": "1", "batch_size": 32768, "lr": 1e-4, "warmup": 5000, "weight_decay": 0.001}),
     "stage2": (_PRETRAINING, {"stage": "2", "batch_size": 32768, "lr": 2e-5, "warmup": 5000, "weight_decay": 0.001}),
-    "small":  ("our own measurements on a few thousand pairs, see the README", {"stage": "finetune", "init": "cn-clip-vit-b-16", "batch_size": 128, "epochs": 40.0, "warmup": 50, "augment": "photo",
-                                                                                "average": True, "patience": 10}),
+    "small":  ("our own measurements on a few thousand pairs, see the README", {"stage": "finetune", "init": "cn-clip-vit-b-16", "batch_size": 128, "epochs": 40.0, "warmup": 50, "augment": "photo", "patience": 10}),
 }
-# A batch and a learning rate with which fine-tuning works: of the tiny model by our own measurements, of the others by the paper's table 3 (Flickr30K-CN, base).
+# A batch and a learning rate that fit each other when fine-tuning: for the tiny model by our own measurements, for the others by the paper's table 3 (Flickr30K-CN, base).
 FITTING = {"tiny": (128, 2e-3), "other models": (7680, 5e-5)}
 AVERAGES = [share / 10 for share in range(1, 10)]                               # how far from the start to the end are the weights that --average tries
 RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9), "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
@@ -116,14 +115,14 @@ def main():
     agree(**vars(settings), device=device.type, first_step=first_step, weights=checkpoint.fingerprint(model))
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
-    if run.ended(first_step) and run.averaged == settings.average:
+    if run.ended(first_step) and (run.averaged or not settings.average):
         return run.say(f"nothing to do: {run.summary(first_step)}. To train on from there: --init {last} with another --out")
 
     def validate(step, share=None):
         if valid_split is not None:
             run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=settings.workers), valid_split.positives), share)
 
-    run.start(first_step)
+    run.open_folder(first_step)
     signals = catch_signals(rank == 0)
     if first_step == 0:
         validate(0)
@@ -160,10 +159,13 @@ def main():
             run.stop(step, signals)
 
     if settings.average:
-        for share in run.averages():
+        for share in AVERAGES:
+            run.load_average(share)
             validate(step, share)
             if asked_to_stop(signals):
                 run.stop(step, signals)
+        run.load_average(1.0)                                                   # the end
+        run.averaged = True
         run.snapshot(step)
     run.say(run.summary(step))
 
@@ -333,7 +335,8 @@ def make_optimizer(model, weight_decay):
 
 
 def fitting_lr(batch_size, config):
-    """A learning rate for fine-tuning with batches of this size. Small batches bear smaller steps only: Adam's grow with the square root of the batch (arXiv 2205.10287), from what FITTING knows."""
+    """A learning rate for fine-tuning with batches of this size. Small batches bear small rates only: with Adam the rate that fits grows with the square root of the batch (arXiv
+    2205.10287), so from FITTING's batch N and rate r it is r sqrt(batch_size / N)."""
     batch, lr = FITTING["tiny" if config == CONFIGS["tiny"] else "other models"]
     return lr * math.sqrt(batch_size / batch)
 
@@ -360,7 +363,8 @@ def random_seed(seed, step, rank, micro=0):
 
 
 class Run:
-    """What a run leaves on disk: settings.json, metrics.jsonl, bad_samples.jsonl, last.pt, best.pt. Only the first process writes; every process reads last.pt to continue."""
+    """What a run leaves on disk: settings.json, metrics.jsonl, bad_samples.jsonl, nonfinite.json, start.pt, last.pt, step-*.pt, best.pt. Only the first process writes; every process
+    reads last.pt to continue."""
 
     def __init__(self, out, settings, rank, model, optimizer, scaler):
         self.out, self.settings, self.first = out, settings, rank == 0
@@ -410,7 +414,7 @@ class Run:
             raise ValueError(f"step {state['step']!r}")
         return state["step"]
 
-    def start(self, step):
+    def open_folder(self, step):
         """Prepare the folder. What a killed run had logged after its last snapshot goes: those steps come again."""
         wait_for_all()                                                          # everyone has read last.pt before it is written again
         if not self.first:
@@ -480,7 +484,8 @@ class Run:
         if score > self.best and self.first:
             checkpoint.save(self.out / "best.pt", self.model, step=step, average=share, recall=recall, settings=self.settings)
         if score > self.best:
-            self.best, self.best_step, self.best_share = score, step, share
+            self.best, self.best_share = score, share
+            self.best_step = step if share is None else self.best_step          # --patience counts from here
 
     def keep_start(self):
         """start.pt: the weights before the first step, for --average and to compare with."""
@@ -497,21 +502,15 @@ class Run:
         self.say(f"stopped by a signal after step {step}; the same command continues from there")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])
 
-    def averages(self):
-        """WiSE-FT (arXiv 2109.01903): between the start and the end of a fine-tune there are often weights that are better than both. The model gets the weights (1 - share) start.pt +
-        share last.pt, one share after the other, and at last those of last.pt again. -> the shares
-        """
-        wait_for_all()                                                          # last.pt has been written
+    def load_average(self, share):
+        """WiSE-FT (arXiv 2109.01903): between the start and the end of a fine-tune there are often weights that are better than both. The model gets (1 - share) start.pt + share last.pt."""
+        wait_for_all()                                                          # both have been written
         start, end = self.start_weights(), checkpoint.read(self.out / "last.pt")["model"]
-        for share in AVERAGES:
-            self.model.load_state_dict({key: x.lerp(end[key], share) if x.is_floating_point() else end[key] for key, x in start.items()})
-            yield share
-        self.model.load_state_dict(end)
-        self.averaged = True
+        self.model.load_state_dict({key: x.lerp(end[key], share) if x.is_floating_point() else end[key] for key, x in start.items()})
 
     def ended(self, step):
-        """Whether `step` is the last one: the run's last, or the last validations (--patience of them) brought no higher recall."""
-        return step == self.settings["total_steps"] or 0 < self.settings["patience"] <= (step - self.best_step) // self.settings["valid_every"]
+        """Whether no step comes after `step`: it is the run's last, or as many validations as --patience says brought no higher recall."""
+        return self.averaged or step == self.settings["total_steps"] or 0 < self.settings["patience"] <= (step - self.best_step) // self.settings["valid_every"]
 
     def summary(self, step):
         """What the finished run leaves, and whether it learned anything."""
@@ -520,7 +519,7 @@ class Run:
             return f"finished{early}. {self.out / 'last.pt'}: the last weights (nothing was validated)"
         weights = f"after step {self.best_step} of {step}" if self.best_share is None else f"{1 - self.best_share:.1f} x the start + {self.best_share:.1f} x the end"
         return (f"finished{early}. {self.out / 'best.pt'}: highest recall on the valid split, {weights}"
-                + ("" if self.best_step else " (that is the START: training did not raise the recall)") + f"; {self.out / 'last.pt'}: the last weights")
+                + ("" if self.best_step or self.best_share else " (that is the START: training did not raise the recall)") + f"; {self.out / 'last.pt'}: the last weights")
 
     def snapshot(self, step):
         """Write last.pt; never with weights that are not numbers, so what is there can always be continued."""
@@ -637,8 +636,8 @@ def description(settings, model, train_split, valid_split, device, world, first_
     if settings.recipe:
         source_of, recipe = RECIPES[settings.recipe]
         shown = lambda names: " ".join(f"{name}={getattr(settings, name)}" for name in names)
-        flags = [name for name, value in recipe.items() if getattr(settings, name) != value]
-        lines.append(f"recipe {settings.recipe} ({source_of}): {shown(name for name in recipe if name not in flags)}" + f"; otherwise than there: {shown(flags)}" * bool(flags))
+        other = [name for name, value in recipe.items() if getattr(settings, name) != value]
+        lines.append(f"recipe {settings.recipe} ({source_of}): {shown(name for name in recipe if name not in other)}" + f"; otherwise than there: {shown(other)}" * bool(other))
     lines.append(f"stage {settings.stage}: {checkpoint.name_of(model.cfg)}, {count(model.parameters())} parameters, {count(p for p in model.parameters() if p.requires_grad)} of them train; "
                  f"starts from {source}")
     if state.get("skipped"):
@@ -666,6 +665,7 @@ def description(settings, model, train_split, valid_split, device, world, first_
         lines.append(f"note: {share:,} pairs at a time need much memory; --micro-batch 256 needs less and takes the same steps")
     several = f" ({math.ceil(share / settings.micro_batch):,} micro-batches a process)" if settings.micro_batch and settings.micro_batch < share else ""
     lines.append(f"{settings.total_steps:,} step{'s' * (settings.total_steps > 1)} of {settings.batch_size:,} pairs{several}; {world} process{'es' * (world > 1)}, {device.type}, {settings.precision}"
+                 + f"; validated every {settings.valid_every:,} step{'s' * (settings.valid_every > 1)}" * bool(valid_split)
                  + (f"; continues after step {first_step:,}" if first_step else ""))
     lines.append("settings: " + " ".join(f"{k}={v}" for k, v in vars(settings).items()))
     return "\n".join(lines)
@@ -681,7 +681,7 @@ def parse_args(argv=None):
     parser.add_argument("--stage", choices=list(STAGES), help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
     parser.add_argument("--recipe", choices=list(RECIPES), help="the settings of a table of the paper, or of ours, listed below; flags override them")
     parser.add_argument("--model", help=f"{', '.join(CONFIGS)} (default: that of --init or --vision-weights, else tiny)")
-    parser.add_argument("--data", default="demo", help=f"{', '.join([*data.NAMES, *data.PAINTED])}, a folder, or a pattern of tar shards like 'shards/{{000000..020000}}.tar' (default: demo)")
+    parser.add_argument("--data", help=f"{', '.join([*data.NAMES, *data.PAINTED])}, a folder, or a pattern of tar shards like 'shards/{{000000..020000}}.tar' (default: demo)")
     parser.add_argument("--valid-data", help="what to validate on: the valid split of a name or folder, or all of a pattern (default: that of --data; with a pattern of shards, nothing)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--init", help="a checkpoint to start from: a file, a folder, or the name of released weights (see checkpoint.py)")
@@ -719,6 +719,9 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
     if args.stage is None:
         parser.error("--stage or --recipe is required")
+    if args.recipe and args.data is None:
+        raise data.BadInput(f"--recipe {args.recipe}: name the data with --data")
+    args.data = args.data or "demo"
     args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
         raise data.BadInput(f"--out {args.out}: it is a file; name a folder for the run")
@@ -751,7 +754,7 @@ def resolve(args, config, train_split, valid_split, precision, world):
     settings.valid_every = args.valid_every or max(1, settings.total_steps // 20, len(valid_split.image_ids) * 10 // (3 * settings.batch_size) if valid_split else 0)
     settings.average = bool(valid_split) and args.stage == "finetune" if args.average is None else args.average
     if valid_split is None and (settings.average or settings.patience):
-        raise data.BadInput(f"--{'average' if settings.average else 'patience'}: there is no valid split to choose by; --valid-data names one")
+        raise data.BadInput(f"--{'average' if settings.average else 'patience'}: there is no valid split to choose by; --valid-data names one, {'--no-average' if settings.average else '--patience 0'} does without")
     settings.warmup = min(settings.warmup, settings.total_steps // 2)
     settings.processes = world
     settings.norm_batch = min(settings.batch_size, world * (settings.micro_batch or settings.batch_size)) if isinstance(config.vision_layers, tuple) and args.stage != "1" else None

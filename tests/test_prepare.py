@@ -70,7 +70,7 @@ def test_a_published_set_is_fetched_and_told_beside_table_1(published, called):
     assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
     assert published.hub.asked[0][1] == "/datasets/OFA-Sys/chinese-clip-eval/resolve/main/COCO-CN.zip"
     assert "train           5 pictures        5 captions        5 pairs; the paper's table 1 has 22,980\n" in said
-    assert said.splitlines()[-1] == (f"Next: python data.py check coco-cn --data-root {published.root}; then python train.py --recipe coco-cn-base --data-root {published.root}. "
+    assert said.splitlines()[-1] == (f"Next: python data.py check coco-cn --data-root {published.root}; then python train.py --recipe coco-cn-base --micro-batch 256 --data-root {published.root}. "
                                      "COCO-CN.zip is no longer needed.")
     asked = len(published.hub.asked)
     (published.root / "COCO-CN.zip").unlink()

@@ -377,7 +377,7 @@ def test_recipes_of_table_3_are_its_numbers(row):
     name = f"{dataset}-{size.split('-')[0]}".lower()
     args, model = train.parse_args(["--recipe", name]), MODELS[name.split("-")[-1]]
     assert [args.batch_size, args.lr, args.epochs, args.warmup] == [float(x) for x in numbers]
-    assert (args.stage, args.data, args.init, args.weight_decay, args.average) == ("finetune", dataset.lower(), f"cn-clip-{model}", 0.001, False)
+    assert (args.stage, args.data, args.init, args.weight_decay, args.positives, args.average) == ("finetune", dataset.lower(), f"cn-clip-{model}", 0.001, "pair", False)
     assert train.CONFIGS[model].context_length == 52
 
 
@@ -390,8 +390,10 @@ def test_the_recipe_of_ap_id_is_table_2():
 
 def test_recipes_of_pretraining():
     for stage, lr in (("1", 1e-4), ("2", 2e-5)):
-        args = train.parse_args(["--recipe", f"stage{stage}"])
-        assert (args.stage, args.batch_size, args.lr, args.warmup, args.weight_decay, args.data) == (stage, 32768, lr, 5000, 0.001, "demo")
+        args = train.parse_args(["--recipe", f"stage{stage}", "--data", "coco-cn"])
+        assert (args.stage, args.batch_size, args.lr, args.warmup, args.weight_decay) == (stage, 32768, lr, 5000, 0.001)
+        with pytest.raises(BadInput, match="name the data"):
+            train.parse_args(["--recipe", f"stage{stage}"])
 
 
 def test_flags_override_a_recipe_and_the_run_says_what_came_from_where(tmp_path, tsv_folder, called):
@@ -399,7 +401,7 @@ def test_flags_override_a_recipe_and_the_run_says_what_came_from_where(tmp_path,
     output = called(train, "--recipe", "coco-cn-base", "--data", tsv_folder, "--init", tmp_path / "start.pt", *QUICK, "--max-steps", 1, "--out", tmp_path / "run")
     line = next(line for line in output.splitlines() if line.startswith("recipe"))
     ours, otherwise = line.split("; otherwise than there: ")
-    assert ours == "recipe coco-cn-base (the paper's tables 2 and 3): stage=finetune weight_decay=0.001 average=False lr=5e-05"
+    assert ours == "recipe coco-cn-base (the paper's tables 2 and 3): stage=finetune weight_decay=0.001 positives=pair average=False lr=5e-05"
     assert otherwise == f"init={tmp_path / 'start.pt'} data={tsv_folder} batch_size=6 epochs=None warmup=0"                    # a run of one step has no warmup
     settings = json.loads((tmp_path / "run/settings.json").read_text())
     assert (settings["recipe"], settings["lr"], settings["batch_size"]) == ("coco-cn-base", 5e-5, 6)
@@ -448,7 +450,7 @@ def test_a_rate_that_destroys_the_model_leaves_the_start_as_the_best(tsv_folder,
 
 
 def test_patience_ends_a_run_and_the_same_command_knows_it(tsv_folder, tmp_path, called, scores):
-    scores += [10, 20, 20, 15]
+    scores += [10, 20, 20, 15, 30]                                              # the last one: of an average
     output = called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--patience", 2)[1:])
     assert [m["step"] for m in metrics(tmp_path / "run") if "valid" in m and "average" not in m] == [0, 1, 2, 3] and checkpoint.read(tmp_path / "run/last.pt")["step"] == 3
     assert "finished (early: no higher recall in 2 validations)" in output
@@ -477,7 +479,7 @@ def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_
     assert checkpoint.read(tmp_path / "run/last.pt")["averaged"]
 
 
-@pytest.mark.parametrize("lr, words", [(0.02, "a learning rate of 0.02 is large: it may destroy what the start knows; --lr 1.1e-04 fits"), (1e-6, "is small: little will be learned"), (1e-4, None)])
+@pytest.mark.parametrize("lr, words", [(0.02, "a learning rate of 0.02 is large: it may destroy what the start knows; --lr 4.3e-04 fits"), (1e-6, "is small: little will be learned"), (1e-4, None)])
 def test_a_rate_that_does_not_fit_the_batch_is_warned_of(lr, words, tsv_folder, tmp_path, called):
     output = called(train, *finetune(tsv_folder, tmp_path / "run", "--lr", lr, "--max-steps", 1)[1:])
     assert words in output if words else "a learning rate of" not in output
