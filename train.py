@@ -704,7 +704,7 @@ def parse_args(argv=None):
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
     parser.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures, for each training process (default: 1)")
-    parser.add_argument("--valid-every", type=int, default=0, help="steps between validations (default: a twentieth of the run, more where they would take much of the time)")
+    parser.add_argument("--valid-every", type=int, default=0, help="steps between validations (default: a tenth of the run, of a fine-tune a twentieth, more where they would take much of the time)")
     parser.add_argument("--patience", type=int, default=0, help="stop after so many validations without a higher recall (default: 0, never)")
     parser.add_argument("--average", action=argparse.BooleanOptionalAction, help="at the end try averages of the start and the end, too, as the best weights (default: when fine-tuning)")
     parser.add_argument("--save-every", type=int, default=0, help="steps between snapshots, beside those at each validation (default: none)")
@@ -750,8 +750,8 @@ def resolve(args, config, train_split, valid_split, precision, world):
     settings.total_steps = args.max_steps or math.ceil(settings.epochs * len(train_split) / settings.batch_size)
     settings.epochs = None if args.max_steps else settings.epochs
     settings.lr = fitting_lr(settings.batch_size, config) if settings.lr is None else settings.lr
-    # twenty times in a run, but not so often that it takes more than about a tenth of the time: a training pair costs as much as three pictures of the valid split
-    settings.valid_every = args.valid_every or max(1, settings.total_steps // 20, len(valid_split.image_ids) * 10 // (3 * settings.batch_size) if valid_split else 0)
+    # ten times in a run, in a fine-tune twenty, but not so often that it takes more than about a tenth of the time: a training pair costs as much as three pictures of the valid split
+    settings.valid_every = args.valid_every or max(1, settings.total_steps // (20 if args.stage == "finetune" else 10), len(valid_split.image_ids) * 10 // (3 * settings.batch_size) if valid_split else 0)
     settings.average = bool(valid_split) and args.stage == "finetune" if args.average is None else args.average
     if valid_split is None and (settings.average or settings.patience):
         raise data.BadInput(f"--{'average' if settings.average else 'patience'}: there is no valid split to choose by; --valid-data names one, {'--no-average' if settings.average else '--patience 0'} does without")
