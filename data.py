@@ -355,7 +355,9 @@ def caption_rows(path):
     split_of, marked = {}, None                                                 # picture -> split; whether the rows name one
     for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
         image, caption, split = row.get("image"), row.get("caption"), row.get("split") or ""
-        if not all(isinstance(x, str) for x in (image, caption, split)) or not image.strip() or not caption.strip():
+        if isinstance(caption, str) and not caption.strip():
+            raise BadInput(f"{path}, line {number}: the caption is empty; fill it in or delete the row")
+        if not all(isinstance(x, str) for x in (image, caption, split)) or not image.strip():
             raise BadInput(f"{path}, line {number}: expected an `image` and a `caption`, found {json.dumps(row, ensure_ascii=False)[:80]}")
         check_text(image + caption + split, path, number)
         image = posixpath.normpath(image.strip().replace("\\", "/"))            # Windows writes paths with backslashes
@@ -1305,7 +1307,8 @@ def main():
             write_shards(open_split(args.data, name, args.data_root), args.write_shards, name, args.per_shard, args.processes)
         return print(f"Train on them with --data {args.write_shards}")
     for name in names:
-        print(summary("all" if is_pattern(args.data) else name, open_split(args.data, name, args.data_root)))
+        split = open_split(args.data, name, args.data_root)
+        print(summary("all" if is_pattern(args.data) else name, split) + against_paper(args.data, name, len(split)))
 
 
 def all_names(data, data_root="data"):
@@ -1320,6 +1323,12 @@ def summary(name, split):
     if isinstance(split, ShardSplit):
         return f"{name:8} {len(split.shards):8,} shards   {len(split):8,} pairs, {split.incomplete():,} of them without picture or caption"
     return f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs"
+
+
+def against_paper(name, split_name, pairs):
+    """What to add to such a line of a named data set: whether it has as many pairs as in the paper's table 1."""
+    published = TABLE_1.get(name, {}).get(split_name)
+    return "" if not published else ", as in the paper's table 1" if published == pairs else f"; the paper's table 1 has {published:,}"
 
 
 def draw_sheet(split, path):

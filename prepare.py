@@ -179,7 +179,7 @@ def tell(folder, name):
     """Print what each split of a folder holds, beside table 1 of the paper for the set of this name."""
     for split_name in data.split_names(folder):
         split = data.open_split(folder, split_name)
-        print(data.summary(split_name, split) + against_paper(name, split_name, len(split)))
+        print(data.summary(split_name, split) + data.against_paper(name, split_name, len(split)))
 
 
 @contextlib.contextmanager
@@ -188,11 +188,6 @@ def nothing_is_cut():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*captions are longer than")
         yield
-
-
-def against_paper(name, split_name, pairs):
-    published = data.TABLE_1.get(name, {}).get(split_name)
-    return "" if not published else ", as in the paper's table 1" if published == pairs else f"; the paper's table 1 has {published:,}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- convert
@@ -406,7 +401,7 @@ CLOSED, BROKEN, LEAKED, EMPTY, SIMILAR, TWICE, SHARED, LONG, UNKNOWN, SILENT, BL
 @nothing_is_cut()
 def check(name, data_root, processes, json_file):
     """Look at every picture and every caption of a data set, print what was found -> whether it is sound. Of each picture 56 bytes are kept in memory, of each caption 8."""
-    known, found, rows, looks, sentences, shown = data_name(name), {kind: [] for kind in KINDS}, [], {}, {}, {}
+    known, found, rows, looks, sentences, texts, shown = data_name(name), {kind: [] for kind in KINDS}, [], {}, {}, {}, {}
     for split_name in data.all_names(name, data_root):
         title = "all" if data.is_pattern(name) else split_name
         try:
@@ -416,16 +411,19 @@ def check(name, data_root, processes, json_file):
                 continue
             count, read, shown[title], captions = shard_content(split, title, found) if isinstance(split, data.ShardSplit) else content(split, title, found)
             sentences[title] = check_captions(title, captions, found)
+            texts[title] = None if isinstance(split, data.ShardSplit) else split.texts
             looks[title] = check_pictures(title, count, read, shown[title], found, processes)
         except (BadInput, OSError) as error:
             found[CLOSED].append(f"{title}: {error}")
             continue
         row = {"split": title, "pictures": count, "captions": len(np.unique(sentences[title]) if isinstance(split, data.ShardSplit) else sentences[title]), "pairs": len(split)}
         rows.append(row | {"table_1": data.TABLE_1.get(known, {}).get(split_name)})
-        print(f"{title:8} {count:8,} pictures {row['captions']:8,} captions {len(split):8,} pairs{against_paper(known, split_name, len(split))}")
-    compare(looks, sentences, shown, found)
+        print(f"{title:8} {count:8,} pictures {row['captions']:8,} captions {len(split):8,} pairs{data.against_paper(known, split_name, len(split))}")
+    for missing in sorted({"train", "valid", "test"} - {row["split"] for row in rows}) if not data.is_pattern(name) else ():
+        print(f"note: there is no split {missing!r}, which {'evaluate.py' if missing == 'test' else 'train.py'} looks for")
+    compare(looks, sentences, texts, shown, found)
     for kind, lines in found.items():
-        print(f"{kind}: {len(lines):,}")
+        print(f"{'note: ' * (not KINDS[kind])}{kind}: {len(lines):,}")
         print("".join(f"    {line}\n" for line in lines[:10]) + f"    … and {len(lines) - 10:,} more\n" * (len(lines) > 10), end="")
     wrong = [f"{len(found[kind]):,} {kind}" for kind, serious in KINDS.items() if serious and found[kind]]
     if json_file is not None:
@@ -547,7 +545,7 @@ def repeated(keys):
     return list(places.values())
 
 
-def compare(looks, sentences, shown, found):
+def compare(looks, sentences, texts, shown, found):
     """What comes several times: the same pictures and captions in two splits, pictures twice in one, and pictures that look alike in two."""
     named = lambda places: ", ".join(f"{split} {shown[split](looks[split][0][at])}" for split, at in places)
     for places in repeated({split: of_pixels for split, (_, _, of_pixels, _) in looks.items()}):
@@ -557,7 +555,10 @@ def compare(looks, sentences, shown, found):
         for split in dict(places):
             first, *others = [place for place in places if place[0] == split]
             found[TWICE] += [f"{named([first, other])}: {how}" for other in others]
-    found[SHARED] += [", ".join(f"{split} caption {t + 1}" for split, t in places) for places in repeated(sentences) if len({split for split, _ in places}) > 1]
+    for places in repeated(sentences):
+        if len({split for split, _ in places}) > 1:
+            text = next((f"{quoted(texts[split][t])}: " for split, t in places if texts[split]), "")               # those of shards are not in memory
+            found[SHARED].append(text + ", ".join(f"{split} caption {t + 1}" for split, t in places[:10]) + ", …" * (len(places) > 10))
     signs = lambda bits: torch.from_numpy(np.unpackbits(bits, axis=1)).float() * 2 - 1              # (n, 32) bytes -> (n, 256) of -1 and 1, whose products tell how many bits differ
     for (one, (_, _, pixels, bits)), (other, (_, _, other_pixels, other_bits)) in itertools.combinations(looks.items(), 2):
         near = collections.defaultdict(list)                                    # picture of the second split -> those of the first that look like it

@@ -77,13 +77,14 @@ RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6)
           "log_every": (1, 1e9), "patience": (0, 1e6)}
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
 # picture names, or of the shards' names and sizes.)
-FREE = {"recipe", "out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing"}
+FREE = {"recipe", "out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing", "patience"}
 
 
 def main():
     args = parse_args()
     device, rank, world = start_processes()
 
+    data.all_names(args.data, args.data_root)                                   # what is wrong with their names or rows is said before weights are downloaded
     last = Path(args.out) / "last.pt"
     source, state = starting_point(args, last)
     config = CONFIGS[args.model] if args.model else checkpoint.config_of(state) if state else CONFIGS["tiny"]
@@ -116,7 +117,7 @@ def main():
     run.say(description(settings, model, train_split, valid_split, device, world, first_step, source, state))
     del state
     if run.ended(first_step) and (run.averaged or not settings.average):
-        return run.say(f"nothing to do: {run.summary(first_step)}. To train on from there: --init {last} with another --out")
+        return run.say(f"nothing to do: {run.summary(first_step)}. To train on from there: --init {last.parent / 'best.pt'} with another --out")
 
     def validate(step, share=None):
         if valid_split is not None:
@@ -509,8 +510,9 @@ class Run:
         self.model.load_state_dict({key: x.lerp(end[key], share) if x.is_floating_point() else end[key] for key, x in start.items()})
 
     def ended(self, step):
-        """Whether no step comes after `step`: it is the run's last, or as many validations as --patience says brought no higher recall."""
-        return self.averaged or step == self.settings["total_steps"] or 0 < self.settings["patience"] <= (step - self.best_step) // self.settings["valid_every"]
+        """Whether no step comes after `step`: it is the run's last, or as many validations after the warmup as --patience says brought no higher recall."""
+        waited = (step - max(self.best_step, self.settings["warmup"])) // self.settings["valid_every"]
+        return self.averaged or step == self.settings["total_steps"] or 0 < self.settings["patience"] <= waited
 
     def summary(self, step):
         """What the finished run leaves, and whether it learned anything."""

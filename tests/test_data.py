@@ -158,7 +158,7 @@ def test_a_picture_that_does_not_decode_is_replaced_and_reported(tsv_folder, con
     ("", "captions.csv, line 1: expected the column names image,caption (with a comma between them, each once); found nothing"),
     ('image,caption\na.png,"一只猫\na.png,狗\n', "captions.csv, line 2: not CSV (unexpected end of data); every"),
     ("image,caption,split\na.png,猫,train\n./a.png,狗,test\n", "captions.csv, line 3: picture a.png is in the split test here and in train above"),
-    ("image,caption\na.png,\n", "captions.csv, line 2: expected an `image` and a `caption`"),
+    ("image,caption\na.png,\n", "captions.csv, line 2: the caption is empty; fill it in or delete the row"),
     ("image,caption,split\na.png,猫,train\na.png,狗,\n", "captions.csv, line 3: `split` is empty here but given in the rows above"),
     ("image,caption\ra.png,猫\r", "captions.csv, line 1: not CSV (new-line"),
     ("image,caption\na.png,一只猫,坐着\n", 'captions.csv, line 2: more columns than the first line names; put a caption that has commas in "quotes"'),

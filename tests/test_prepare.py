@@ -437,7 +437,7 @@ def test_every_kind_of_finding_in_every_layout(layout, processes, tmp_path, chec
     assert found.pop(prepare.LEAKED) == [f"train {name('train', 3)}, test {name('test', 0)}: the same bytes", f"train {name('train', 4)}, test {name('test', 1)}: the same pixels in other bytes"]
     assert found.pop(prepare.TWICE) == [f"train {name('train', 0)}, train {name('train', 42)}: the same bytes"]
     assert found.pop(prepare.SIMILAR) == [f"test {name('test', 2)}, train {name('train', 40)}"]
-    assert found.pop(prepare.SHARED) == ["train caption 2, test caption 5"]
+    assert found.pop(prepare.SHARED) == ["第1张: " * (layout != "shards") + "train caption 2, test caption 5"]
     assert re.search(": 61 tokens: 长{40}…$", found.pop(prepare.LONG)[0]) and len(found.pop(prepare.UNKNOWN)) == 1 and not found
 
 
