@@ -39,6 +39,7 @@ import os
 import posixpath
 import random
 import re
+import select
 import signal
 import sys
 import tarfile
@@ -715,9 +716,9 @@ def shards_of(pattern):
     return paths
 
 
-def write_shards(split, folder, name, per_shard=10_000, processes=1):
+def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False):
     """Write a split as tar shards folder/name-000000.tar, …: each picture once, its bytes as they are, with all its captions. Killed, it goes on where it stopped. What cannot be
-    read from the old files is named and left out; whether a picture decodes is not looked at.
+    read from the old files is named and left out, or with `whole` refused; whether a picture decodes is not looked at.
 
     The pictures come in a fixed random order, so that every shard is a fair sample of the whole.
     """
@@ -748,7 +749,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
     jobs = [shards[p::processes] for p in range(min(processes, len(shards)))]
     to_write = sum(len(some) for path, some in shards if not path.exists())
     done = multiprocessing.Value("q")                                           # pictures written, of all helpers
-    helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job, done, os.getpid())) for job in jobs]
+    helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job, done, os.getpid(), whole)) for job in jobs]
     for helper in helpers:
         helper.start()
     with Progress(f"{folder}: pictures written", to_write) as progress:
@@ -762,12 +763,12 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1):
     print(f"{folder}: {name}: {len(pictures):,} pictures with {sum(map(len, texts_of)):,} captions in {len(shards):,} shard{'s' * (len(shards) > 1)}")
 
 
-def _write_some(split, texts_of, shards, done, parent):
+def _write_some(split, texts_of, shards, done, parent, whole):
     end_with(parent)
     try:
         for path, pictures in shards:
             if not path.exists():
-                write(path, lambda f: _fill_shard(f, split, texts_of, pictures, done))
+                write(path, lambda f: _fill_shard(f, split, texts_of, pictures, done, whole))
                 shard_index(path)
                 print(f"{path}: {len(pictures):,} pictures", flush=True)
     except BadInput as error:
@@ -776,7 +777,7 @@ def _write_some(split, texts_of, shards, done, parent):
         sys.exit(130)
 
 
-def _fill_shard(f, split, texts_of, pictures, done):
+def _fill_shard(f, split, texts_of, pictures, done, whole):
     with tarfile.open(fileobj=f, mode="w") as tar:
         for i in pictures:
             with done.get_lock():
@@ -784,6 +785,8 @@ def _fill_shard(f, split, texts_of, pictures, done):
             try:
                 encoded = split.picture_bytes(i)
             except (BadInput, OSError, ValueError) as error:                    # ValueError: base64
+                if whole:
+                    raise BadInput(f"{split.name}: picture {split.image_ids[i]} cannot be read ({error}); replace or remove it") from None
                 warnings.warn(f"{split.name}: picture {split.image_ids[i]} is left out: it cannot be read ({error})")
                 continue
             kind = next((kind for start, kind in ((b"\xff\xd8", "jpg"), (b"\x89PNG", "png"), (b"RIFF", "webp"), (b"GIF8", "gif"), (b"BM", "bmp")) if encoded.startswith(start)), "tif")
@@ -826,7 +829,7 @@ def split_shards(folder):
 def split_names(folder):
     """Names of the splits that a folder holds, in any layout."""
     captions = caption_file(folder)
-    names = {split for _, _, split in caption_rows(captions)} if captions else {p.name.removesuffix("_imgs.tsv") for p in folder.glob("[!.]*_imgs.tsv")}
+    names = {split for _, _, split in caption_rows(captions)} if captions else {p.name.removesuffix("_imgs.tsv") for p in folder.glob("[!.]*_imgs.tsv") if p.is_file()}
     names = names or set(split_shards(folder))
     if not names:
         raise BadInput(f"{folder}: no captions.csv or captions.jsonl with rows beside pictures, nor *_imgs.tsv with *_texts.jsonl (Chinese-CLIP layout), nor train-000000.tar, … "
@@ -1370,10 +1373,9 @@ def run(main):
     except SystemExit as stop:
         status = stop.code
     except BrokenPipeError as error:
-        try:
-            sys.stdout.flush()
-            status = f"error: {error}"
-        except BrokenPipeError:                                                 # nobody reads on: | head has seen enough
+        status = f"error: {error}"
+        (out := select.poll()).register(sys.stdout.fileno(), 0)
+        if out.poll(0):                                                         # nobody reads on: | head has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 128 + signal.SIGPIPE
     except (BadInput, OSError) as error:

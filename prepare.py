@@ -5,13 +5,14 @@
     python data.py convert /path/to/folder my-shards --shards                        # any layout that is read here
     python data.py check coco-cn --processes 4                                       # every picture and every caption; exit status 1 when something is wrong
 
-A folder that is made here is there whole or not at all: it is filled beside its place, under its name + .part, and then renamed. What a killed run left there the next one removes.
+A folder that is made here is there whole or not at all: it is filled beside its place, under its name + .ce-clip-part, and then renamed. What a killed run left there the next one removes.
 """
 import argparse
 import array
 import base64
 import collections
 import contextlib
+import errno
 import fcntl
 import functools
 import gzip
@@ -22,6 +23,7 @@ import json
 import lzma
 import os
 import re
+import shlex
 import shutil
 import stat
 import struct
@@ -51,7 +53,7 @@ FETCHED = ("coco-cn", "flickr30k-cn")                                           
 @contextlib.contextmanager
 def filled_beside(folder):
     """An empty folder beside the place of `folder`. The caller fills it and renames it, or a folder in it. In the end it is gone, whatever happens. Other processes that ask wait."""
-    part, lock = Path(f"{folder.absolute()}.part"), None
+    part, lock = Path(f"{folder.absolute()}.ce-clip-part"), None
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         lock = os.open(part.parent, os.O_RDONLY)
@@ -64,7 +66,7 @@ def filled_beside(folder):
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        raise BadInput(f"{folder}: cannot be made ({error}); make room, or name another place") from None
+        raise BadInput(f"{folder}: cannot be made ({str(error)[:300]})" + "; make room, or name another place" * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS))) from None
     finally:
         if lock is not None:
             os.close(lock)
@@ -72,7 +74,7 @@ def filled_beside(folder):
 
 # ---------------------------------------------------------------------------------------------------------------- archives
 
-UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, struct.error, ValueError, OverflowError)
+UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, MemoryError, NotImplementedError, struct.error, ValueError, OverflowError)
 
 
 def is_litter(parts):
@@ -87,7 +89,7 @@ def opened(path, remedy):
         with (zipfile.ZipFile(path) if path.suffix.lower() == ".zip" else tarfile.open(path)) as archive:
             yield archive
     except (*UNREADABLE, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:              # of the disk; those of decompression have no number
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):                  # of the disk; those of decompression have no number, an absurd offset is invalid
             raise
         raise BadInput(f"{path}: damaged or cut short ({(str(error) or type(error).__name__).splitlines()[0]}); {remedy}") from None
 
@@ -162,14 +164,19 @@ def fetch(name, data_root):
         with filled_beside(folder) as part:
             if not folder.exists():                                             # else another process, which was waited for, has made it
                 unpack(archive, part, "delete it and run this again: it will be downloaded anew")
-                found = {path.parent for path in part.rglob("*_imgs.tsv")}      # with or without a top folder
+                found = {path.parent for path in part.rglob("*_imgs.tsv") if path.is_file()}        # with or without a top folder
                 if len(found) != 1:
                     raise BadInput(f"{archive}: {len(found)} of its folders have *_imgs.tsv, instead of one; is it the archive of {name}? Delete it and run this again")
-                os.replace(found.pop(), folder)
+                for split_name in data.split_names(new := found.pop()):
+                    try:
+                        data.open_split(new, split_name)
+                    except BadInput as error:
+                        raise BadInput(f"{str(error).replace(str(new), str(archive))}. Delete the archive and run this again") from None
+                os.replace(new, folder)
         print(f"{folder}: unpacked")
     try:
         tell(folder, name)
-    except BadInput as error:
+    except BadInput as error:                                                   # of a folder that was there
         raise BadInput(f"{error}. Or move {folder} and {archive.name} away and run this again") from None
     place = "" if data_root == "data" else f" --data-root {data_root}"
     print(f"Next: python data.py check {name}{place}; then python train.py --recipe {name}-base --micro-batch 256{place}. {archive.name} is no longer needed.")
@@ -213,8 +220,10 @@ class Release(data.Split):
 def convert(source, dest, pictures, shards, skip_missing):
     """Write a data set, in any form, to the new folder `dest`: in the Chinese-CLIP layout, or as tar shards. The pictures' bytes stay as they are. Says what it holds."""
     path, dest, name = Path(source), Path(dest), data_name(source)
+    if not source or os.path.lexists(dest) and (dest.is_symlink() or not dest.is_dir() or any(dest.iterdir())):
+        raise BadInput(f"{dest} is there already; name a new folder" if source else "convert '': name a data set")
     packed = path.is_file() and (path.name.lower().endswith((".zip", ".tgz", ".tar.gz")) or data.is_pattern(source) and is_release(path))
-    folder = None if packed or data.is_pattern(source) else data.find(source)
+    folder = None if packed or data.is_pattern(source) or source in data.PAINTED else data.find(source)
     original = packed or folder and not (data.caption_file(folder) or any(folder.glob("[!.]*_imgs.tsv")) or data.split_shards(folder))
     if original and (pictures is None or not Path(pictures).is_dir()):
         raise BadInput(f"--pictures {pictures}: there is no such folder" if pictures else
@@ -222,8 +231,6 @@ def convert(source, dest, pictures, shards, skip_missing):
     if not original and (pictures is not None or skip_missing):
         raise BadInput(f"{source}: it holds its own pictures; --pictures and --skip-missing are for the original COCO-CN and Flickr30K-CN")
     with filled_beside(dest) as part:
-        if dest.exists() and not (dest.is_dir() and not any(dest.iterdir())):
-            raise BadInput(f"{dest} is there already; name a new folder")
         new = part / "new"
         new.mkdir()
         if original:
@@ -243,12 +250,12 @@ def convert(source, dest, pictures, shards, skip_missing):
                 continue
             if shards:
                 with contextlib.redirect_stdout(io.StringIO()):                 # it would name the folder that is being filled
-                    data.write_shards(split, new, split_name)
+                    data.write_shards(split, new, split_name, whole=True)
             else:
                 write_tsv(split, new, split_name)
         os.replace(new, dest)
     tell(dest, name)
-    print(f"Next: python data.py check {dest}")
+    print(f"Next: python data.py check {shlex.quote(str(dest))}")
 
 
 def is_release(path):

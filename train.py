@@ -77,7 +77,7 @@ RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6)
           "log_every": (1, 1e9), "patience": (0, 1e6)}
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
 # picture names, or of the shards' names and sizes.)
-FREE = {"recipe", "out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing", "patience"}
+FREE = {"recipe", "out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing", "patience", "average"}
 
 
 def main():
@@ -409,6 +409,8 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped_steps"])
         self.best_share, self.averaged = None if state["best_share"] is None else float(state["best_share"]), bool(state["averaged"])
+        if self.best >= 0 and not (self.out / "best.pt").exists():
+            raise data.BadInput(f"{self.out / 'best.pt'}, the best weights of this run so far, is gone; put it back, or begin a new run from the last ones: --init {last} --out {self.out}-2")
         if self.settings["average"] and not self.averaged:
             self.start_weights()                                                # should it be gone, that comes to light now and not at the end
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
@@ -426,6 +428,10 @@ class Run:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # not flock: the readers would inherit it and may outlive a killed run
         except (BlockingIOError, PermissionError):                              # held by another process (which of the two is up to the system)
             raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
+        with contextlib.suppress(OSError, ValueError, AttributeError):         # not there, or none of ours
+            before = json.loads((self.out / "settings.json").read_bytes())
+            if step == 0 and (self.out / "best.pt").exists() and any(before.get(name) != value for name, value in self.settings.items() if name not in FREE):
+                raise data.BadInput(f"{self.out} holds the best.pt of another run, without its last.pt; choose another --out")
         data.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         kept = {}
         for name in ("metrics.jsonl", "bad_samples.jsonl"):
@@ -495,9 +501,15 @@ class Run:
 
     def start_weights(self):
         """-> the tensors of start.pt, left on the disk and read as they are used."""
-        weights = checkpoint.read(self.out / "start.pt")["model"]
-        checkpoint.compare(weights, self.model.state_dict(), f"{self.out / 'start.pt'} is not the start of this run")
-        return weights
+        path = self.out / "start.pt"
+        try:
+            state = checkpoint.read(path)
+            checkpoint.compare(state["model"], self.model.state_dict(), "its tensors do not fit")
+            if state.get("step") != 0:
+                raise data.BadInput(f"it holds the weights after step {state.get('step')}")
+        except data.BadInput as error:
+            raise data.BadInput(f"{path} is not the start of this run, from which the averages at the end begin; put it back, or go on with --no-average. ({error})") from None
+        return state["model"]
 
     def stop(self, step, signals):
         self.say(f"stopped by a signal after step {step}; the same command continues from there")
@@ -533,11 +545,13 @@ class Run:
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
             if self.settings["keep"] > 1:
                 name = self.out / f"step-{step:08}.pt"
-                name.unlink(missing_ok=True)
+                part = self.out / (name.name + ".part")
+                part.unlink(missing_ok=True)                                    # of a killed run
                 try:
-                    os.link(last, name)                                         # a second name for the same file: it costs no room until last.pt is replaced
+                    os.link(last, part)                                         # a second name for the same file: it costs no room until last.pt is replaced
                 except OSError:                                                 # on disks without such links
-                    shutil.copyfile(last, name)
+                    shutil.copyfile(last, part)
+                os.replace(part, name)
                 kept = sorted(path for path in self.out.glob("step-*.pt") if path.name <= name.name)
                 for path in kept[: -self.settings["keep"]]:
                     path.unlink()

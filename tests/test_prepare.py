@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, bomb, jpeg, png, refused, write_tar, write_tsv_split
+from conftest import ROOT, bomb, jpeg, png, refused, script, write_tar, write_tsv_split
 from PIL import Image
 
 import data
@@ -165,7 +165,7 @@ def test_no_byte_that_is_changed_makes_it_crash(published, tmp_path):
             except BadInput as error:
                 outcomes.add("refused")
                 assert "\n" not in str(error)
-            assert not (tmp_path / "out.part").exists()
+            assert not (tmp_path / "out.ce-clip-part").exists()
     assert outcomes == {"unpacked", "refused"}
 
 
@@ -177,7 +177,7 @@ def test_a_full_disk_and_forbidden_folders_are_one_line(published, stopped, monk
         patch.setattr(prepare.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert re.search("COCO-CN: cannot be made .*No space left", stopped(data, "fetch", "coco-cn", "--data-root", published.root))
     assert left(published.root) == ["COCO-CN.zip"]
-    (published.root / "COCO-CN.part").write_bytes(b"")
+    (published.root / "COCO-CN.ce-clip-part").write_bytes(b"")
     assert "COCO-CN: cannot be made" in stopped(data, "fetch", "coco-cn", "--data-root", published.root)
 
 
@@ -185,8 +185,8 @@ def test_killed_before_it_is_renamed_it_goes_on(published, called, monkeypatch):
     """A process that dies at the rename leaves no folder; the next call removes what it left. Another file's leftovers are not taken over."""
     code = "import os, sys, prepare; prepare.os.replace = lambda a, b, real=os.replace: os._exit(9) if str(b).endswith('COCO-CN') else real(a, b); prepare.fetch('coco-cn', sys.argv[1])"
     assert subprocess.run([sys.executable, "-c", code, published.root], cwd=ROOT).returncode == 9
-    assert left(published.root) == ["COCO-CN.part", "COCO-CN.zip"]
-    (published.root / "COCO-CN.part/COCO-CN/old").write_text("of a killed run")
+    assert left(published.root) == ["COCO-CN.ce-clip-part", "COCO-CN.zip"]
+    (published.root / "COCO-CN.ce-clip-part/COCO-CN/old").write_text("of a killed run")
     called(data, "fetch", "coco-cn", "--data-root", published.root)
     assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
 
@@ -258,7 +258,7 @@ def test_original_releases(release, files, how, tmp_path, pictures, called):
         split = open_split(tmp_path / "out", name)
         assert [(text, split.image_ids[i]) for text, images in zip(split.texts, split.positives) for i in images] == expected
         assert relation(split) == [(text, [jpeg(number)]) for text, number in expected]
-    assert sorted(contents(tmp_path / "out")) == sorted(f"{split}_{kind}" for split in SAID[release] for kind in ("imgs.tsv", "texts.jsonl")) and not (tmp_path / "out.part").exists()
+    assert sorted(contents(tmp_path / "out")) == sorted(f"{split}_{kind}" for split in SAID[release] for kind in ("imgs.tsv", "texts.jsonl")) and not (tmp_path / "out.ce-clip-part").exists()
 
 
 def test_releases_become_shards(tmp_path, pictures, called):
@@ -314,8 +314,8 @@ def edited(files, name, change):
 @pytest.mark.parametrize("how", ["folder", "zip"])
 def test_what_is_wrong_with_a_release_is_named_with_its_line(files, message, how, tmp_path, pictures, stopped):
     line = stopped(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--pictures", pictures)
-    assert message.removeprefix("release/deep/") in line and ".part" not in line
-    assert str(tmp_path / ("release" if how == "folder" else "release.zip")) in line and not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+    assert message.removeprefix("release/deep/") in line and "-part" not in line
+    assert str(tmp_path / ("release" if how == "folder" else "release.zip")) in line and not (tmp_path / "out").exists() and not (tmp_path / "out.ce-clip-part").exists()
 
 
 def test_missing_pictures_are_counted_and_left_out_only_when_told_to(tmp_path, pictures, called, stopped):
@@ -498,3 +498,28 @@ def test_commands(called, stopped, tsv_folder, tmp_path, monkeypatch, capsys):
     assert "--processes 0: out of range" in stopped(data, "check", "check", "--processes", 0)
     assert "--json" in stopped(data, "check", "check", "--json", tmp_path / "none/x.json")
     assert refused(ROOT / "data.py", "check", "nothing-here").startswith("error: nothing-here: neither a folder")
+
+
+def test_a_folder_of_the_users_is_never_removed(tmp_path, called, stopped):
+    folder = in_layout("folder", tmp_path, {"train": [(png(), ["红"])]}).rename(tmp_path / "out.part")
+    stopped(prepare, "convert", folder / "nowhere", tmp_path / "out")
+    called(prepare, "convert", folder, tmp_path / "out")
+    assert len(list(folder.rglob("*.png"))) == 1 and data.open_split(tmp_path / "out", "train").texts == ["红"]
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert "is there already" in stopped(prepare, "convert", folder, tmp_path / "link")
+
+
+def test_shards_are_written_whole_or_not_at_all(tmp_path, tsv_folder):
+    path = tsv_folder / "valid_imgs.tsv"
+    path.write_text(path.read_text().replace("\tiVBOR", "\t!", 1))
+    assert "picture 101 cannot be read" in script("data.py", "convert", tsv_folder, tmp_path / "out", "--shards", ok=False) and not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_the_name_of_a_split_is_none(tmp_path, tsv_folder):
+    (tsv_folder / "extra_imgs.tsv").mkdir()
+    assert data.split_names(tsv_folder) == ["train", "valid", "test"]
+
+
+def test_when_nobody_reads_on_it_stops_without_a_word(tsv_folder):
+    done = subprocess.run(["bash", "-c", f"{sys.executable} data.py check {tsv_folder} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 141) and not done.stderr and done.stdout.count("\n") == 1

@@ -443,6 +443,23 @@ def test_the_best_of_start_end_and_their_averages_is_kept(tsv_folder, tmp_path, 
     assert same(last, plain := tensors(tmp_path / "plain/last.pt")) == set(plain)
 
 
+def test_lost_or_foreign_weights_in_the_folder_are_told(tsv_folder, tmp_path, trained, stops):
+    out = tmp_path / "run"
+    trained(*finetune(tsv_folder, out, "--keep", 9))
+    shutil.copy(out / "step-00000002.pt", out / "last.pt")
+    for name, message in (("best.pt", "best.pt, the best weights of this run so far, is gone"), ("start.pt", "start.pt is not the start of this run")):
+        (out / name).rename(tmp_path / "away.pt")
+        assert message in stops(*finetune(tsv_folder, out, "--keep", 9))
+        (tmp_path / "away.pt").rename(out / name)
+    shutil.copy(out / "start.pt", tmp_path / "away.pt")
+    shutil.copy(out / "last.pt", out / "start.pt")
+    assert "it holds the weights after step 2" in stops(*finetune(tsv_folder, out, "--keep", 9))
+    shutil.copy(tmp_path / "away.pt", out / "start.pt")
+    trained(*finetune(tsv_folder, out, "--keep", 9))
+    (out / "last.pt").unlink()
+    assert "holds the best.pt of another run" in stops(*finetune(tsv_folder, out, "--seed", 1))
+
+
 def test_a_rate_that_destroys_the_model_leaves_the_start_as_the_best(tsv_folder, tmp_path, called, scores):
     scores += [50, 40, 30, 20, 10] + [0] * 9
     output = called(train, *finetune(tsv_folder, tmp_path / "run", "--lr", 1.0)[1:])
@@ -472,7 +489,7 @@ def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_
         trained(*finetune(tsv_folder, tmp_path / "run"))
     assert checkpoint.read(tmp_path / "run/last.pt")["step"] == 4 and not checkpoint.read(tmp_path / "run/last.pt")["averaged"]
     (tmp_path / "run/start.pt").rename(tmp_path / "elsewhere.pt")
-    assert "run/start.pt: there is no such checkpoint" in stops(*finetune(tsv_folder, tmp_path / "run"))
+    assert "run/start.pt is not the start of this run" in stops(*finetune(tsv_folder, tmp_path / "run"))
     (tmp_path / "elsewhere.pt").rename(tmp_path / "run/start.pt")
     trained(*finetune(tsv_folder, tmp_path / "run"))
     equal_runs(tmp_path / "run", tmp_path / "whole")
