@@ -468,10 +468,10 @@ def test_a_rate_that_destroys_the_model_leaves_the_start_as_the_best(tsv_folder,
 
 def test_patience_ends_a_run_and_the_same_command_knows_it(tsv_folder, tmp_path, called, scores):
     scores += [10, 20, 20, 15, 30]                                              # the last one: of an average
-    output = called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--patience", 2)[1:])
+    output = called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--warmup", 0, "--patience", 2)[1:])
     assert [m["step"] for m in metrics(tmp_path / "run") if "valid" in m and "average" not in m] == [0, 1, 2, 3] and checkpoint.read(tmp_path / "run/last.pt")["step"] == 3
     assert "finished (early: no higher recall in 2 validations)" in output
-    assert "nothing to do: finished (early" in called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--patience", 2)[1:])
+    assert "nothing to do: finished (early" in called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--warmup", 0, "--patience", 2)[1:])
 
 
 def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_path, trained, stops, monkeypatch):
