@@ -139,7 +139,7 @@ def main():
         lr = set_lr(optimizer, learning_rate(step - 1, settings.lr, settings.warmup, total))
         pixels, ids, image_keys, text_keys, bad = zip(*(data.own_memory(next(loader)) for _ in batches.places))     # of each micro-batch
         truth, bad = exchange(image_keys, text_keys, sum(bad, []))
-        truth = truth if settings.positives == "all" else None
+        truth = truth if settings.positives == "all" else None                  # None: as in the paper, each pair is its own only match
         run.report(step, bad, min(step * settings.batch_size, len(train_split)), len(train_split))
         draws = random_draws(settings, step, ids[0].shape[1])
         ready = [functools.partial(prepare, *micro, draws, settings, device) for micro in zip(pixels, ids, batches.places)]

@@ -161,7 +161,7 @@ def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, tsv_folder)
     command = ["train.py", "--stage", 2, "--data", folder, "--init", tmp_path / "start.pt", "--batch-size", 60, "--max-steps", 20, "--lr", 5e-4, "--augment", "drawing", "--mask-tokens", 0.2,
                "--workers", 0, "--precision", "fp32", "--log-every", 1, "--valid-every", 20]
     runs, worst = {}, 0.0
-    for processes, micro in ((1, None), (1, 30), (1, 17), (2, None), (2, 13), (3, 10)):
+    for processes, micro in ((1, None), (1, 17), (2, 13), (3, 10)):
         out = tmp_path / f"{processes}-{micro}"
         script(*command, *(["--micro-batch", micro] if micro else []), "--out", out, processes=processes)
         runs[out.name] = losses(out), [m["gradient_norm"] for m in metrics(out) if "loss" in m]
@@ -235,7 +235,7 @@ def test_a_signal_saves_and_the_run_continues_to_the_same_weights(kill, tsv_fold
 def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(processes, tsv_folder, tmp_path):
     """SIGKILL in training, in validation, while a snapshot is written (one is, most of the time); the whole run or, of two processes, one. On tar shards with a bad sample, readers on.
 
-    CE_CLIP_KILLS=20: so many moments."""
+    CE_CLIP_KILLS=20: so many moments (else one)."""
     files = {f"{i:02}.{extension}": content for i in range(40) for extension, content in (("png", png(seed=i)), ("txt", f"第{i}张".encode()))}
     files["07.png"] = b"damaged"
     write_tar(tmp_path / "a.tar", files)
@@ -243,7 +243,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(processes, tsv_fo
                            "--log-every", 2, "--precision", "fp32", "--workers", 1, "--out", out]
     script(*command(tmp_path / "whole"), processes=processes)
     rng, kills, out = random.Random(processes), Counter(), tmp_path / "killed"
-    while kills.total() < int(os.environ.get("CE_CLIP_KILLS", 2)):
+    while kills.total() < int(os.environ.get("CE_CLIP_KILLS", 1)):
         process = start(command(out), processes, stderr=subprocess.DEVNULL)
         moment = rng.choice(["any time", "validation", "snapshot"])
         for line in process.stdout:
