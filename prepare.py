@@ -450,7 +450,7 @@ def content(split, title, found):
 
 def shard_content(split, title, found):
     """The same of shards, whose captions are not kept in memory."""
-    numbers, captions = array.array("q"), []                                    # of the pairs that have a picture, each picture once
+    numbers = array.array("q")                                                  # of the pairs that have a picture, each picture once
     for s, path in enumerate(split.shards):
         _, image_size, _, text_size, _, which = data.opened_index(path)[1:].T
         numbers.extend((np.flatnonzero((image_size >= 0) & (which == 0)) + split.starts[s]).tolist())

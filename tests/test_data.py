@@ -428,7 +428,7 @@ def test_shard_order_takes_every_pair_once_and_reads_nearly_from_front_to_back()
         order = data.ShardOrder(counts, seed, epoch)
         pairs = np.array([order[place] for place in range(n)])
         assert np.array_equal(np.sort(pairs), np.arange(n)) and np.array_equal([data.ShardOrder(counts, seed, epoch)[p] for p in (0, 5000, n - 1)], pairs[[0, 5000, n - 1]])
-        shards, reach = np.searchsorted(starts, pairs, side="right") - 1, {}
+        shards = np.searchsorted(starts, pairs, side="right") - 1
         for a in range(0, n - 2000, 500):                                       # what 2,000 pairs in a row touch: a few stretches of files
             here = shards[a : a + 2000]
             assert len(set(here)) <= 2 * data.ShardOrder.TOGETHER

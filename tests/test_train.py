@@ -133,7 +133,7 @@ def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path, called)
 
 
 def test_recall_is_measured_before_the_first_step_and_as_often_as_asked(tmp_path, tsv_folder, trained):
-    trained("train.py", "--stage", "finetune", "--data", tsv_folder, "--max-steps", 5, "--valid-every", 2, *QUICK, "--out", tmp_path)
+    trained("train.py", "--stage", "finetune", "--data", tsv_folder, "--max-steps", 5, "--valid-every", 2, "--no-average", *QUICK, "--out", tmp_path)
     assert [m["step"] for m in metrics(tmp_path) if "valid" in m] == [0, 2, 4, 5]
     scores = {m["step"]: m["score"] for m in metrics(tmp_path) if "valid" in m}
     assert scores[checkpoint.read(tmp_path / "best.pt")["step"]] == max(scores.values())
