@@ -510,13 +510,14 @@ class ShardSplit(Split):
             raise BadInput(f"{name}: the caption is not what the index says; delete {path}.index, it will be made again")
         return which, texts
 
-    def _picture_bytes(self, k):
+    def pair_bytes(self, k):
+        """The picture of pair k, as it lies in its shard."""
         path, (image, image_size, *_) = self._row(k)
         return read_at(path, image, image_size, "it")
 
     def sample(self, epoch, k):
         which, texts = self._captions(k)
-        picture = decoded(lambda: self._picture_bytes(k), f"{self._place(k)}: the picture")
+        picture = decoded(lambda: self.pair_bytes(k), f"{self._place(k)}: the picture")
         return picture, self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
 
     def files(self):
@@ -552,7 +553,7 @@ class ShardSplit(Split):
     ids = functools.cached_property(lambda self: self.tokenizer(self.texts, self.context_length).numpy().astype(np.uint16))
 
     def picture_bytes(self, i):
-        return self._picture_bytes(self._whole[1][i])
+        return self.pair_bytes(self._whole[1][i])
 
 
 class ShardOrder:

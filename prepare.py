@@ -72,6 +72,14 @@ def filled_beside(folder):
             os.close(lock)
 
 
+@contextlib.contextmanager
+def nothing_is_cut():
+    """Without the tokenizer's warning about long captions: here nothing is cut, and `check` says more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*captions are longer than")
+        yield
+
+
 # ---------------------------------------------------------------------------------------------------------------- archives
 
 UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, MemoryError, NotImplementedError, struct.error, ValueError, OverflowError)
@@ -150,10 +158,11 @@ def unpack(path, folder, remedy):
 # ---------------------------------------------------------------------------------------------------------------- fetch
 
 
+@nothing_is_cut()
 def fetch(name, data_root):
     """Download a published set, unpack it to its place under data_root, and say what it holds. What is there already stays as it is."""
     folder = Path(data_root) / data.NAMES[name]
-    archive = folder.with_name(folder.name + ".zip")
+    archive, lines = folder.with_name(folder.name + ".zip"), None
     if folder.exists():
         print(f"{folder} is there already")
     else:
@@ -167,34 +176,25 @@ def fetch(name, data_root):
                 found = {path.parent for path in part.rglob("*_imgs.tsv") if path.is_file()}        # with or without a top folder
                 if len(found) != 1:
                     raise BadInput(f"{archive}: {len(found)} of its folders have *_imgs.tsv, instead of one; is it the archive of {name}? Delete it and run this again")
-                for split_name in data.split_names(new := found.pop()):
-                    try:
-                        data.open_split(new, split_name)
-                    except BadInput as error:
-                        raise BadInput(f"{str(error).replace(str(new), str(archive))}. Delete the archive and run this again") from None
+                new = found.pop()
+                try:
+                    lines = holds(new, name)
+                except BadInput as error:
+                    raise BadInput(f"{str(error).replace(str(new), str(archive))}. Delete the archive and run this again") from None
                 os.replace(new, folder)
         print(f"{folder}: unpacked")
     try:
-        tell(folder, name)
+        print("\n".join(lines or holds(folder, name)))
     except BadInput as error:                                                   # of a folder that was there
         raise BadInput(f"{error}. Or move {folder} and {archive.name} away and run this again") from None
     place = "" if data_root == "data" else f" --data-root {data_root}"
     print(f"Next: python data.py check {name}{place}; then python train.py --recipe {name}-base --micro-batch 256{place}. {archive.name} is no longer needed.")
 
 
-def tell(folder, name):
-    """Print what each split of a folder holds, beside table 1 of the paper for the set of this name."""
-    for split_name in data.split_names(folder):
-        split = data.open_split(folder, split_name)
-        print(data.summary(split_name, split) + data.against_paper(name, split_name, len(split)))
-
-
-@contextlib.contextmanager
-def nothing_is_cut():
-    """Without the tokenizer's warning about long captions: here nothing is cut, and `check` says more."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*captions are longer than")
-        yield
+def holds(folder, name):
+    """Lines: what each split of a folder holds, beside table 1 of the paper for the set of this name."""
+    splits = ((split_name, data.open_split(folder, split_name)) for split_name in data.split_names(folder))
+    return [data.summary(split_name, split) + data.against_paper(name, split_name, len(split)) for split_name, split in splits]
 
 
 # ---------------------------------------------------------------------------------------------------------------- convert
@@ -254,7 +254,7 @@ def convert(source, dest, pictures, shards, skip_missing):
             else:
                 write_tsv(split, new, split_name)
         os.replace(new, dest)
-    tell(dest, name)
+    print("\n".join(holds(dest, name)))
     print(f"Next: python data.py check {shlex.quote(str(dest))}")
 
 
@@ -466,9 +466,7 @@ def place_in(split, k):
 
 
 def shard_picture(split, numbers, i):
-    s = int(np.searchsorted(split.starts, numbers[i], side="right")) - 1
-    image, size = data.opened_index(split.shards[s])[numbers[i] - split.starts[s] + 1, :2].tolist()
-    return data.read_at(split.shards[s], image, size, "it")
+    return split.pair_bytes(numbers[i])
 
 
 def shard_captions(split, title, found):

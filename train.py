@@ -396,7 +396,7 @@ class Run:
         masks = self.model.cfg.text_dropout > 0 or now["patch_dropout"] > 0     # drawn for each micro-batch of a process: with another size or number of processes, others
         free = FREE if masks else FREE | {"micro_batch"}
         names = {"norm_batch": "BatchNorm over --micro-batch x processes ="}
-        changed = [f"{names.get(name, name)} {before.get(name)}, now it is {now.get(name)}" for name in sorted((before.keys() | now.keys()) - free) if before.get(name) != now.get(name)]
+        changed = [f"{names.get(name, name)} {before.get(name)}, now it is {now.get(name)}" for name in differing(before, now, free)]
         if changed:
             raise data.BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
                                 f"or start a new run from it: --init {last} --out {self.out}-2")
@@ -430,7 +430,7 @@ class Run:
             raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
         with contextlib.suppress(OSError, ValueError, AttributeError):         # not there, or none of ours
             before = json.loads((self.out / "settings.json").read_bytes())
-            if step == 0 and (self.out / "best.pt").exists() and any(before.get(name) != value for name, value in self.settings.items() if name not in FREE):
+            if step == 0 and (self.out / "best.pt").exists() and differing(before, self.settings, FREE):
                 raise data.BadInput(f"{self.out} holds the best.pt of another run, without its last.pt; choose another --out")
         data.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         kept = {}
@@ -564,6 +564,11 @@ class Run:
         if self.first:
             with open(self.out / name, "a", encoding="utf-8") as f:
                 f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def differing(before, now, free):
+    """Names of the settings, but for those in `free`, that are not the same in two runs."""
+    return [name for name in sorted((before.keys() | now.keys()) - free) if before.get(name) != now.get(name)]
 
 
 def logged_step(line):
