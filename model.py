@@ -14,8 +14,10 @@ Sources: CLIP (Radford et al. 2021, arXiv 2103.00020), BERT (Devlin et al. 2018,
 ResNet-D and anti-aliasing (arXiv 1812.01187, 1904.11486), Chinese CLIP (arXiv 2211.01335).
 """
 import math
+import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -72,24 +74,77 @@ CONFIGS = {
 # ---------------------------------------------------------------------------------------------------------------- attention, shared by ViT and BERT
 
 
+class Packing(NamedTuple):
+    """How S sequences stand one after the other in a (T, C) tensor, without padding."""
+
+    runs: tuple[tuple[int, int], ...]           # ((n, l), …): first n sequences of l tokens each, then …
+    firsts: torch.Tensor                        # (S,) int64: the row of each sequence's first token
+
+
+def attend(q, k, v, runs, dropout):
+    """softmax(q kᵀ / sqrt(d)) v for each sequence and head: q (Q, H, d) with one query or one for each token, k and v (T, H, d) -> (Q, H, d).
+
+    Sequences of equal length are one call of the kernel, and none of them needs a mask. On a GPU all go into one call: a nested tensor takes torch to its kernels for sequences of any lengths.
+    """
+    queries = [l if len(q) == len(k) else 1 for _, l in runs]                   # of each sequence
+    if q.is_cuda and len(runs) > 1:
+        q, k, v = nested(q, runs, queries), nested(k, runs), nested(v, runs)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
+    parts = zip(q.split([n * m for (n, _), m in zip(runs, queries)]), k.split([n * l for n, l in runs]), v.split([n * l for n, l in runs]), runs)
+    heads_first = lambda t, n: t.unflatten(0, (n, -1)).transpose(1, 2)                              # (n l, H, d) -> (n, H, l, d)
+    y = [F.scaled_dot_product_attention(heads_first(q, n), heads_first(k, n), heads_first(v, n), dropout_p=dropout).transpose(1, 2).flatten(0, 1) for q, k, v, (n, _) in parts]
+    return torch.cat(y) if len(y) > 1 else y[0]
+
+
+def nested(x, runs, lengths=None):
+    """x (T, H, d) -> a nested tensor (S, H, *, d): sequences of the runs' lengths, or of these."""
+    lengths = lengths or [l for _, l in runs]
+    offsets = torch.tensor([0, *(m for (n, _), m in zip(runs, lengths) for _ in range(n))]).cumsum(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                                         # that nested tensors are a prototype
+        return torch.nested.nested_tensor_from_jagged(x.contiguous(), to_device(offsets, x.device), min_seqlen=min(lengths), max_seqlen=max(lengths)).transpose(1, 2)
+
+
+def to_device(x, device):
+    """A tensor of the CPU -> device, without waiting for what the device is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, softmax(Q Kᵀ / sqrt(C / H)) V per head (Vaswani et al. 2017, eq. 1), with one matrix for Q, K and V."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, first_only: bool = False):
         super().__init__()
         if width % heads:
             raise ValueError(f"a width of {width} does not divide into {heads} heads")
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout, self.first_only = heads, dropout, first_only
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, keep=None):
-        """x (B, L, C); keep (B, 1, 1, L) bool, True where a token may be looked at, or None for all -> (B, L, C)."""
-        B, L, C = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)     # each (B, H, L, C/H)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)              # (B, H, L, C/H)
-        return self.out(y.transpose(1, 2).reshape(B, L, C))
+    def forward(self, x, packing):
+        """x (T, C), S sequences -> (T, C); with first_only for the first token of each alone, which is all that is read in the end: (S, C)."""
+        C, W, b = x.shape[1], self.qkv.weight, self.qkv.bias
+        split = lambda t: t.unflatten(1, (-1, self.heads, C // self.heads)).unbind(1)               # (T, n C) -> n times (T, H, C/H)
+        if self.first_only:
+            q, k, v = *split(F.linear(x[packing.firsts], W[:C], b[:C])), *split(F.linear(x, W[C:], b[C:]))
+        else:
+            q, k, v = split(self.qkv(x))
+        return self.out(attend(q, k, v, packing.runs, self.dropout if self.training else 0.0).flatten(1))
+
+
+class MLP(nn.Sequential):
+    """C -> 4 C, activation, 4 C -> C."""
+
+    def __init__(self, width: int, activation: nn.Module):
+        super().__init__(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
+
+    def forward(self, x):                       # (T, C) -> (T, C)
+        widen, activation, narrow = self
+        x = widen(x)
+        if not torch.is_grad_enabled():
+            return narrow(activation(x))
+        # The activation is computed again in the backward pass: cheap, and what is kept for it is a third. (The product with `narrow` is not: checkpointing stops before it.)
+        return checkpoint(lambda x: narrow(activation(x)), x, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_blocks(blocks, x, *args, checkpointed: bool):
@@ -128,29 +183,30 @@ def at_least_float32(x):
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay."""
+    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay. As silu(y) = y sigmoid(y), it is silu(1.702 x) / 1.702."""
 
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x) / 1.702
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). With first_only for the first token of each sequence alone."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, first_only: bool = False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)        # eps 1e-5
-        self.attention = Attention(width, heads)
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, first_only=first_only)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), QuickGELU(), nn.Linear(4 * width, width))
+        self.mlp = MLP(width, QuickGELU())
 
-    def forward(self, x):                       # (B, 1+P, C) -> (B, 1+P, C)
-        x = x + self.attention(self.norm1(x))
+    def forward(self, x, packing):              # (T, C) -> (T, C), or (S, C)
+        y = self.attention(self.norm1(x), packing)
+        x = (x[packing.firsts] if self.attention.first_only else x) + y
         return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """ViT as in CLIP: patches by one strided convolution, a class token, a LayerNorm before the first layer; the class token's last state is the feature."""
+    """ViT as in CLIP: patches by one strided convolution, a class token, a LayerNorm before the first layer; the class token's last state is the feature, so the last layer computes that alone."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -161,7 +217,7 @@ class VisionTransformer(nn.Module):
         self.class_token = nn.Parameter(torch.empty(width))
         self.position_embed = nn.Parameter(torch.empty(1 + patches, width))
         self.norm_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(VisionBlock(width, cfg.vision_heads) for _ in range(cfg.vision_layers))
+        self.blocks = nn.ModuleList(VisionBlock(width, cfg.vision_heads, first_only=i == cfg.vision_layers - 1) for i in range(cfg.vision_layers))
         self.norm_post = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.empty(width, cfg.embed_dim))
         self.init_weights()
@@ -174,9 +230,10 @@ class VisionTransformer(nn.Module):
         if self.training and self.patch_dropout:
             kept = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device).argsort(dim=1)[:, : self.patches_kept()] + 1            # (B, P'): 1 is the first patch
             x = torch.cat([x[:, :1], x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)                             # (B, 1+P', C)
-        x = self.norm_pre(x)
-        x = run_blocks(self.blocks, x, checkpointed=self.grad_checkpointing)
-        return self.norm_post(x[:, 0]) @ self.projection                                            # (B, D)
+        B, L, _ = x.shape
+        packing = Packing(((B, L),), torch.arange(0, B * L, L, device=x.device))
+        x = run_blocks(self.blocks, self.norm_pre(x).flatten(0, 1), packing, checkpointed=self.grad_checkpointing)          # (B L, C) -> (B, C)
+        return self.norm_post(x) @ self.projection                                                  # (B, D)
 
     def patches_kept(self):
         """How many patches of a picture training looks at, with patch_dropout."""
@@ -321,23 +378,35 @@ class ModifiedResNet(nn.Module):
 
 
 class BertBlock(nn.Module):
-    """Post-norm transformer layer: norm(x + attention(x)), then norm(x + mlp(x)); the exact (erf) GELU."""
+    """Post-norm transformer layer: norm(x + attention(x)), then norm(x + mlp(x)); the exact (erf) GELU. With first_only for the first token of each sequence alone."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float, first_only: bool = False):
         super().__init__()
-        self.attention = Attention(width, heads, dropout)
+        self.attention = Attention(width, heads, dropout, first_only)
         self.norm1 = nn.LayerNorm(width, eps=1e-12)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = MLP(width, nn.GELU())
         self.norm2 = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, keep):                 # (B, L, C), (B, 1, 1, L) -> (B, L, C)
-        x = self.norm1(x + self.dropout(self.attention(x, keep)))
+    def forward(self, x, packing):              # (T, C) -> (T, C), or (S, C)
+        y = self.dropout(self.attention(x, packing))
+        x = self.norm1((x[packing.firsts] if self.attention.first_only else x) + y)
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
+def pack(ids):
+    """Captions differ much in length, and [PAD] would cost as much as a word. ids (B, L) on the CPU, 0 = [PAD] at the end -> all their T tokens, one caption after the other, the shortest
+    first: words (T,), each one's position in its caption (T,), the Packing, and where each caption stands (B,)."""
+    lengths = (ids != 0).sum(dim=1).clamp(min=1)                                                    # (B,)
+    order = lengths.argsort(stable=True)
+    sorted_lengths = lengths[order]
+    rows, positions = (torch.arange(ids.shape[1]) < sorted_lengths[:, None]).nonzero(as_tuple=True)                         # (T,) each
+    runs = [x.tolist() for x in sorted_lengths.unique_consecutive(return_counts=True)]
+    return ids[order[rows], positions], positions, Packing(tuple(zip(*reversed(runs))), sorted_lengths.cumsum(0) - sorted_lengths), order.argsort()
+
+
 class BertEncoder(nn.Module):
-    """BERT without its pooler and heads. [PAD] tokens (id 0) are seen by nobody, so padding a caption changes nothing."""
+    """BERT without its pooler and heads. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1), so the last layer computes that alone."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -349,14 +418,15 @@ class BertEncoder(nn.Module):
         self.type_embed = nn.Embedding(2, cfg.text_width)       # "sentence A or B" of BERT's pretraining; a caption is always A, row 0
         self.norm = nn.LayerNorm(cfg.text_width, eps=1e-12)
         self.dropout = nn.Dropout(cfg.text_dropout)
-        self.blocks = nn.ModuleList(BertBlock(cfg.text_width, cfg.text_heads, cfg.text_dropout) for _ in range(cfg.text_layers))
+        self.blocks = nn.ModuleList(BertBlock(cfg.text_width, cfg.text_heads, cfg.text_dropout, first_only=i == cfg.text_layers - 1) for i in range(cfg.text_layers))
         self.init_weights()
 
     def forward(self, ids):
-        """ids (B, L) int64, 0 = [PAD] -> last hidden states (B, L, C)."""
-        keep = (ids != 0)[:, None, None, :]                                                         # (B, 1, 1, L)
-        x = self.word_embed(ids) + self.position_embed.weight[: ids.shape[1]] + self.type_embed.weight[0]
-        return run_blocks(self.blocks, self.dropout(self.norm(x)), keep, checkpointed=self.grad_checkpointing)
+        """ids (B, L) int64, 0 = [PAD] at the end -> last states of [CLS] (B, C). On the CPU ids need not be waited for: how the captions are packed depends on their lengths."""
+        words, positions, (runs, firsts), places = pack(ids.cpu())
+        words, positions, firsts, places = (to_device(x, self.word_embed.weight.device) for x in (words, positions, firsts, places))
+        x = self.word_embed(words) + self.position_embed(positions) + self.type_embed.weight[0]                             # (T, C)
+        return run_blocks(self.blocks, self.dropout(self.norm(x)), Packing(runs, firsts), checkpointed=self.grad_checkpointing)[places]
 
     def init_weights(self):
         """BERT's scheme: every matrix and table normal with deviation 0.02, biases 0 (google-research/bert, initializer_range)."""
@@ -388,17 +458,14 @@ class CLIP(nn.Module):
     def encode_image(self, pixels):
         """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), at least float32 whatever the towers' precision."""
         with torch.no_grad() if self.vision_frozen else nullcontext():
-            return F.normalize(at_least_float32(self.vision(pixels)), dim=-1)
+            # Without a graph a CPU is fastest with a few pictures at a time, whose activations stay in its caches.
+            few = max(1, 3 * 2**18 // pixels[0].numel()) if pixels.device.type == "cpu" and not torch.is_grad_enabled() and len(pixels) else len(pixels)
+            x = torch.cat([self.vision(part) for part in pixels.split(few)])
+            return F.normalize(at_least_float32(x), dim=-1)
 
-    def encode_text(self, ids, groups=4):
-        """ids (B, L) int64, 0 = [PAD] at the end -> unit vectors (B, D), at least float32. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1).
-
-        Captions differ much in length and [PAD] costs as much as a word: those of like length run together, each group as short as its longest caption.
-        """
-        lengths = (ids != 0).sum(dim=1)                                                             # (B,)
-        order = lengths.argsort(stable=True)                                                        # shortest first
-        cls = torch.cat([self.text(ids[rows, : int(lengths[rows[-1]])])[:, 0] for rows in order.chunk(groups)])     # (B, C), in that order
-        return F.normalize(at_least_float32(cls[order.argsort()] @ self.text_projection), dim=-1)   # (B, D), in the order of ids
+    def encode_text(self, ids):
+        """ids (B, L) int64, 0 = [PAD] at the end, best on the CPU -> unit vectors (B, D), at least float32."""
+        return F.normalize(at_least_float32(self.text(ids) @ self.text_projection), dim=-1)
 
     def forward(self, pixels, ids):
         """-> image_embed (B, D), text_embed (B, D), scale = exp(logit_scale)."""

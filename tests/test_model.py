@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import on_processes
 
 from loss import contrastive_loss
-from model import CLIP, CONFIGS, AttentionPool, Attention, Config
+from model import CLIP, CONFIGS, MLP, Attention, AttentionPool, Config, Packing, QuickGELU, nested, pack
 
 VIT = Config(embed_dim=32, image_size=32, vision_layers=2, vision_width=48, vision_heads=4, patch_size=8, text_layers=2, text_width=48, text_heads=4, vocab_size=200)
 RESNET = dataclasses.replace(VIT, image_size=64, vision_layers=(2, 1, 1, 1), vision_width=8, vision_heads=4, patch_size=None)
@@ -56,24 +56,82 @@ def test_embeddings_are_unit_vectors_and_padding_changes_nothing(cfg):
     torch.testing.assert_close(model.encode_text(F.pad(ids, (0, 7))), text_embed, rtol=1e-5, atol=1e-6)
 
 
-def test_captions_run_in_groups_of_like_length_and_keep_their_order():
-    model, (_, ids) = build(VIT).eval(), batch(VIT, n=11)
-    seen = []
-    model.text.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
-    embed = model.encode_text(ids)
-    assert sum(n for n, _ in seen) == 11 and [length for _, length in seen] == sorted(length for _, length in seen) and seen[0][1] < seen[-1][1] <= 9
-    torch.testing.assert_close(embed, model.encode_text(ids, groups=1), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(embed[3:4], model.encode_text(ids[3:4]), rtol=1e-5, atol=1e-6)
+def written_out(attention, x, lengths, first_only=False):
+    """Attention as the paper writes it, one sequence after the other: x (T, C) -> (T, C), or of the first tokens alone."""
+    C, H, rows = x.shape[1], attention.heads, []
+    for part in x.split(lengths):
+        q, k, v = (t.unflatten(1, (H, -1)).transpose(0, 1) for t in attention.qkv(part).split(C, dim=1))                    # (H, l, d)
+        y = (q @ k.transpose(1, 2) / math.sqrt(C / H)).softmax(dim=-1) @ v
+        rows.append(y.transpose(0, 1).flatten(1)[: 1 if first_only else None])
+    return attention.out(torch.cat(rows))
 
 
-def test_attention_kernel_equals_the_written_out_softmax():
+@pytest.mark.parametrize("first_only", [False, True])
+@pytest.mark.parametrize("runs", [((3, 7),), ((2, 3), (1, 4), (3, 9))], ids=["one", "several"])
+def test_packed_attention_equals_the_written_out_softmax(runs, first_only):
+    """Also what only GPUs use, one kernel call on nested tensors: here torch computes it by other means."""
     torch.manual_seed(0)
-    attention, x = Attention(48, 4), torch.randn(3, 7, 48)
-    keep = torch.ones(3, 1, 1, 7, dtype=torch.bool)
-    keep[1, ..., 4:] = False
-    q, k, v = (attention.qkv(x)[..., i * 48 : (i + 1) * 48].reshape(3, 7, 4, 12).transpose(1, 2) for i in range(3))
-    weights = (q @ k.transpose(2, 3) / math.sqrt(12)).masked_fill(~keep, -math.inf).softmax(dim=-1)
-    torch.testing.assert_close(attention(x, keep), attention.out((weights @ v).transpose(1, 2).reshape(3, 7, 48)), rtol=1e-5, atol=1e-6)
+    lengths = [l for n, l in runs for _ in range(n)]
+    firsts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    attention, x = Attention(48, 4, first_only=first_only), torch.randn(sum(lengths), 48)
+    expected = written_out(attention, x, lengths, first_only)
+    torch.testing.assert_close(attention(x, Packing(runs, firsts)), expected, rtol=1e-5, atol=1e-6)
+    q, k, v = attention.qkv(x).unflatten(1, (3, 4, 12)).unbind(1)
+    q = q[firsts] if first_only else q
+    y = F.scaled_dot_product_attention(nested(q, runs, [1] * len(runs) if first_only else None), nested(k, runs), nested(v, runs)).transpose(1, 2).values()
+    torch.testing.assert_close(attention.out(y.flatten(1)), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_captions_keep_their_order_their_words_and_nothing_else():
+    ids = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0], [9, 3, 1, 0], [2, 4, 0, 0]])
+    words, positions, (runs, firsts), places = pack(ids)
+    assert words.tolist() == [8, 2, 4, 5, 6, 7, 9, 3, 1] and positions.tolist() == [0, 0, 1, 0, 1, 2, 0, 1, 2]
+    assert runs == ((1, 1), (1, 2), (2, 3)) and firsts.tolist() == [0, 1, 3, 6] and words[firsts][places].tolist() == [5, 8, 9, 2]
+
+
+def test_captions_of_a_batch_do_not_see_each_other():
+    model, (_, ids) = build(VIT).eval(), batch(VIT, n=11)
+    one_by_one = torch.cat([model.encode_text(row[None, : (row != 0).sum()]) for row in ids])
+    torch.testing.assert_close(model.encode_text(ids), one_by_one, rtol=1e-5, atol=1e-6)
+
+
+def test_pictures_encoded_a_few_at_a_time_are_those_of_the_whole_batch():
+    """Without a graph, on a CPU, as many at a time as have 2^18 pixels."""
+    model = build(VIT).eval()
+    pixels = batch(VIT, n=300)[0]
+    sizes = []
+    model.vision.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        parts = model.encode_image(pixels)
+    torch.testing.assert_close(parts, model.encode_image(pixels), rtol=1e-5, atol=1e-6)
+    assert sizes == [256, 44, 300]
+
+
+@pytest.mark.parametrize("tower, tokens", [("vision", 6 * 17), ("text", 33)])
+def test_the_last_layer_computes_nothing_but_the_token_that_is_read(tower, tokens):
+    model, (pixels, ids) = build(VIT), batch(VIT)
+    seen = []
+    for block in getattr(model, tower).blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    model(pixels, ids)
+    assert seen == [tokens, 6] and (tower == "vision" or tokens == (ids != 0).sum())
+
+
+def test_the_wide_layer_of_an_mlp_is_kept_once():
+    """What a backward pass keeps: x, and the wide layer before its activation (else after it, too); the gradients are those of the plain layers."""
+    torch.manual_seed(0)
+    for activation in (QuickGELU(), torch.nn.GELU()):
+        mlp, x = MLP(16, activation), torch.randn(5, 16, requires_grad=True)
+        kept, results = [], []
+        for forward in (mlp, torch.nn.Sequential(*mlp)):
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+                y = forward(x)
+            count = kept.count((5, 64))
+            kept.clear()
+            results.append((count, *torch.autograd.grad(y.square().sum(), [x, *mlp.parameters()])))
+        assert results[0][0] <= 1 < results[1][0]
+        for ours, plain in zip(results[0][1:], results[1][1:]):
+            torch.testing.assert_close(ours, plain)
 
 
 def test_attention_pool_equals_the_written_out_softmax():
