@@ -69,53 +69,63 @@ def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
     image, text = gather(image_embed), gather(text_embed)                       # (N, D)
     N = len(image)
     i, j = truth if truth is not None else (torch.arange(N), torch.arange(N))   # on the CPU
-    Yr, Yc = 1 / torch.bincount(i)[i].to(image.dtype), 1 / torch.bincount(j)[j].to(image.dtype)     # (E,)
     turn = j.argsort(stable=True)                                               # the ones of Y sorted by column
-    pictures = image_embed, text, scale, i, j, tile                             # own rows of S: pictures look at captions
-    captions = text_embed, image, scale, j[turn], i[turn], tile                 # own columns, turned into rows: captions look at pictures
+    Yr, Yc = 1 / torch.bincount(i)[i].to(image.dtype), 1 / torch.bincount(j)[j].to(image.dtype)     # (E,)
+    pictures = image_embed, text, scale, *_stripes_of(image_embed, i, j, tile)                      # own rows of S: pictures look at captions
+    captions = text_embed, image, scale, *_stripes_of(text_embed, j[turn], i[turn], tile)           # own columns, turned into rows: captions look at pictures
 
-    r, to_captions = _log_sums(*pictures, Yr)
-    c, to_pictures = _log_sums(*captions, Yc[turn])
+    r, to_captions = _log_sums(*pictures, _to(image.device, Yr))
+    c, to_pictures = _log_sums(*captions, _to(image.device, Yc[turn]))
     all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
-    d_image = _gradient(*pictures, Yr + Yc, r, all_c)                           # s G T
-    d_text = _gradient(*captions, (Yr + Yc)[turn], c, all_r)                    # s Gᵀ I
+    d_image = _gradient(*pictures, _to(image.device, Yr + Yc), r, all_c)        # s G T
+    d_text = _gradient(*captions, _to(image.device, (Yr + Yc)[turn]), c, all_r)                     # s Gᵀ I
     d_scale = torch.bmm(image_embed[:, None], d_image[:, :, None]).sum() / scale                    # Σ_i I_i·dI_i / s, without an (N, D) product in memory
     return (to_captions + to_pictures) / (2 * N), d_image, d_text, d_scale
 
 
-def _log_sums(own, other, scale, rows, columns, tile, Y):
+def _stripes_of(own, rows, columns, tile):
+    """Own rows of S, some at a time -> their stripes: (first row, end, which of the ones of Y lie in them: from, to), and on the device the row (counted from the first own one) and the
+    column of every one of Y."""
+    t, first = max(1, tile // (len(own) * world_size())), own_rows(own).start
+    starts = list(range(0, len(own), t)) + [len(own)]
+    bounds = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
+    return list(zip(starts, starts[1:], bounds, bounds[1:])), _to(own.device, rows - first), _to(own.device, columns)
+
+
+def _log_sums(own, other, scale, stripes, rows, columns, Y):
     """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ Y S) over them: the cross-entropies."""
     log_sums, loss = own.new_empty(len(own)), own.new_zeros(())
-    for stripe, S, entries, cells in _stripes(own, other, scale, rows, columns, tile):
-        log_sums[stripe] = S.logsumexp(dim=1)
-        loss += log_sums[stripe].sum() - (Y[entries].to(S.device) * S[cells]).sum()
+    for start, stop, a, b in stripes:
+        S = (scale * own[start:stop]) @ other.T
+        log_sums[start:stop] = S.logsumexp(dim=1)
+        loss += log_sums[start:stop].sum() - (Y[a:b] * S[rows[a:b] - start, columns[a:b]]).sum()
         del S                                                                   # before the next stripe is made
     return log_sums, loss
 
 
-def _gradient(own, other, scale, rows, columns, tile, Y, own_log_sums, other_log_sums):
+def _gradient(own, other, scale, stripes, rows, columns, Y, own_log_sums, other_log_sums):
     """-> s G @ other (B, D): own rows of G, as many as a stripe holds at a time, times the other side's embeddings."""
     gradient = torch.empty_like(own)
-    for stripe, S, entries, cells in _stripes(own, other, scale, rows, columns, tile):
-        G = (S - own_log_sums[stripe, None]).exp_()                             # exp(S - r)
+    for start, stop, a, b in stripes:
+        S = (scale * own[start:stop]) @ other.T
+        G = (S - own_log_sums[start:stop, None]).exp_()                         # exp(S - r)
         G += S.sub_(other_log_sums).exp_()                                      # exp(S - c), in the place of S
-        G[cells] -= Y[entries].to(S.device)                                     # Yr + Yc
-        torch.mm(G, other, out=gradient[stripe])
+        G[rows[a:b] - start, columns[a:b]] -= Y[a:b]                            # Yr + Yc
+        torch.mm(G, other, out=gradient[start:stop])
         del S, G
     return gradient.mul_(scale / (2 * len(other)))
 
 
-def _stripes(own, other, scale, rows, columns, tile):
-    """Own rows of S, some at a time -> (which of the own rows, their logits (t, N), which of the ones of Y lie in them, and at which cells of the logits)."""
-    t, first = max(1, tile // len(other)), own_rows(own).start
-    starts = list(range(0, len(own), t)) + [len(own)]
-    bounds = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
-    for start, stop, a, b in zip(starts, starts[1:], bounds, bounds[1:]):
-        cells = (rows[a:b] - first - start).to(own.device), columns[a:b].to(own.device)
-        yield slice(start, stop), (scale * own[start:stop]) @ other.T, slice(a, b), cells
+def _to(device, x):
+    """A tensor of the CPU -> device, without waiting for what the device is doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 # ---------------------------------------------------------------------------------------------------------------- between processes
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def own_rows(x):
@@ -142,4 +152,4 @@ class _Gather(torch.autograd.Function):
 
 def gather(x):
     """Rows of all processes, in rank order, differentiable: (B, …) -> (N, …). Without torch.distributed, x itself."""
-    return _Gather.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return _Gather.apply(x) if world_size() > 1 else x

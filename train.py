@@ -40,7 +40,7 @@ import checkpoint
 import data
 from evaluate import embed_split, from_all, precision_of, retrieval_recall, start_processes
 from loss import gather, matches, tiled_loss
-from model import CLIP, CONFIGS, statistics_kept
+from model import CLIP, CONFIGS, statistics_kept, to_device
 from tokenizer import MASK, SEP
 
 # What each stage sets when no flag does. The paper gives no figures for the two pretraining stages; the learning rates are those of Chinese CLIP (from memory), the batch is a smaller one.
@@ -145,11 +145,12 @@ def main():
         ready = [functools.partial(prepare, *micro, draws, settings, device) for micro in zip(pixels, ids, batches.places)]
         seeds = [random_seed(settings.seed, step, rank, k) for k in range(len(ready))]              # functions of (seed, step, process, micro-batch), so never stored
         loss, norm = train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast)
-        run.took(step, loss, norm, lambda: [train_split.where(k) for _, k in batches.pairs(step - 1, range(settings.batch_size))])
+        run.took(step, loss, norm, lambda step=step: [train_split.where(k) for _, k in batches.pairs(step - 1, range(settings.batch_size))])
 
         due = lambda every: step == total or (every and step % every == 0)
         if due(settings.log_every):
-            run.log(meter.record(step, lr, norm, model, run))
+            run.look()
+            run.log(meter.record(step, lr, model, run))
         if due(settings.valid_every):
             with meter.paused():
                 validate(step)
@@ -184,7 +185,8 @@ def starting_point(args, last):
 
 
 def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocast):
-    """One optimizer step on this process's share of the global batch, however many micro-batches it takes -> loss of the global batch, norm of its gradient.
+    """One optimizer step on this process's share of the global batch, however many micro-batches it takes -> loss of the global batch, norm of its gradient; on the device, and nothing here
+    waits for it: while it computes this step, the next one is prepared.
 
     ready: for each micro-batch, a function that gives (pixels, ids); seeds: the seed of its dropout and patch masks. With one micro-batch the graph of the forward pass is kept;
     with several each is embedded without, and once more, alike, when the gradient at its embeddings is known (gradient caching, arXiv 2101.06983).
@@ -227,12 +229,12 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
     # 4. step, clamp
     scaler.unscale_(optimizer)
     norm = gradients.norm()
-    if math.isfinite(loss) and math.isfinite(norm):
-        scaler.step(optimizer)
-        model.clamp_logit_scale()
-    else:
-        for x, before in buffers:
-            x.copy_(before)
+    finite = (loss + norm).isfinite()
+    optimizer.found_inf = 1 - finite.float()                                    # 1: the fused kernel leaves weights and moments alone. (An enabled scaler puts its own in this place.)
+    scaler.step(optimizer)
+    model.clamp_logit_scale()
+    for x, before in buffers:
+        x.copy_(torch.where(finite, x, before))
     scaler.update()                                                             # under fp16: a lower scale after what was not finite, a higher one after a long while without
     return loss, norm
 
@@ -283,10 +285,10 @@ class GradientSum:
             for work in self.works:
                 work.wait()
         self.works, self.sending = [], False
-        return self.buckets[0][-1].item()
+        return self.buckets[0][-1].clone()
 
     def norm(self):
-        return torch.stack([flat[:-1].norm() for flat in self.buckets]).norm().item()
+        return torch.stack([flat[:-1].norm() for flat in self.buckets]).norm()
 
 
 def exchange(image_keys, text_keys, bad):
@@ -317,11 +319,12 @@ def random_draws(settings, step, context_length):
 
 
 def prepare(pixels, ids, share, draws, settings, device):
-    """A micro-batch as read, (b, 3, R, R) uint8 and (b, L), with its places in the global batch -> augmented and normalised pictures, captions with some tokens [MASK]; on the device."""
-    pixels, ids = pixels.to(device, non_blocking=True).float() / 255, ids.to(device, non_blocking=True)
-    for_pictures, for_tokens = (x if x is None else x[share.start : share.stop].to(device) for x in draws)
+    """A micro-batch as read, (b, 3, R, R) uint8 and (b, L), with its places in the global batch -> augmented and normalised pictures on the device; captions with some tokens [MASK], on the
+    CPU, where the model packs them."""
+    pixels = pixels.to(device, non_blocking=True).float() / 255
+    for_pictures, for_tokens = (x if x is None else x[share.start : share.stop] for x in draws)
     if for_pictures is not None:
-        pixels = data.augment(pixels, for_pictures, **data.AUGMENT[settings.augment])
+        pixels = data.augment(pixels, to_device(for_pictures, device), **data.AUGMENT[settings.augment])
     if for_tokens is not None:
         ids = torch.where((for_tokens < settings.mask_tokens) & (ids > SEP), MASK, ids)             # never [PAD], [UNK], [CLS], [SEP]
     return data.normalize(pixels), ids
@@ -373,6 +376,7 @@ class Run:
         self.best, self.best_step, self.best_share = -1.0, 0, None              # highest score on the valid split so far, when, and of which average
         self.averaged = False                                                   # whether the averages of start and end have been tried
         self.losses, self.skipped = [], 0                                       # of the steps since the last line; how many steps fp16 scaling has skipped
+        self.norm, self.unseen = math.nan, None                                 # of the last gradient that was looked at; what `took` has not looked at yet
         self.bad = set()                                                        # numbers of the pairs that could not be read
         self.saved = time.time()
 
@@ -457,18 +461,34 @@ class Run:
                                 f"{self.out / 'bad_samples.jsonl'} lists them. The first: {fresh[0]['reason']}")
 
     def took(self, step, loss, norm, pairs):
-        """After a step: keep its loss; or stop, when loss or gradient were not finite. Under fp16 scaling such steps are counted: they are how the scale is found."""
+        """After a step: look at the loss and the gradient of the step before it. Those of this one, tensors of a device that may still be computing them, are looked at after the next step, or
+        before anything is logged or saved."""
+        self.look()
+        figures = torch.stack([loss, norm]).to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event() if loss.is_cuda else None
+        if arrived:
+            arrived.record()
+        self.unseen = step, figures, arrived, pairs
+
+    def look(self):
+        """Keep the loss of the last step; or stop, when loss or gradient were not finite. Under fp16 scaling such steps are counted: they are how the scale is found."""
+        if self.unseen is None:
+            return
+        (step, figures, arrived, pairs), self.unseen = self.unseen, None
+        if arrived:
+            arrived.synchronize()
+        loss, self.norm = figures.tolist()
         if math.isfinite(loss):
             self.losses.append(loss)
-        if math.isfinite(loss) and math.isfinite(norm):
+        if math.isfinite(loss) and math.isfinite(self.norm):
             return
         self.skipped += 1
         if self.scaler.is_enabled() and self.scaler.get_scale() > 2**-10:
             return                                                              # it has halved its scale
         where = self.out / "nonfinite.json"
         if self.first:
-            data.write_text(where, json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(norm), "pairs": pairs()}, ensure_ascii=False))
-        raise data.BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {norm}; the step was not taken. {where} lists the pairs of the batch (before any replacement); "
+            data.write_text(where, json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(self.norm), "pairs": pairs()}, ensure_ascii=False))
+        raise data.BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {self.norm}; the step was not taken. {where} lists the pairs of the batch (before any replacement); "
                             f"{self.out / 'last.pt'} holds the run before. A lower --lr or --precision fp32 may help")
 
     def log(self, record):
@@ -537,6 +557,7 @@ class Run:
 
     def snapshot(self, step):
         """Write last.pt; never with weights that are not numbers, so what is there can always be continued."""
+        self.look()
         if self.first:
             if not all(x.isfinite().all() for x in self.model.state_dict().values()):
                 raise data.BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
@@ -589,9 +610,9 @@ class Meter:
         self.first_step, self.total, self.batch_size, self.pairs, self.device = first_step, total, settings.batch_size, pairs, device
         self.begin, self.tick, self.last = time.time(), time.time(), first_step
 
-    def record(self, step, lr, norm, model, run):
+    def record(self, step, lr, model, run):
         now, loss = time.time(), sum(run.losses) / len(run.losses) if run.losses else None
-        record = {"step": step, "epoch": step * self.batch_size / self.pairs, "loss": loss, "gradient_norm": norm if math.isfinite(norm) else None, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(), "skipped": run.skipped,
+        record = {"step": step, "epoch": step * self.batch_size / self.pairs, "loss": loss, "gradient_norm": run.norm if math.isfinite(run.norm) else None, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(), "skipped": run.skipped,
                   "samples_per_s": (step - self.last) * self.batch_size / (now - self.tick),
                   "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step), "memory_mib": memory_mib(self.device)}
         self.tick, self.last = now, step
