@@ -1,0 +1,412 @@
+"""How fast it is: against the limit that the hardware sets, and against the peer.
+
+    python bench.py                                         # vit-b-16 on this device, fp32 and the default precision
+    python bench.py --peer                                  # beside cn_clip, with ratios (pip install --no-deps cn_clip==1.6.0 six)
+    python bench.py --model vit-l-14 --batch-size 256 --rows image,stage2 --peer
+
+One table: how many pictures, captions or pairs a second; what share that is of the fastest large matrix product of this device in the same run (operations are counted from the sizes: two
+for each multiplication that the result needs); and with --peer how many times cn_clip's rate, from the same weights and the same batches in the same process, with what the two results
+differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over the rounds, in brackets the lowest and the highest ratio of a round.
+Peak memory is that of a process that does nothing but one kind of training step.
+"""
+import argparse
+import contextlib
+import functools
+import io
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+from typing import Callable, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from PIL import Image
+
+import checkpoint
+import data
+import evaluate
+import painter
+import train
+from loss import tiled_loss
+from model import CLIP, CONFIGS
+from tokenizer import CLS, SEP, Tokenizer
+
+ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
+MICRO_BATCHES = 4                                                               # of the row `cached`
+
+
+class Row(NamedTuple):
+    what: str
+    precision: str
+    count: int                                                                  # pictures, captions or pairs of one call
+    ours: Callable
+    theirs: Callable | None = None                                              # the peer's way to the same thing
+    operations: float = 0.0                                                     # that one call of ours needs; 0: none are counted
+    difference: str = ""                                                        # how far apart the two results are
+
+
+# ---------------------------------------------------------------------------------------------------------------- operations, from the sizes
+
+
+def operations(cfg, lengths):
+    """Floating-point operations of encoding one picture, and of encoding captions of these lengths."""
+    vit = isinstance(cfg.vision_layers, int)
+    patches = (cfg.image_size // cfg.patch_size) ** 2 if vit else 0
+    picture = 2 * patches * 3 * cfg.patch_size**2 * cfg.vision_width + transformer([1 + patches], cfg.vision_layers, cfg.vision_width, cfg.embed_dim) if vit else resnet(cfg)
+    return picture, transformer(lengths, cfg.text_layers, cfg.text_width, cfg.embed_dim)
+
+
+def transformer(lengths, layers, C, D):
+    """Sequences of these lengths through transformer layers C wide, and the projection of one token each. In the last layer that token alone asks; keys and values are needed of all."""
+    tokens, firsts = sum(lengths), len(lengths)
+    for_each_query, for_each_token = 2 * (C * C + C * C + 8 * C * C), 2 * 2 * C * C                 # query, output, MLP; key, value
+    pairs, first_pairs = sum(l * l for l in lengths), tokens                    # of query and key: 2 x 2 C each, for the score and for the sum of values
+    whole = tokens * (for_each_query + for_each_token) + 4 * C * pairs
+    last = firsts * for_each_query + tokens * for_each_token + 4 * C * first_pairs
+    return (layers - 1) * whole + last + firsts * 2 * C * D
+
+
+def resnet(cfg):
+    """One picture through the ModifiedResNet: a convolution of k x k from c to c' channels takes 2 k² c c' for each place of its output."""
+    conv = lambda side, k, c_in, c_out: 2 * k * k * c_in * c_out * side * side
+    C, side = cfg.vision_width, cfg.image_size // 2
+    total = conv(side, 3, 3, C // 2) + conv(side, 3, C // 2, C // 2) + conv(side, 3, C // 2, C)
+    side, c_in = side // 2, C
+    for group, depth in enumerate(cfg.vision_layers):
+        c = C * 2**group
+        for i in range(depth):
+            small = side // 2 if group and i == 0 else side                     # the block's average pool comes after its 3 x 3 convolution
+            total += conv(side, 1, c_in, c) + conv(side, 3, c, c) + conv(small, 1, c, 4 * c) + (conv(small, 1, c_in, 4 * c) if i == 0 else 0)
+            side, c_in = small, 4 * c
+    places = 1 + side * side                                                    # of the attention pool: keys and values of all, the query and the output of one; and attention
+    return total + 2 * c_in * c_in * (2 * places + 1) + 4 * places * c_in + 2 * c_in * cfg.embed_dim
+
+
+def peak(device, dtype, seconds=2.0):
+    """Operations a second of the fastest large matrix product."""
+    best = 0.0
+    for n in ((4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 4096)):
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        end = time.perf_counter() + seconds / 3
+        while time.perf_counter() < end:
+            best = max(best, 2 * n**3 / timed(lambda: a @ b, device))
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------------------- measuring
+
+
+def timed(call, device):
+    """Seconds of one call, the device's work included."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measured(row, device, rounds):
+    """Ours and the peer's in turn -> seconds of one call of ours, of each round; the same of the peer's, or None. What takes less than a tenth of a second is called more often in a round."""
+    calls = [call for call in (row.ours, row.theirs) if call]
+    times = []
+    for call in calls:
+        call()
+        times.append(max(1, round(0.1 / timed(call, device))))
+    results = [[timed(lambda: [call() for _ in range(often)], device) / often for call, often in zip(calls, times)] for _ in range(rounds)]
+    ours, *theirs = zip(*results)
+    return ours, theirs[0] if theirs else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- what is measured
+
+
+class Bench:
+    """A model with random weights, the peer's with the same ones, a batch; and the rows."""
+
+    def __init__(self, name, batch_size, device, peer):
+        self.cfg, self.device, self.batch_size = CONFIGS[name], device, batch_size
+        torch.manual_seed(0)
+        self.model = CLIP(self.cfg).to(device)
+        self.peer = Peer(name, self.model, device) if peer else None
+        generator = torch.Generator().manual_seed(0)
+        self.pixels = torch.randint(0, 256, (batch_size, 3, self.cfg.image_size, self.cfg.image_size), dtype=torch.uint8, generator=generator)
+        self.ids = captions_of(torch.randint(14, 27, (batch_size,), generator=generator), self.cfg, generator)              # 20 tokens on average, [CLS] and [SEP] among them
+        self.picture_ops, text_ops = operations(self.cfg, self.lengths(self.ids))
+        self.text_ops = text_ops / batch_size
+
+    def lengths(self, ids):
+        return (ids != 0).sum(dim=1).tolist()
+
+    def encoding(self, what, encode, theirs, count, ops, precision):
+        autocast, name = evaluate.precision_of(precision, self.device, evaluating=True)
+        peer_autocast = self.peer.autocast(precision) if self.peer else None
+
+        @torch.no_grad()
+        def ours():
+            self.model.eval()
+            with autocast():
+                return encode()
+
+        @torch.no_grad()
+        def peers():
+            self.peer.model.eval()
+            with peer_autocast():
+                x = theirs()
+                return x / x.norm(dim=-1, keepdim=True)
+
+        difference = f"embeddings differ by {(ours() - peers().float()).abs().max().item():.0e}" if self.peer else ""
+        return Row(f"{what}, {name}", name, count, ours, peers if self.peer else None, ops, difference)
+
+    def image(self, precision):
+        pixels = data.normalize(self.pixels.to(self.device).float() / 255)
+        return self.encoding("image encoding", lambda: self.model.encode_image(pixels), lambda: self.peer.model.encode_image(pixels), len(pixels), len(pixels) * self.picture_ops, precision)
+
+    def text(self, precision):
+        ids, there = self.ids.repeat(4, 1), self.ids.repeat(4, 1).to(self.device)
+        return self.encoding("text encoding", lambda: self.model.encode_text(ids), lambda: self.peer.model.encode_text(there), len(ids), len(ids) * self.text_ops, precision)
+
+    def step(self, what, precision, frozen=False, features=False, micro_batches=1):
+        """A training step, from uint8 pictures and ids on the CPU to new weights; with a learning rate of 0, which costs the same, so that ours and the peer's stay what they are."""
+        autocast, name = evaluate.precision_of(precision, self.device)
+        model = self.model.train()
+        model.vision_frozen = frozen
+        model.vision.requires_grad_(not frozen)
+        model.train()
+        optimizer = train.make_optimizer(model, 0.001)
+        gradients = train.GradientSum([p for p in model.parameters() if p.requires_grad])
+        scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
+        settings = types.SimpleNamespace(augment="none", mask_tokens=0.0)
+        pixels = self.pixels
+        if features:
+            with torch.no_grad():
+                pixels = torch.cat([model.encode_image(train.prepare(p, None, None, (None, None), settings, self.device)[0]) for p in pixels.split(16)]).half().cpu()
+        pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
+        ready = [functools.partial(train.prepare, pixels, self.ids, None, (None, None), settings, self.device)] * micro_batches
+        ours = lambda: train.train_step(model, ready, [1] * micro_batches, None, gradients, optimizer, scaler, autocast)
+        theirs, difference = None, ""
+        if self.peer and micro_batches == 1:
+            theirs = self.peer.step(self.pixels, self.ids, precision, frozen)
+            difference = self.peer.difference(self.model, *ready[0](), self.pixels, self.ids)
+        needed = 3 * self.text_ops + (0 if features else self.picture_ops if frozen else 3 * self.picture_ops)
+        return Row(f"{what}, {name}", name, len(self.ids) * micro_batches, ours, theirs, len(self.ids) * micro_batches * needed, difference)
+
+    def stage1(self, precision):
+        return self.step("stage 1 step", precision, frozen=True)
+
+    def features(self, precision):
+        return self.step("stage 1 step, features kept", precision, frozen=True, features=True)
+
+    def stage2(self, precision):
+        return self.step("stage 2 step", precision)
+
+    def cached(self, precision):
+        return self.step(f"stage 2 step of {MICRO_BATCHES} micro-batches", precision, micro_batches=MICRO_BATCHES)
+
+    # what does not depend on the towers' precision
+
+    def loss(self, _):
+        """The loss of a large batch, and its gradient at the embeddings; the peer's by autograd."""
+        N = 32768 if self.device.type == "cuda" else 4096
+        image, text = (torch.nn.functional.normalize(torch.randn(N, self.cfg.embed_dim, device=self.device), dim=1) for _ in range(2))
+        scale = torch.tensor(100.0, device=self.device)
+
+        def plain():
+            """As in cn_clip: two matrices of logits, two cross-entropies."""
+            a, b, target = image.clone().requires_grad_(), text.clone().requires_grad_(), torch.arange(N, device=self.device)
+            loss = (torch.nn.functional.cross_entropy(scale * a @ b.T, target) + torch.nn.functional.cross_entropy(scale * b @ a.T, target)) / 2
+            loss.backward()
+            return loss, a.grad, b.grad
+
+        apart = max(((x - y).norm() / y.norm()).item() for x, y in zip(tiled_loss(image, text, scale), plain())) if self.peer else 0.0
+        return Row(f"loss and gradient of {N:,} pairs, fp32", "fp32", N, lambda: tiled_loss(image, text, scale), plain if self.peer else None, 16 * N * N * self.cfg.embed_dim,
+                   f"relative {apart:.0e}")
+
+    def tokenizer(self, _):
+        rng = random.Random(0)
+        texts = [painter.describe(painter.random_scene(rng)) for _ in range(500)] + [painter.describe_landscape(painter.random_landscape(rng)) for _ in range(500)]
+        ours = lambda tokenizer=Tokenizer(): tokenizer(texts)
+        theirs = (lambda: self.peer.tokenize([text.lower().replace("“", '"').replace("”", '"') for text in texts], 52)) if self.peer else None
+        return Row("tokenizer, 1,000 captions", "", len(texts), ours, theirs, 0, "ids " + ("equal" if self.peer and torch.equal(ours(), theirs()) else "DIFFER"))
+
+    def loading(self, _):
+        """JPEG files of 500 x 375 -> tensors for training, on one core; the peer's without --use-augment, as is its default."""
+        folder = Path(tempfile.mkdtemp(prefix="ce-clip-bench-"))
+        paths = [folder / f"{i}.jpg" for i in range(50)]
+        for i, path in enumerate(paths):
+            photo(i).save(path, quality=90)
+        R = self.cfg.image_size
+        ours = one_core(lambda: [data.training_pixels(path.read_bytes(), R, path.name) for path in paths])
+        theirs = one_core(lambda: [self.peer.transform(Image.open(path)) for path in paths]) if self.peer else None
+        apart = statistics.mean((data.normalize(x / 255) - y).abs().mean().item() * 0.27 * 255 for x, y in zip(ours(), theirs())) if self.peer else 0
+        return Row(f"pictures 500 x 375 to {R} on a core", "", len(paths), ours, theirs, 0, f"{apart:.3f} of 255 on average")
+
+    def evaluation(self, _):
+        """Recall of 1,000 pictures and 5,000 captions in both directions, from their embeddings; the peer's: see --peer."""
+        image, text = (torch.nn.functional.normalize(torch.randn(n, self.cfg.embed_dim), dim=1) for n in (1000, 5000))
+        positives = [[t // 5] for t in range(5000)]
+        return Row("recall of 1,000 pictures, 5,000 captions", "", 5000, lambda: evaluate.retrieval_recall(image, text, positives))
+
+
+def captions_of(lengths, cfg, generator):
+    """Random words of so many tokens, [CLS] and [SEP] among them -> (B, L) int64."""
+    ids = torch.randint(200, cfg.vocab_size, (len(lengths), cfg.context_length), generator=generator)
+    places = torch.arange(cfg.context_length)
+    ids[:, 0] = CLS
+    ids[places == lengths[:, None] - 1] = SEP
+    return ids.masked_fill(places >= lengths[:, None], 0)
+
+
+def photo(seed):
+    """A picture with the smooth parts, edges and grain of a photo, 500 x 375."""
+    rng = np.random.default_rng(seed)
+    layers = [np.asarray(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32) for side in (4, 16, 60)]
+    return Image.fromarray((0.6 * layers[0] + 0.3 * layers[1] + 0.1 * layers[2] + rng.normal(0, 4, (375, 500, 3))).clip(0, 255).astype(np.uint8))
+
+
+def one_core(call):
+    """call, with one thread."""
+    def alone():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(threads)
+    return alone
+
+
+# ---------------------------------------------------------------------------------------------------------------- the peer
+
+
+class Peer:
+    """cn_clip 1.6.0: its model with our weights, its loss, its optimizer as its main sets it up."""
+
+    def __init__(self, name, model, device):
+        try:
+            import cn_clip.clip as package
+            from cn_clip.clip.model import CLIP as PeerCLIP
+            from cn_clip.training.train import get_loss
+        except ImportError as error:
+            raise data.BadInput(f"--peer: cn_clip cannot be imported ({error}); pip install --no-deps cn_clip==1.6.0 six") from None
+        self.device, self.get_loss, self.tokenize, self.transform = device, get_loss, package.tokenize, package.utils.image_transform(model.cfg.image_size)
+        folder, sizes = Path(package.__file__).parent / "model_configs", {}
+        for part in checkpoint.PEER_NAMES[name]:
+            sizes |= json.loads((folder / f"{part}.json").read_text())
+        if isinstance(sizes["vision_layers"], str):
+            sizes["vision_layers"] = json.loads(sizes["vision_layers"])
+        self.model = PeerCLIP(**sizes).to(device)
+        layout = checkpoint.Layout("Chinese-CLIP", resnet=None if model.cfg.patch_size else model.cfg.vision_layers)
+        left = self.model.load_state_dict(layout.to_theirs(model.state_dict()), strict=False)
+        assert not left.unexpected_keys and all("pooler" in key for key in left.missing_keys), left
+
+    def autocast(self, precision):
+        """Its default, "amp", is fp16 on a GPU; on a CPU it does nothing."""
+        return functools.partial(torch.autocast, self.device.type, dtype=torch.float16, enabled=precision != "fp32" and self.device.type == "cuda")
+
+    def loss_of(self, pixels, ids):
+        args = types.SimpleNamespace(accum_freq=1, mask_ratio=0, distillation=False, aggregate=False, local_device_rank=self.device.index, report_training_batch_acc=False)
+        entropy = torch.nn.CrossEntropyLoss()
+        with mock.patch.object(torch.Tensor, "cuda", lambda x, *_, **__: x) if self.device.type == "cpu" else contextlib.nullcontext():
+            return self.get_loss(self.model, pixels, ids, entropy, entropy, args)[0]
+
+    def pixels(self, pixels):
+        """Its loader gives float pictures; normalising them is its readers' work."""
+        return data.normalize(pixels.float() / 255).to(self.device)
+
+    def step(self, pixels, ids, precision, frozen):
+        """Its training step. --freeze-vision keeps the vision tower from getting gradients."""
+        self.model.train()
+        self.model.visual.requires_grad_(not frozen)
+        exempt = lambda name: any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        groups = [{"params": [p for name, p in named if exempt(name)], "weight_decay": 0.0}, {"params": [p for name, p in named if not exempt(name)], "weight_decay": 0.001}]
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
+        autocast, scaler = self.autocast(precision), torch.amp.GradScaler(self.device.type, enabled=precision != "fp32" and self.device.type == "cuda")
+        pixels, there = self.pixels(pixels).cpu(), self.device
+
+        def step():
+            optimizer.zero_grad()
+            with autocast():
+                loss = self.loss_of(pixels.to(there), ids.to(there))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            self.model.logit_scale.data = torch.clamp(self.model.logit_scale.data, 0, 4.6052)
+            return loss
+
+        return step
+
+    def difference(self, model, pixels, ids, raw, there):
+        """Of the loss and of its gradient at the text projection, relative; in fp32, without dropout."""
+        results = []
+        model.eval(), self.model.eval()
+        image, text = (pixels.float() if pixels.ndim == 2 else model.encode_image(pixels)), model.encode_text(ids)
+        for loss, projection in ((contrastive_loss(image, text, model.logit_scale.exp()), model.text_projection), (self.loss_of(self.pixels(raw), there.to(self.device)), self.model.text_projection)):
+            results.append([loss.detach(), *torch.autograd.grad(loss, [projection])])
+        model.train(), self.model.train()
+        loss, gradient = (((x - y).norm() / y.norm()).item() for x, y in zip(*results))
+        return f"loss {loss:.0e}, gradient {gradient:.0e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- memory
+
+
+def peak_memory(who, name, batch_size, precision):
+    """In a process of its own: three stage 2 steps -> MiB that it has needed at most."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if who == "ours":
+        data.keep_freed_memory()                                                # as train.py does
+    bench = Bench(name, batch_size, device, False)
+    if who == "ours":
+        call = bench.stage2(precision).ours
+    else:
+        peer = Peer(name, bench.model, device)
+        del bench.model
+        call = peer.step(bench.pixels, bench.ids, precision, False)
+    for _ in range(3):
+        call()
+    return train.memory_mib(device)
+
+
+def apart(function, *arguments):
+    """function(*arguments) in a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+# ---------------------------------------------------------------------------------------------------------------- command line
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit-b-16", help=f"{', '.join(CONFIGS)} (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, help="pairs in a step and pictures at a time (default: 16, on a GPU 256)")
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"which rows, of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
+    parser.add_argument("--peer", action="store_true", help="measure cn_clip beside it")
+    args = parser.parse_args()
+    names = args.rows.split(",")
+    if args.model not in CONFIGS:
+        raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
+    if args.peer and args.model not in checkpoint.PEER_NAMES:
+        raise data.BadInput(f"--peer: cn_clip has no {args.model}; it has {', '.join(checkpoint.PEER_NAMES)}")
+    if unknown := [name for name in names if name not in ROWS]:
+        raise data.BadInput(f"--rows {args.rows}: no row {unknown[0]!r}; there are {', '.join(ROWS)}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch_size = args.batch_size or (256 if device.type == "cuda" else 16)
+    if not (2 <= batch_size <= 10**6 and 1 <= args.rounds <= 1000):
+        raise data.BadInput(f"--batch-size {args.batch_size} --rounds {args.rounds}: out of range, 2 to 1e6 and 1 to 1000")
