@@ -201,7 +201,7 @@ def equal_runs(out, other):
         assert a["step"] == b["step"] and same(a["model"], b["model"]) == set(b["model"])
         for k, moments in a.get("optimizer", {"state": {}})["state"].items():
             assert all(torch.equal(x, b["optimizer"]["state"][k][n]) for n, x in moments.items())
-    timeless = lambda folder: [{k: v for k, v in m.items() if k not in ("samples_per_s", "seconds_left", "memory_mib")} for m in metrics(folder)]
+    timeless = lambda folder: [{k: v for k, v in m.items() if k not in ("samples_per_s", "seconds_left", "memory_mib", "waiting")} for m in metrics(folder)]
     assert timeless(out) == timeless(other)
     assert (out / "bad_samples.jsonl").exists() == (other / "bad_samples.jsonl").exists()
     if (out / "bad_samples.jsonl").exists():
