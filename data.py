@@ -29,6 +29,7 @@ import functools
 import glob
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -990,7 +991,7 @@ def training_pixels(picture, size, name):
     """The pixels of training: the bytes of a picture file, or a PIL picture, painted -> (3, size, size) uint8. Raises BadInput with its name when it cannot be read.
 
     Evaluation's figures are compared with those of other programs, so its pixels are Pillow's, bit for bit. Training has no such duty, but often waits for its pictures: so it takes
-    JPEGs by faster ways, to pixels that differ by less than anyone sees (of 255, on photos: 0.005 on average and 2 at most; decoded at a reduced scale 0.4 and 5).
+    JPEGs by faster ways, to pixels that differ by less than anyone sees (of 255, on photos: 0.005 on average and 2 at most; decoded at a reduced scale 0.1 to 0.8, and 7).
     """
     if isinstance(picture, Image.Image):
         return to_uint8(picture, size)
@@ -1016,7 +1017,7 @@ def resized(pixels, size):
 def jpeg_pixels(encoded):
     """An RGB or grey JPEG -> (3, H, W) uint8, Pillow's bits in less time. None where torchvision cannot: then Pillow decodes it, or says what is wrong with the file."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                         # torchvision calls its decoder deprecated; torch, that the bytes are not to be written to
+        warnings.simplefilter("ignore")                                         # torch: that bytes are not to be written to; they are not
         try:
             return jpeg_decoder()(torch.frombuffer(encoded, dtype=torch.uint8))
         except Exception:
@@ -1025,11 +1026,13 @@ def jpeg_pixels(encoded):
 
 @functools.cache
 def jpeg_decoder():
-    """torchvision's decoder, imported at the first JPEG, since that takes two seconds; where it is missing or broken, one that decodes nothing."""
+    """torchvision's decode_jpeg, or where that is missing or broken a function that decodes nothing. Of torchvision only this library is loaded: importing the package would cost each
+    reader three seconds and 90 MB, and its function of that name only warns (from 0.29 on, that it will go) before it calls this one."""
     try:
-        import torchvision.io
-        return functools.partial(torchvision.io.decode_jpeg, mode=torchvision.io.ImageReadMode.RGB)
-    except Exception:                                                           # ImportError, AttributeError, or what a torchvision made for another torch raises
+        (folder,) = importlib.util.find_spec("torchvision").submodule_search_locations
+        torch.ops.load_library(next(Path(folder).glob("image*.so")))            # image.so, from 0.29 on image_stable.so
+        return functools.partial(torch.ops.image.decode_jpeg, mode=3)           # 3: ImageReadMode.RGB
+    except Exception:                                                           # not there, made for another torch, …
         return lambda _: None
 
 
