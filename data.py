@@ -57,7 +57,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import painter
 from tokenizer import Tokenizer
@@ -1150,7 +1150,8 @@ def collate(samples):
     pixels, ids, image_keys, text_keys, bad = zip(*samples)
     most = max(map(len, image_keys))
     image_keys = torch.tensor([list(keys) + [-1] * (most - len(keys)) for keys in image_keys])
-    return torch.stack(pixels), torch.from_numpy(np.stack(ids).astype(np.int64)), image_keys, torch.tensor(text_keys), [report for reports in bad for report in reports]
+    pixels = default_collate(pixels)                                            # as torch.stack; in a reader right into the memory that is shared with training, which spares a copy
+    return pixels, torch.from_numpy(np.stack(ids).astype(np.int64)), image_keys, torch.tensor(text_keys), [report for reports in bad for report in reports]
 
 
 def training_loader(split, image_size, batches, workers, pin_memory=False):

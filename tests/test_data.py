@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import bomb, jpeg, png, refused, script, write_tar, write_tsv_split
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import data
 from data import BadInput, Batches, open_split, training_loader
@@ -240,6 +241,14 @@ def test_workers_change_nothing(tsv_folder):
     several = [list(training_loader(split, 32, Batches(split, 6, 0, 0, 5), workers)) for workers in (0, 1, 2)]
     for other in several[1:]:
         assert all(torch.equal(x, y) for a, b in zip(several[0], other) for x, y in zip(a[:4], b[:4]))
+
+
+def test_a_reader_puts_the_pictures_of_a_batch_right_into_shared_memory(tsv_folder):
+    split = open_split(tsv_folder, "train")
+    samples = [data.TrainingPairs(split, 32)[0, k] for k in range(3)]
+    assert not data.collate(samples)[0].is_shared() and torch.equal(data.collate(samples)[0], torch.stack([sample[0] for sample in samples]))
+    where = lambda samples: data.collate(samples)[0].is_shared()
+    assert list(DataLoader(samples, batch_size=3, num_workers=1, collate_fn=where)) == [True]
 
 
 def test_pictures_are_not_kept_in_memory(tsv_folder):
