@@ -170,7 +170,7 @@ class Progress:
 class Split:
     """One split of a data set: T captions, I pictures, and which pictures each caption describes.
 
-    endless        whether each epoch has new pictures (the painted train split): then there are no fixed texts, image_ids, …: only name, len(), sample() and fingerprint()
+    endless        whether each epoch has new pictures (the painted train split): then there are no fixed texts, image_ids, …: only name, len(), sample(), picture_name() and fingerprint()
     name           for messages, e.g. "COCO-CN/test"
     texts          T captions
     positives      T lists of picture indices: positives[t] = the pictures that caption t describes; may be empty (such a caption is no query)
@@ -180,7 +180,7 @@ class Split:
     captions_of    I lists of text keys: all that describe a picture
     pairs          (caption, picture) index pairs, in the data set's order: the training samples
 
-    Training asks for len(), sample(), order(), where() and fingerprint(); evaluation for texts, image_ids, positives, ids and picture().
+    Training asks for len(), sample(), picture_name(), order(), where() and fingerprint(); evaluation for texts, image_ids, positives, ids and picture().
     """
 
     endless = False
@@ -230,7 +230,8 @@ class Split:
         BadInput when the file cannot be read; whether it decodes `training_pixels` will see. Here all epochs are alike."""
         t, i = self.pairs[k]
         with refused_as(self.picture_name(k)):
-            return self.picture_bytes(i), self.ids[t], self.captions_of[i], self.text_keys[t]
+            picture = self.picture_bytes(i)
+        return picture, self.ids[t], self.captions_of[i], self.text_keys[t]
 
     def picture_name(self, k):
         """What a message calls the picture of pair k."""
@@ -540,7 +541,8 @@ class ShardSplit(Split):
     def sample(self, epoch, k):
         which, texts = self._captions(k)
         with refused_as(self.picture_name(k)):
-            return self.pair_bytes(k), self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
+            picture = self.pair_bytes(k)
+        return picture, self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
 
     def files(self):
         return self.shards
@@ -982,7 +984,7 @@ def to_rgb(picture):
 
 
 def to_uint8(picture, size):
-    """The pixels of evaluation: a PIL picture -> (3, size, size) uint8: bicubic with antialias, the whole picture, no crop. RGB first: resizing palette indices would mix unrelated colours."""
+    """The pixels of evaluation: a PIL picture -> (3, size, size) uint8, bicubic with antialias, the whole picture, no crop. RGB first: resizing palette indices would mix unrelated colours."""
     picture = to_rgb(picture).resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
@@ -997,18 +999,18 @@ def training_pixels(picture, size, name):
         return to_uint8(picture, size)
     with refused_as(name):
         encoded, picture = picture, opened(picture)
-        whole, upright = picture.size, picture.getexif().get(0x0112, 1) == 1
+        whole = picture.size
         picture.draft(None, (2 * size, 2 * size))                               # a large JPEG is decoded at 1/2, 1/4 or 1/8, a part of the work; each side stays twice as long as needed
         if picture.size != whole:
             return resized(torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1), size)
-        if picture.format == "JPEG" and picture.mode in ("RGB", "L") and upright and (pixels := jpeg_pixels(encoded)) is not None:
+        if picture.format == "JPEG" and picture.mode in ("RGB", "L") and picture.getexif().get(0x0112, 1) == 1 and (pixels := jpeg_pixels(encoded)) is not None:
             return resized(pixels, size)
         picture.load()                                                          # every other picture: as in evaluation
         return to_uint8(picture, size)
 
 
 def resized(pixels, size):
-    """What `to_uint8` does, four times as fast by torch where the processor has AVX2: (3, H, W) uint8 that lie in memory as (H, W, 3) -> (3, size, size)."""
+    """What `to_uint8` does, by torch, which takes a third of the time where the processor has AVX2: (3, H, W) uint8 that lie in memory as (H, W, 3) -> (3, size, size)."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return to_uint8(Image.fromarray(pixels.permute(1, 2, 0).numpy()), size)
     return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()

@@ -522,8 +522,8 @@ def apart(encoded, size):
     return difference.max().item(), difference.float().mean().item()
 
 
-JPEGS = {"RGB": saved(photo(250, 187), quality=90), "grey": saved(photo(200, 230).convert("L")), "progressive": saved(photo(121, 77), progressive=True), "4:4:4": saved(photo(99, 45), subsampling=0),
-         "a line": saved(photo(200, 1)), "a dot": saved(photo(1, 1))}
+JPEGS = {"RGB": saved(photo(250, 187), quality=90), "grey": saved(photo(200, 230).convert("L")), "progressive": saved(photo(121, 77), progressive=True),
+         "4:4:4": saved(photo(99, 45), subsampling=0), "a line": saved(photo(200, 1)), "a dot": saved(photo(1, 1))}
 
 
 @pytest.mark.parametrize("encoded", JPEGS.values(), ids=JPEGS)
@@ -538,7 +538,8 @@ def test_jpegs_train_on_what_pillow_sees_but_for_rounding(encoded, monkeypatch):
     assert most <= 3 and mean < 0.03 and torch.equal(ours, data.training_pixels(encoded, 112, "it"))
 
 
-@pytest.mark.parametrize("encode", [lambda p: saved(p, quality=90), lambda p: saved(p.convert("L")), lambda p: saved(p.convert("CMYK"), quality=90), turned], ids=["RGB", "grey", "CMYK", "turned"])
+@pytest.mark.parametrize("encode", [lambda p: saved(p, quality=90), lambda p: saved(p.convert("L")), lambda p: saved(p.convert("CMYK"), quality=90), turned],
+                         ids=["RGB", "grey", "CMYK", "turned"])
 def test_a_jpeg_much_larger_than_needed_is_decoded_at_a_reduced_scale_and_looks_the_same(encode, monkeypatch):
     seen = []
     monkeypatch.setattr(data, "resized", lambda pixels, size, resized=data.resized: seen.append(tuple(pixels.shape[1:])) or resized(pixels, size))
@@ -548,18 +549,23 @@ def test_a_jpeg_much_larger_than_needed_is_decoded_at_a_reduced_scale_and_looks_
     assert seen == [(163, 225)] * 2                                             # a quarter: an eighth would be less than twice 80
 
 
-def test_a_reduced_scale_leaves_twice_what_is_needed():
+def test_a_reduced_scale_leaves_twice_what_is_needed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "resized", lambda pixels, size: seen.append(tuple(pixels.shape[1:])))
     for width, height, size in ((319, 500, 80), (320, 320, 80), (639, 2000, 80), (1280, 1300, 80), (3000, 40, 16), (2000, 1, 16)):
-        picture = data.opened(saved(Image.new("RGB", (width, height))))
-        picture.draft(None, (2 * size, 2 * size))
-        reduced = picture.size != (width, height)
-        assert reduced == (min(width, height) >= 4 * size) and (not reduced or 2 * size <= min(picture.size) <= 4 * size or picture.size[0] * 8 <= width + 7), picture.size
+        data.training_pixels(saved(Image.new("RGB", (width, height))), size, "it")
+        reduced = seen[-1] != (height, width)
+        assert reduced == (min(width, height) >= 4 * size) and (not reduced or min(seen[-1]) >= 2 * size), seen
 
 
 PLAIN = photo(70, 50)
-OTHERS = {"PNG": saved(PLAIN, "PNG"), "WebP": saved(PLAIN, "WEBP"), "palette": saved(PLAIN.convert("P"), "PNG"), "transparent palette": saved(PLAIN.convert("P"), "GIF", transparency=3), "bilevel": saved(PLAIN.convert("1"), "PNG"),
-          "transparent": saved(Image.merge("RGBA", (*PLAIN.split(), PLAIN.split()[0])), "PNG"), "16-bit grey": saved(Image.fromarray(np.arange(0, 64000, 40, dtype=np.uint16).reshape(40, 40)), "PNG"),
-          "CMYK JPEG": saved(PLAIN.convert("CMYK")), "turned JPEG": turned(PLAIN), "large PNG": saved(photo(400, 300), "PNG")}
+OTHERS = {
+    "PNG": saved(PLAIN, "PNG"), "large PNG": saved(photo(400, 300), "PNG"), "WebP": saved(PLAIN, "WEBP"), "bilevel": saved(PLAIN.convert("1"), "PNG"),
+    "palette": saved(PLAIN.convert("P"), "PNG"), "transparent palette": saved(PLAIN.convert("P"), "GIF", transparency=3),
+    "transparent": saved(Image.merge("RGBA", (*PLAIN.split(), PLAIN.split()[0])), "PNG"),
+    "16-bit grey": saved(Image.fromarray(np.arange(0, 64000, 40, dtype=np.uint16).reshape(40, 40)), "PNG"),
+    "CMYK JPEG": saved(PLAIN.convert("CMYK")), "turned JPEG": turned(PLAIN),
+}
 
 
 @pytest.mark.parametrize("encoded", OTHERS.values(), ids=OTHERS)
