@@ -131,8 +131,8 @@ def main():
         run.snapshot(0)
 
     batches = data.Batches(train_split, settings.batch_size, settings.seed, first_step, total, rank, world, settings.micro_batch)
-    loader = iter(data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda"))
     meter = Meter(first_step, total, settings, len(train_split), device)
+    loader = meter.watched(data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda"))
     step = first_step                                                           # optimizer steps done
     while not run.ended(step):
         step += 1
@@ -497,8 +497,9 @@ class Run:
         self.losses = []
         loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
         skipped = f" skipped {record['skipped']}" if record["skipped"] else ""
+        limit = f" readers limit: {record['waiting']:.0%} of the time waiting for pictures with --workers {self.settings['workers']}" if record["waiting"] > 0.2 else ""
         self.say(f"step {record['step']:6}/{total} loss {loss} lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
-                 f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB{skipped}")
+                 f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB{skipped}{limit}")
         self._append(record)
 
     def validated(self, step, recall, share=None):
@@ -604,18 +605,28 @@ def logged_step(line):
 
 
 class Meter:
-    """Loss, speed, time left and memory since the last line."""
+    """Loss, speed, time left, memory, and the share of the time that this process waited for pictures, since the last line."""
 
     def __init__(self, first_step, total, settings, pairs, device):
         self.first_step, self.total, self.batch_size, self.pairs, self.device = first_step, total, settings.batch_size, pairs, device
-        self.begin, self.tick, self.last = time.time(), time.time(), first_step
+        self.begin, self.tick, self.last, self.waited = time.time(), time.time(), first_step, 0.0
+
+    def watched(self, loader):
+        """The loader's batches. What the run waits for them counts, but for the first one: until it comes the readers start, which is no time of training."""
+        start, first = time.time(), True
+        for batch in loader:
+            wait = time.time() - start
+            self.tick, self.waited = self.tick + wait * first, self.waited + wait * (not first)
+            yield batch
+            start, first = time.time(), False
 
     def record(self, step, lr, model, run):
         now, loss = time.time(), sum(run.losses) / len(run.losses) if run.losses else None
         record = {"step": step, "epoch": step * self.batch_size / self.pairs, "loss": loss, "gradient_norm": run.norm if math.isfinite(run.norm) else None, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(), "skipped": run.skipped,
                   "samples_per_s": (step - self.last) * self.batch_size / (now - self.tick),
-                  "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step), "memory_mib": memory_mib(self.device)}
-        self.tick, self.last = now, step
+                  "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step), "memory_mib": memory_mib(self.device),
+                  "waiting": self.waited / (now - self.tick)}
+        self.tick, self.last, self.waited = now, step, 0.0
         return record
 
     @contextlib.contextmanager

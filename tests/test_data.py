@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import os
+import random
+import sys
 import warnings
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from conftest import bomb, jpeg, png, refused, script, write_tar, write_tsv_split
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import data
 from data import BadInput, Batches, open_split, training_loader
@@ -240,6 +243,14 @@ def test_workers_change_nothing(tsv_folder):
         assert all(torch.equal(x, y) for a, b in zip(several[0], other) for x, y in zip(a[:4], b[:4]))
 
 
+def test_a_reader_puts_the_pictures_of_a_batch_right_into_shared_memory(tsv_folder):
+    split = open_split(tsv_folder, "train")
+    samples = [data.TrainingPairs(split, 32)[0, k] for k in range(3)]
+    assert not data.collate(samples)[0].is_shared() and torch.equal(data.collate(samples)[0], torch.stack([sample[0] for sample in samples]))
+    where = lambda samples: data.collate(samples)[0].is_shared()
+    assert list(DataLoader(samples, batch_size=3, num_workers=1, collate_fn=where)) == [True]
+
+
 def test_pictures_are_not_kept_in_memory(tsv_folder):
     split = open_split(tsv_folder, "train")
     assert not any(isinstance(v, (bytes, Image.Image)) for value in vars(split).values() for v in (value if isinstance(value, list) else [value]))
@@ -266,7 +277,7 @@ def shard(path, numbers):
 
 
 def read_all(split, seed=0, epoch=0):
-    """Every pair of an epoch, in its order: the captions' tokens and the pictures' pixels."""
+    """Every pair of an epoch, in its order: the pictures' bytes, the captions' tokens, the keys."""
     order = split.order(seed, epoch)
     return [split.sample(epoch, int(order[place])) for place in range(len(split))]
 
@@ -284,7 +295,7 @@ def test_shards_in_all_their_forms(tmp_path):
     assert len(split) == 6 and split.texts == ["第一张", "第二张", "第三张", "甲", "乙", "第五张"] and split.positives == [[0], [1], [2], [3], [3], [4]]
     for k, seed in enumerate([1, 2, 3, 4, 4, 5]):
         picture, ids, sentences, sentence = split.sample(0, k)
-        assert np.array_equal(np.array(picture), np.array(Image.open(io.BytesIO(png(seed=seed))))) and np.array_equal(ids, split.ids[k])
+        assert picture == png(seed=seed) and np.array_equal(ids, split.ids[k])
         assert sentence == data.sentence_key(split.texts[k]) and sentences == ([data.sentence_key("甲"), data.sentence_key("乙")] if k in (3, 4) else [sentence])
 
 
@@ -313,7 +324,7 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(called, stopped,
     assert "12 pictures with 15 captions in 3 shards" in called(*command)
     assert sorted(p.name for p in (tmp_path / "shards").glob("*.tar")) == [f"{s}-{n:06}.tar" for s in ("test", "train", "valid") for n in range(3)]
     before, after = open_split(tsv_folder, "train"), open_split(tmp_path / "shards", "train")
-    seen = lambda split: sorted((p.tobytes(), ids.tolist(), tuple(sorted(keys)), key) for p, ids, keys, key in read_all(split))
+    seen = lambda split: sorted((p, ids.tolist(), tuple(sorted(keys)), key) for p, ids, keys, key in read_all(split))
     assert len(after) == 15 and seen(before) == seen(after)
     relation = lambda split: sorted((text, sorted(split.picture(i).tobytes() for i in images)) for text, images in zip(split.texts, split.positives))
     assert relation(before) == relation(after)
@@ -347,7 +358,7 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
     scans.clear()
     (tmp_path / "a.tar.index").write_bytes(whole[:-48] + (-5).to_bytes(8, "little", signed=True) + whole[-40:])    # an offset that cannot be
     data.opened_index.cache_clear()
-    assert open_split(path, "train").sample(0, 6)[0].size == (20, 12) and len(scans) == 1
+    assert open_split(path, "train").sample(0, 6)[0] == png(seed=6) and len(scans) == 1
     scans += [0, 0]
     monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.tar.index").unlink()
@@ -478,6 +489,144 @@ def test_pictures_are_seen_as_a_person_sees_them():
 def test_palette_pictures_become_rgb_before_they_are_resized():
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).convert("P")
     assert torch.equal(data.to_uint8(colours, 24), data.to_uint8(colours.convert("RGB"), 24))
+
+
+# ---------------------------------------------------------------------------------------------------------------- pixels of training
+
+
+def photo(width, height, detail=True):
+    """A picture with soft shapes and, in equal parts, every finer structure; without `detail` the soft shapes alone."""
+    rng, layers = np.random.default_rng(width), [(1.0, 4), (0.4, 12), (0.2, 40), (0.1, 150)] if detail else [(1.0, 4)]
+    noise = lambda cells: Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(sum(share * np.asarray(noise(cells), dtype=float) / sum(share for share, _ in layers) for share, cells in layers).astype(np.uint8))
+
+
+def saved(picture, kind="JPEG", **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(picture):
+    """Its JPEG, stored lying on its side, with the EXIF tag that says so."""
+    exif = picture.getexif()
+    exif[0x0112] = 6
+    return saved(picture.rotate(90, expand=True), quality=90, exif=exif)
+
+
+def apart(encoded, size):
+    """By how much the pixels of training differ from those of evaluation: at most, on average."""
+    ours, exact = data.training_pixels(encoded, size, "it"), data.to_uint8(data.decoded(lambda: encoded, "it"), size)
+    assert ours.shape == (3, size, size) and ours.dtype == torch.uint8 and ours.is_contiguous()
+    difference = (ours.int() - exact.int()).abs()
+    return difference.max().item(), difference.float().mean().item()
+
+
+JPEGS = {"RGB": saved(photo(250, 187), quality=90), "grey": saved(photo(200, 230).convert("L")), "progressive": saved(photo(121, 77), progressive=True),
+         "4:4:4": saved(photo(99, 45), subsampling=0), "a line": saved(photo(200, 1)), "a dot": saved(photo(1, 1))}
+
+
+@pytest.mark.parametrize("encoded", JPEGS.values(), ids=JPEGS)
+def test_jpegs_train_on_what_pillow_sees_but_for_rounding(encoded, monkeypatch):
+    decoded = data.jpeg_pixels(encoded)
+    assert decoded is not None                                                  # else torchvision has no decoder of JPEGs any more: then training is right, but reads at a third of the speed
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.array(data.decoded(lambda: encoded, "it")))
+    monkeypatch.setattr(Image.Image, "resize", None) if torch.backends.cpu.get_cpu_capability().startswith("AVX") else None
+    ours = data.training_pixels(encoded, 112, "it")                             # without Pillow's resize
+    monkeypatch.undo()
+    most, mean = apart(encoded, 112)
+    assert most <= 3 and mean < 0.03 and torch.equal(ours, data.training_pixels(encoded, 112, "it"))
+
+
+@pytest.mark.parametrize("encode", [lambda p: saved(p, quality=90), lambda p: saved(p.convert("L")), lambda p: saved(p.convert("CMYK"), quality=90), turned],
+                         ids=["RGB", "grey", "CMYK", "turned"])
+def test_a_jpeg_much_larger_than_needed_is_decoded_at_a_reduced_scale_and_looks_the_same(encode, monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "resized", lambda pixels, size, resized=data.resized: seen.append(tuple(pixels.shape[1:])) or resized(pixels, size))
+    for detail, most, mean in ((False, 4, 0.6), (True, 9, 1.0)):                # measured: 3 and 0.40, 7 and 0.79; of sizes that can be halved twice 2 and 0.21, 1 and 0.24
+        found = apart(encode(photo(900, 650, detail)), 80)
+        assert found[0] <= most and found[1] <= mean, found
+    assert seen == [(163, 225)] * 2                                             # a quarter: an eighth would be less than twice 80
+
+
+def test_a_reduced_scale_leaves_twice_what_is_needed(monkeypatch):
+    seen = []
+    monkeypatch.setattr(data, "resized", lambda pixels, size: seen.append(tuple(pixels.shape[1:])))
+    for width, height, size in ((319, 500, 80), (320, 320, 80), (639, 2000, 80), (1280, 1300, 80), (3000, 40, 16), (2000, 1, 16)):
+        data.training_pixels(saved(Image.new("RGB", (width, height))), size, "it")
+        reduced = seen[-1] != (height, width)
+        assert reduced == (min(width, height) >= 4 * size) and (not reduced or min(seen[-1]) >= 2 * size), seen
+
+
+PLAIN = photo(70, 50)
+OTHERS = {
+    "PNG": saved(PLAIN, "PNG"), "large PNG": saved(photo(400, 300), "PNG"), "WebP": saved(PLAIN, "WEBP"), "bilevel": saved(PLAIN.convert("1"), "PNG"),
+    "palette": saved(PLAIN.convert("P"), "PNG"), "transparent palette": saved(PLAIN.convert("P"), "GIF", transparency=3),
+    "transparent": saved(Image.merge("RGBA", (*PLAIN.split(), PLAIN.split()[0])), "PNG"),
+    "16-bit grey": saved(Image.fromarray(np.arange(0, 64000, 40, dtype=np.uint16).reshape(40, 40)), "PNG"),
+    "CMYK JPEG": saved(PLAIN.convert("CMYK")), "turned JPEG": turned(PLAIN),
+}
+
+
+@pytest.mark.parametrize("encoded", OTHERS.values(), ids=OTHERS)
+def test_pictures_that_are_no_upright_rgb_or_grey_jpegs_train_on_the_pixels_of_evaluation(encoded):
+    assert apart(encoded, 48) == (0, 0)
+
+
+def test_painted_pictures_train_on_the_pixels_of_evaluation():
+    assert torch.equal(data.training_pixels(PLAIN, 48, "it"), data.to_uint8(PLAIN, 48))
+
+
+@pytest.mark.parametrize("missing", ["no torchvision", "no library", "a library that does not load", "no operator"])
+def test_without_torchvisions_decoder_or_avx2_training_does_as_evaluation_does(missing, monkeypatch):
+    spec = {"no torchvision": None, "no library": type("Spec", (), {"submodule_search_locations": [os.devnull]})}
+    if missing in spec:
+        monkeypatch.setattr(data.importlib.util, "find_spec", lambda _: spec[missing])
+    elif missing == "no operator":
+        monkeypatch.setattr(torch.ops, "image", None)
+    else:
+        monkeypatch.setattr(torch.ops, "load_library", lambda path: (_ for _ in ()).throw(OSError("undefined symbol")))
+    monkeypatch.setattr(data, "jpeg_decoder", data.jpeg_decoder.__wrapped__)
+    assert data.jpeg_pixels(JPEGS["RGB"]) is None and apart(JPEGS["RGB"], 112) == (0, 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert data.jpeg_pixels(JPEGS["RGB"]) is not None and apart(JPEGS["RGB"], 112) == (0, 0)
+
+
+def test_the_decoder_warns_of_nothing_and_costs_no_import_of_torchvision(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)              # another test may need it
+    monkeypatch.setattr(data, "jpeg_decoder", data.jpeg_decoder.__wrapped__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert data.jpeg_pixels(jpeg()).shape == (3, 30, 40) and "torchvision" not in sys.modules
+
+
+@pytest.mark.parametrize("size", [64, 16], ids=["whole", "reduced"])
+def test_training_refuses_the_same_files_as_evaluation_in_the_same_words(size):
+    """Cut anywhere, with wrong bytes anywhere, and what is no picture: what one way refuses the other does, and what passes looks the same."""
+    rng, whole = random.Random(0), [saved(photo(130, 96), quality=75), saved(photo(97, 70).convert("L"), progressive=True)]
+    huge = whole[0].replace((96).to_bytes(2, "big") + (130).to_bytes(2, "big"), (20_000).to_bytes(2, "big") * 2)       # a header that says 20,000 x 20,000
+    files, refused = [b"", b"no picture", bomb(), huge, *(file[:n] for file in whole for n in range(0, len(file), 61))], 0
+    for n in range(120):
+        file = bytearray(whole[n % 2])
+        for place in rng.sample(range(2, len(file)), 2):
+            file[place] = rng.randrange(256)
+        files.append(bytes(file))
+    for file in files:
+        try:
+            picture = data.to_uint8(data.decoded(lambda: file, "a.jpg"), size)
+        except BadInput as error:
+            refused += 1
+            with pytest.raises(BadInput) as caught:
+                data.training_pixels(file, size, "a.jpg")
+            assert str(caught.value) == str(error)
+        else:
+            difference = (data.training_pixels(file, size, "a.jpg").int() - picture.int()).abs().float().mean()
+            assert difference < 1 or size == 16                                 # wild coefficients, of a picture that is none any more, are cut off elsewhere at another scale
+    assert len(files) - 110 < refused < len(files)
+
+
+# ---------------------------------------------------------------------------------------------------------------- augmentation
 
 
 def test_augmentation_without_strength_changes_nothing():

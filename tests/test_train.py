@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import peers
 import pytest
@@ -130,6 +131,27 @@ def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path, called)
         assert word in output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "lock", "metrics.jsonl", "settings.json"]
     assert json.loads((tmp_path / "settings.json").read_text())["total_steps"] == 2
+    assert all(0 <= m["waiting"] <= 1 for m in metrics(tmp_path) if "loss" in m)
+
+
+def test_the_log_says_when_a_run_waits_for_its_pictures(monkeypatch):
+    """Steps of one second, before each of them a wait: the share of both since the last line. The first wait, in which the readers start, does not count, nor does a validation."""
+    clock, lines = [0.0], []
+    passes = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
+    monkeypatch.setattr(train.time, "time", lambda: clock[0])
+    meter = train.Meter(0, 6, SimpleNamespace(batch_size=8), 48, torch.device("cpu"))
+    run = SimpleNamespace(losses=[1.0], skipped=0, settings={"total_steps": 6, "workers": 3}, say=lines.append, _append=lines.append)
+    model = SimpleNamespace(logit_scale=torch.zeros(()))
+    batches = meter.watched(passes(wait) for wait in (60, 0, 0.1, 0.3, 3, 0))
+    for step in range(1, 7):
+        next(batches)
+        passes(1)
+        if step % 2 == 0:
+            train.Run.log(run, meter.record(step, 0.1, 1.0, model, run))
+            with meter.paused():
+                passes(50)
+    assert [line["waiting"] for line in lines[1::2]] == pytest.approx([0, 0.4 / 2.4, 0.6]) and [line["samples_per_s"] for line in lines[1::2]] == pytest.approx([8, 16 / 2.4, 3.2])
+    assert [line.partition(" MiB")[2] for line in lines[::2]] == ["", "", " readers limit: 60% of the time waiting for pictures with --workers 3"]
 
 
 def test_recall_is_measured_before_the_first_step_and_as_often_as_asked(tmp_path, tsv_folder, trained):
@@ -201,7 +223,7 @@ def equal_runs(out, other):
         assert a["step"] == b["step"] and same(a["model"], b["model"]) == set(b["model"])
         for k, moments in a.get("optimizer", {"state": {}})["state"].items():
             assert all(torch.equal(x, b["optimizer"]["state"][k][n]) for n, x in moments.items())
-    timeless = lambda folder: [{k: v for k, v in m.items() if k not in ("samples_per_s", "seconds_left", "memory_mib")} for m in metrics(folder)]
+    timeless = lambda folder: [{k: v for k, v in m.items() if k not in ("samples_per_s", "seconds_left", "memory_mib", "waiting")} for m in metrics(folder)]
     assert timeless(out) == timeless(other)
     assert (out / "bad_samples.jsonl").exists() == (other / "bad_samples.jsonl").exists()
     if (out / "bad_samples.jsonl").exists():
