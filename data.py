@@ -992,7 +992,7 @@ def training_pixels(picture, size, name):
     """The pixels of training: the bytes of a picture file, or a PIL picture, painted -> (3, size, size) uint8. Raises BadInput with its name when it cannot be read.
 
     Evaluation's figures are compared with those of other programs, so its pixels are Pillow's, bit for bit. Training has no such duty, but often waits for its pictures: so it takes
-    JPEGs by faster ways, to pixels that differ by less than anyone sees (of 255, on photos: 0.005 on average and 2 at most; decoded at a reduced scale 0.1 to 0.8, and 7).
+    faster ways, to pixels that differ by less than anyone sees (of 255, on photos: 0.005 on average and 2 at most; decoded at a reduced scale 0.1 to 0.8, and 7).
     """
     if isinstance(picture, Image.Image):
         return to_uint8(picture, size)
@@ -1000,12 +1000,13 @@ def training_pixels(picture, size, name):
         encoded, picture = picture, opened(picture)
         whole = picture.size
         picture.draft(None, (2 * size, 2 * size))                               # a large JPEG is decoded at 1/2, 1/4 or 1/8, a part of the work; each side stays twice as long as needed
-        if picture.size != whole:
-            return resized(torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1), size)
-        if picture.format == "JPEG" and picture.mode in ("RGB", "L") and picture.getexif().get(0x0112, 1) == 1 and (pixels := jpeg_pixels(encoded)) is not None:
-            return resized(pixels, size)
-        picture.load()                                                          # every other picture: as in evaluation
-        return to_uint8(picture, size)
+        pixels = None
+        if picture.format == "JPEG" and picture.size == whole and picture.mode in ("RGB", "L") and picture.getexif().get(0x0112, 1) == 1:
+            pixels = jpeg_pixels(encoded)
+        if pixels is None:                                                      # every other kind of picture
+            picture.load()
+            pixels = torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1)
+        return resized(pixels, size)
 
 
 def resized(pixels, size):

@@ -497,7 +497,7 @@ class Run:
         self.losses = []
         loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
         skipped = f" skipped {record['skipped']}" if record["skipped"] else ""
-        limit = f" readers limit: {record['waiting']:.0%} of the time waiting for pictures with --workers {self.settings['workers']}" if record["waiting"] > 0.2 else ""
+        limit = f" waits for pictures {record['waiting']:.0%} of the time: --workers {self.settings['workers']} read {record['samples_per_s']:.0f}/s" if record["waiting"] > 0.2 else ""
         self.say(f"step {record['step']:6}/{total} loss {loss} lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
                  f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB{skipped}{limit}")
         self._append(record)

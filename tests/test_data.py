@@ -569,7 +569,10 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("encoded", OTHERS.values(), ids=OTHERS)
-def test_pictures_that_are_no_upright_rgb_or_grey_jpegs_train_on_the_pixels_of_evaluation(encoded):
+def test_pictures_that_are_no_upright_rgb_or_grey_jpegs_train_on_what_pillow_sees_but_for_rounding(encoded, monkeypatch):
+    most, mean = apart(encoded, 48)
+    assert most <= 2 and mean < 0.2
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")                # then Pillow resizes it, too
     assert apart(encoded, 48) == (0, 0)
 
 
@@ -578,7 +581,7 @@ def test_painted_pictures_train_on_the_pixels_of_evaluation():
 
 
 @pytest.mark.parametrize("missing", ["no torchvision", "no library", "a library that does not load", "no operator"])
-def test_without_torchvisions_decoder_or_avx2_training_does_as_evaluation_does(missing, monkeypatch):
+def test_training_needs_neither_torchvisions_decoder_nor_avx2(missing, monkeypatch):
     spec = {"no torchvision": None, "no library": type("Spec", (), {"submodule_search_locations": [os.devnull]})}
     if missing in spec:
         monkeypatch.setattr(data.importlib.util, "find_spec", lambda _: spec[missing])
@@ -587,7 +590,7 @@ def test_without_torchvisions_decoder_or_avx2_training_does_as_evaluation_does(m
     else:
         monkeypatch.setattr(torch.ops, "load_library", lambda path: (_ for _ in ()).throw(OSError("undefined symbol")))
     monkeypatch.setattr(data, "jpeg_decoder", data.jpeg_decoder.__wrapped__)
-    assert data.jpeg_pixels(JPEGS["RGB"]) is None and apart(JPEGS["RGB"], 112) == (0, 0)
+    assert data.jpeg_pixels(JPEGS["RGB"]) is None and apart(JPEGS["RGB"], 112)[0] <= 3
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
     assert data.jpeg_pixels(JPEGS["RGB"]) is not None and apart(JPEGS["RGB"], 112) == (0, 0)

@@ -140,18 +140,18 @@ def test_the_log_says_when_a_run_waits_for_its_pictures(monkeypatch):
     passes = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
     monkeypatch.setattr(train.time, "time", lambda: clock[0])
     meter = train.Meter(0, 6, SimpleNamespace(batch_size=8), 48, torch.device("cpu"))
-    run = SimpleNamespace(losses=[1.0], skipped=0, settings={"total_steps": 6, "workers": 3}, say=lines.append, _append=lines.append)
+    run = SimpleNamespace(losses=[1.0], norm=1.0, skipped=0, settings={"total_steps": 6, "workers": 3}, say=lines.append, _append=lines.append)
     model = SimpleNamespace(logit_scale=torch.zeros(()))
     batches = meter.watched(passes(wait) for wait in (60, 0, 0.1, 0.3, 3, 0))
     for step in range(1, 7):
         next(batches)
         passes(1)
         if step % 2 == 0:
-            train.Run.log(run, meter.record(step, 0.1, 1.0, model, run))
+            train.Run.log(run, meter.record(step, 0.1, model, run))
             with meter.paused():
                 passes(50)
     assert [line["waiting"] for line in lines[1::2]] == pytest.approx([0, 0.4 / 2.4, 0.6]) and [line["samples_per_s"] for line in lines[1::2]] == pytest.approx([8, 16 / 2.4, 3.2])
-    assert [line.partition(" MiB")[2] for line in lines[::2]] == ["", "", " readers limit: 60% of the time waiting for pictures with --workers 3"]
+    assert [line.partition(" MiB")[2] for line in lines[::2]] == ["", "", " waits for pictures 60% of the time: --workers 3 read 3/s"]
 
 
 def test_recall_is_measured_before_the_first_step_and_as_often_as_asked(tmp_path, tsv_folder, trained):
