@@ -10,16 +10,15 @@ differ by. Everything is run once to warm up, then in rounds, ours and the peer'
 Peak memory is that of a process that does nothing but one kind of training step.
 """
 import argparse
+import concurrent.futures
 import contextlib
+import datetime
 import functools
-import io
 import json
+import multiprocessing
 import platform
 import random
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import types
@@ -36,11 +35,12 @@ import data
 import evaluate
 import painter
 import train
-from loss import tiled_loss
+from loss import contrastive_loss, tiled_loss
 from model import CLIP, CONFIGS
 from tokenizer import CLS, SEP, Tokenizer
 
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
+BY_PRECISION = {"image", "text", "stage1", "features", "stage2", "cached", "memory"}
 MICRO_BATCHES = 4                                                               # of the row `cached`
 
 
@@ -410,3 +410,50 @@ def main():
     batch_size = args.batch_size or (256 if device.type == "cuda" else 16)
     if not (2 <= batch_size <= 10**6 and 1 <= args.rounds <= 1000):
         raise data.BadInput(f"--batch-size {args.batch_size} --rounds {args.rounds}: out of range, 2 to 1e6 and 1 to 1000")
+
+    default = evaluate.precision_of("auto", device)[1]
+    print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware(device)}, torch {torch.__version__}, {datetime.date.today()}; default precision {default}")
+    peaks = {name: peak(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)) if name == "fp32" or evaluate.bf16_is_fast(device)}
+    print("largest matrix product: " + ", ".join(f"{name} {rate / 1e9:,.0f} billion operations a second" for name, rate in peaks.items()))
+    bench = Bench(args.model, batch_size, device, args.peer)
+    print(f"\n{'':48}{'/s':>10}  {'of the peak':>11}" + f"  {'cn_clip /s':>10}  {'ratio':>5}  {'lowest-highest':14}  equal?" * args.peer)
+    for name in names:
+        for precision in ("fp32", "auto") if name in BY_PRECISION and default != "fp32" else ("fp32",):
+            if name == "memory":
+                print(memory_line(args.model, batch_size, precision, args.peer), flush=True)
+            else:
+                row = getattr(bench, name)(precision)
+                print(line(row, *measured(row, device, args.rounds), peaks), flush=True)
+
+
+def line(row, ours, theirs, peaks):
+    """A row of the table, from the seconds of each round."""
+    rate = row.count / statistics.median(ours)
+    share = row.operations / statistics.median(ours) / peaks[row.precision] if row.operations and row.precision in peaks else None
+    text = f"{row.what:48}{rate:10,.1f}  {'' if share is None else f'{share:.0%}':>11}"
+    if theirs:
+        ratios = [b / a for a, b in zip(ours, theirs)]
+        text += f"  {row.count / statistics.median(theirs):10,.1f}  {statistics.median(ratios):5.2f}  {f'{min(ratios):.2f}-{max(ratios):.2f}':14}  {row.difference}"
+    return text
+
+
+def memory_line(model, batch_size, precision, peer):
+    ours = apart(peak_memory, "ours", model, batch_size, precision)
+    text = f"{f'peak memory of a stage 2 step, MiB, {precision}':48}{ours:10,.0f}  {'':11}"
+    if peer:
+        theirs = apart(peak_memory, "theirs", model, batch_size, precision)
+        text += f"  {theirs:10,.0f}  {ours / theirs:5.2f}"
+    return text
+
+
+def hardware(device):
+    """What it runs on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    name = next((line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")), "") if cpu.exists() else platform.processor()
+    return f"{name or 'CPU'}, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    data.run(main)

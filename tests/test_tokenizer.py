@@ -38,3 +38,13 @@ def test_cut_captions_are_counted_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenizer(["猫" * 51])
+
+
+def test_characters_that_are_looked_up_are_the_tokens_that_the_library_finds_alone_and_among_others():
+    tokenizer = Tokenizer()
+    by_library = lambda texts: [encoding.ids for encoding in tokenizer.wordpiece.encode_batch_fast(texts)]
+    characters, ids = tokenizer.alone.keys(), tokenizer.alone.values()
+    assert len(characters) > 7000 and {"猫", "，", "《", "·", "!", "$"} <= characters and not {"a", "1", " ", "é", "…", "の"} & characters
+    assert by_library(list(characters)) == [[i] for i in ids]
+    cat, letter = by_library(["猫", "x"])
+    assert by_library([f"猫{c}猫x{c}x" for c in characters]) == [[*cat, i, *cat, *letter, i, *letter] for i in ids]
