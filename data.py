@@ -179,7 +179,8 @@ class Split:
     captions_of    I lists of text keys: all that describe a picture
     pairs          (caption, picture) index pairs, in the data set's order: the training samples
 
-    Training asks for len(), sample(), order(), where() and fingerprint(); evaluation for texts, image_ids, positives, ids and picture().
+    Training asks for len(), sample(), order(), where() and fingerprint(), with features kept for words(), picture_of(), picture_count() and picture(); evaluation for texts, image_ids,
+    positives, ids and picture().
     """
 
     endless = False
@@ -226,8 +227,19 @@ class Split:
 
     def sample(self, epoch, k):
         """Training pair k -> (picture, tokens (L,), keys of all sentences that describe the picture, key of this one). Here all epochs are alike."""
+        return self.picture(self.picture_of(k)), *self.words(k)
+
+    def words(self, k):
+        """What sample() gives of pair k beside the picture, which is not touched."""
         t, i = self.pairs[k]
-        return self.picture(i), self.ids[t], self.captions_of[i], self.text_keys[t]
+        return self.ids[t], self.captions_of[i], self.text_keys[t]
+
+    def picture_of(self, k):
+        """The number of pair k's picture."""
+        return self.pairs[k][1]
+
+    def picture_count(self):
+        return len(self.image_ids)
 
 
 def sentence_key(text):
@@ -515,10 +527,39 @@ class ShardSplit(Split):
         path, (image, image_size, *_) = self._row(k)
         return read_at(path, image, image_size, "it")
 
+    def _pair_picture(self, k):
+        return decoded(lambda: self.pair_bytes(k), f"{self._place(k)}: the picture")
+
     def sample(self, epoch, k):
+        words = self.words(k)                                                   # first: it costs less, should it fail
+        return self._pair_picture(k), *words
+
+    def words(self, k):
         which, texts = self._captions(k)
-        picture = decoded(lambda: self.pair_bytes(k), f"{self._place(k)}: the picture")
-        return picture, self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
+        return self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
+
+    @functools.cached_property
+    def _picture_starts(self):
+        """(S + 1,): shard s holds pictures starts[s] .. starts[s+1] - 1, in the order in which they lie there."""
+        return np.concatenate([[0], np.cumsum([len(first_rows(path)) for path in self.shards])])
+
+    def picture_of(self, k):
+        s = int(np.searchsorted(self.starts, k, side="right")) - 1
+        return int(self._picture_starts[s] + np.searchsorted(first_rows(self.shards[s]), k - self.starts[s], side="right")) - 1
+
+    def _first_pair(self, i):
+        """The first pair of picture i."""
+        s = int(np.searchsorted(self._picture_starts, i, side="right")) - 1
+        return int(self.starts[s] + first_rows(self.shards[s])[i - self._picture_starts[s]])
+
+    def picture_count(self):
+        return int(self._picture_starts[-1])
+
+    def picture(self, i):
+        return self._pair_picture(self._first_pair(i))
+
+    def picture_bytes(self, i):
+        return self.pair_bytes(self._first_pair(i))
 
     def files(self):
         return self.shards
@@ -532,28 +573,21 @@ class ShardSplit(Split):
 
     @functools.cached_property
     def _whole(self):
-        """-> (positives by sentence, pictures as pair numbers): for evaluation, which needs all of them."""
+        """-> {caption: the pictures that it describes}: for evaluation, which needs all of them."""
         if self.damaged:
             raise BadInput(f"{self.damaged[0]}: damaged or cut short, so recall would be that of a part; replace it")
-        described, pictures, index_of = {}, [], {}
+        described = {}
         for k in range(len(self)):
-            path, (image, image_size, *_) = self._row(k)
-            if image_size < 0:
+            if self._row(k)[1][1] < 0:
                 raise BadInput(f"{self._place(k)}: a caption without a picture; remove it")
-            if (path, image) not in index_of:
-                index_of[path, image] = len(pictures)
-                pictures.append(k)
             which, texts = self._captions(k)
-            described.setdefault(texts[which], {})[index_of[path, image]] = None                    # as keys: the same caption twice says nothing new
-        return described, pictures
+            described.setdefault(texts[which], {})[self.picture_of(k)] = None                       # as keys: the same caption twice says nothing new
+        return described
 
-    texts = functools.cached_property(lambda self: list(self._whole[0]))
-    positives = functools.cached_property(lambda self: [list(images) for images in self._whole[0].values()])
-    image_ids = functools.cached_property(lambda self: [self._place(k) for k in self._whole[1]])
+    texts = functools.cached_property(lambda self: list(self._whole))
+    positives = functools.cached_property(lambda self: [list(images) for images in self._whole.values()])
+    image_ids = functools.cached_property(lambda self: [self._place(self._first_pair(i)) for i in range(self.picture_count())])
     ids = functools.cached_property(lambda self: self.tokenizer(self.texts, self.context_length).numpy().astype(np.uint16))
-
-    def picture_bytes(self, i):
-        return self.pair_bytes(self._whole[1][i])
 
 
 class ShardOrder:
@@ -593,6 +627,12 @@ def opened_shard(path):
 @functools.lru_cache(maxsize=64)
 def opened_index(path):
     return shard_index(path, thorough=True)
+
+
+@functools.lru_cache(maxsize=64)
+def first_rows(path):
+    """Which pairs of a shard are the first of their picture, whose captions follow each other: (P,) for P pictures."""
+    return np.flatnonzero(np.diff(opened_index(path)[1:, 0], prepend=-1))
 
 
 def read_at(path, offset, size, name):
@@ -1057,16 +1097,18 @@ class Batches(Sampler):
 
 class TrainingPairs(Dataset):
     """(epoch, pair number) -> tensors of one pair. In the place of one that cannot be read comes the next one that can: as long as reading itself does not fail by chance, a function of
-    the data alone."""
+    the data alone. With `features` (features.py) the picture is not read: its embedding stands in its place."""
 
-    def __init__(self, split, image_size, tries=100):
-        self.split, self.image_size, self.tries = split, image_size, tries
+    def __init__(self, split, image_size, tries=100, features=None):
+        self.split, self.image_size, self.tries, self.features = split, image_size, tries, features
 
     def __getitem__(self, place):
         epoch, k = place
         bad = []                                                                # reports: {"file", "offset", …, "reason"}
         for other in ((k + n) % len(self.split) for n in range(self.tries)):
             try:
+                if self.features is not None:
+                    return *self.features.sample(self.split, other), bad
                 picture, ids, picture_sentences, sentence = self.split.sample(epoch, other)
                 return to_uint8(picture, self.image_size), ids, picture_sentences, sentence, bad
             except BadInput as error:
@@ -1075,15 +1117,15 @@ class TrainingPairs(Dataset):
 
 
 def collate(samples):
-    """-> pixels (B, 3, R, R) uint8, ids (B, L) int64, image_keys (B, M) int64: the sentences of each picture, filled up with -1, text_keys (B,), reports of bad pairs."""
+    """-> pixels (B, 3, R, R) uint8 or features (B, D) float16, ids (B, L) int64, image_keys (B, M) int64: the sentences of each picture, filled up with -1, text_keys (B,), reports of bad pairs."""
     pixels, ids, image_keys, text_keys, bad = zip(*samples)
     most = max(map(len, image_keys))
     image_keys = torch.tensor([list(keys) + [-1] * (most - len(keys)) for keys in image_keys])
     return torch.stack(pixels), torch.from_numpy(np.stack(ids).astype(np.int64)), image_keys, torch.tensor(text_keys), [report for reports in bad for report in reports]
 
 
-def training_loader(split, image_size, batches, workers, pin_memory=False):
-    return DataLoader(TrainingPairs(split, image_size), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+def training_loader(split, image_size, batches, workers, pin_memory=False, features=None):
+    return DataLoader(TrainingPairs(split, image_size, features=features), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
                       prefetch_factor=4 if workers else None, worker_init_fn=reader_start(), timeout=READER_SECONDS * (workers > 0))
 
 
