@@ -10,6 +10,7 @@ written whole or not at all, so after a kill those that are there stay, and any 
 import fcntl
 import functools
 import json
+import os
 import time
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Features:
     def __init__(self, folder, model, split, precision):
         sizes = {name: getattr(model.cfg, name) for name in checkpoint.TOWER_SIZES["vision"]}
         self.folder, self.count, self.dim = Path(folder), split.picture_count(), model.cfg.embed_dim
+        self.parts = -(-self.count // ROWS)
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         made_of = {"vision tower": checkpoint.fingerprint(model.vision), **sizes, "data": split.fingerprint(), "pictures": self.count, "precision": precision}
         self.made_of = json.loads(json.dumps(made_of))                          # as it is read again: tuples become lists
@@ -56,11 +58,12 @@ class Features:
 
     def missing(self):
         """Numbers of the parts that are not there, or damaged. Each process looks at its share of them. Raises BadInput when the folder holds something else."""
+        own = range(self.rank, self.parts, self.world)
         if (self.folder / "features.json").exists():
             described(self.folder, self.made_of)
-        elif any(self.path(n).exists() for n in range(self.rank, -(-self.count // ROWS), self.world)):
+        elif any(self.path(n).exists() for n in own):
             raise data.BadInput(f"--features {self.folder}: it has no features.json, so nobody knows what its parts were made of; delete it or name another folder")
-        return sorted(sum(from_all([n for n in range(self.rank, -(-self.count // ROWS), self.world) if not self.is_sound(n)]), []))
+        return sorted(sum(from_all([n for n in own if not self.is_sound(n)]), []))
 
     def is_sound(self, n):
         """Whether part n is there, and each row a unit vector, or NaN throughout."""
@@ -87,7 +90,7 @@ class Features:
                 lock.close()
         opened_part.cache_clear()                                               # what was opened before may be another file by now
         say(f"features of {self.count:,} pictures in {self.folder}, {2 * self.dim * self.count / 2**20:,.1f} MiB: "
-            + (f"{computed:,} of {-(-self.count // ROWS):,} part{'s' * (self.count > ROWS)} computed" if computed else "used again"))
+            + (f"{computed:,} of {self.parts:,} part{'s' * (self.parts > 1)} computed" if computed else "used again"))
 
     def alone(self, say, stop):
         """Wait until no other run computes here -> the lock, which the first process holds for all (the others: None)."""
@@ -121,7 +124,7 @@ class Features:
             rows[-1][[i - batches[k].start for i in numbers]] = embed.numpy()
             n = batches[k].start // ROWS
             if batches[k].stop == self.pictures(n).stop:
-                data.write(self.path(n), lambda f: np.save(f, np.concatenate(rows)))
+                data.write(self.path(n), lambda f: np.save(f, np.concatenate(rows)), part=f".{os.getpid()}.part")
                 rows = []
         embedded.close()
 
