@@ -573,7 +573,7 @@ class ShardSplit(Split):
 
     @functools.cached_property
     def _whole(self):
-        """-> {caption: the pictures that it describes}: for evaluation, which needs all of them."""
+        """-> ({caption: the pictures that it describes}, names of the pictures): for evaluation, which needs all of them."""
         if self.damaged:
             raise BadInput(f"{self.damaged[0]}: damaged or cut short, so recall would be that of a part; replace it")
         described = {}
@@ -582,11 +582,11 @@ class ShardSplit(Split):
                 raise BadInput(f"{self._place(k)}: a caption without a picture; remove it")
             which, texts = self._captions(k)
             described.setdefault(texts[which], {})[self.picture_of(k)] = None                       # as keys: the same caption twice says nothing new
-        return described
+        return described, [self._place(self._first_pair(i)) for i in range(self.picture_count())]
 
-    texts = functools.cached_property(lambda self: list(self._whole))
-    positives = functools.cached_property(lambda self: [list(images) for images in self._whole.values()])
-    image_ids = functools.cached_property(lambda self: [self._place(self._first_pair(i)) for i in range(self.picture_count())])
+    texts = functools.cached_property(lambda self: list(self._whole[0]))
+    positives = functools.cached_property(lambda self: [list(images) for images in self._whole[0].values()])
+    image_ids = functools.cached_property(lambda self: self._whole[1])
     ids = functools.cached_property(lambda self: self.tokenizer(self.texts, self.context_length).numpy().astype(np.uint16))
 
 
