@@ -203,6 +203,18 @@ class Split:
         """Picture i, decoded, RGB. Raises BadInput with its id when it cannot be read."""
         return decoded(lambda: self.picture_bytes(i), f"{self.name}: picture {self.image_ids[i]}")
 
+    def words(self, k):
+        """What sample() gives of pair k beside the picture, which is not touched."""
+        t, i = self.pairs[k]
+        return self.ids[t], self.captions_of[i], self.text_keys[t]
+
+    def picture_of(self, k):
+        """The number of pair k's picture."""
+        return self.pairs[k][1]
+
+    def picture_count(self):
+        return len(self.image_ids)
+
     def where(self, k):
         """Where training pair k lies, for a report: {"file", "offset" in bytes, …} (of the painted set: its number)."""
         return self.picture_place(self.pairs[k][1]) | {"caption": self.texts[self.pairs[k][0]]}
@@ -228,18 +240,6 @@ class Split:
     def sample(self, epoch, k):
         """Training pair k -> (picture, tokens (L,), keys of all sentences that describe the picture, key of this one). Here all epochs are alike."""
         return self.picture(self.picture_of(k)), *self.words(k)
-
-    def words(self, k):
-        """What sample() gives of pair k beside the picture, which is not touched."""
-        t, i = self.pairs[k]
-        return self.ids[t], self.captions_of[i], self.text_keys[t]
-
-    def picture_of(self, k):
-        """The number of pair k's picture."""
-        return self.pairs[k][1]
-
-    def picture_count(self):
-        return len(self.image_ids)
 
 
 def sentence_key(text):
@@ -527,16 +527,23 @@ class ShardSplit(Split):
         path, (image, image_size, *_) = self._row(k)
         return read_at(path, image, image_size, "it")
 
-    def _pair_picture(self, k):
-        return decoded(lambda: self.pair_bytes(k), f"{self._place(k)}: the picture")
-
     def sample(self, epoch, k):
         words = self.words(k)                                                   # first: it costs less, should it fail
-        return self._pair_picture(k), *words
+        return decoded(lambda: self.pair_bytes(k), f"{self._place(k)}: the picture"), *words
 
     def words(self, k):
         which, texts = self._captions(k)
         return self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
+
+    def files(self):
+        return self.shards
+
+    def order(self, seed, epoch):
+        return ShardOrder(np.diff(self.starts), seed, epoch)
+
+    def fingerprint(self):
+        digest = hashlib.md5(json.dumps([(path.name, os.path.getsize(path), int(n)) for path, n in zip(self.shards, np.diff(self.starts))]).encode())
+        return f"{len(self):,} pairs in {len(self.shards):,} shards (hash {digest.hexdigest()[:12]})"
 
     @functools.cached_property
     def _picture_starts(self):
@@ -556,20 +563,10 @@ class ShardSplit(Split):
         return int(self._picture_starts[-1])
 
     def picture(self, i):
-        return self._pair_picture(self._first_pair(i))
+        return decoded(lambda: self.picture_bytes(i), f"{self._place(self._first_pair(i))}: the picture")
 
     def picture_bytes(self, i):
         return self.pair_bytes(self._first_pair(i))
-
-    def files(self):
-        return self.shards
-
-    def order(self, seed, epoch):
-        return ShardOrder(np.diff(self.starts), seed, epoch)
-
-    def fingerprint(self):
-        digest = hashlib.md5(json.dumps([(path.name, os.path.getsize(path), int(n)) for path, n in zip(self.shards, np.diff(self.starts))]).encode())
-        return f"{len(self):,} pairs in {len(self.shards):,} shards (hash {digest.hexdigest()[:12]})"
 
     @functools.cached_property
     def _whole(self):

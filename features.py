@@ -52,7 +52,7 @@ class Features:
         """Training pair k, as split.sample gives it, but for the features of the picture in its place. Raises the same BadInput for a pair that cannot be read."""
         words, row = split.words(k), self[split.picture_of(k)]
         if row.isnan().any():
-            split.sample(0, k)                                                  # says why
+            split.sample(0, k), split.picture(split.picture_of(k))              # they say why
             raise data.BadInput(f"{self.folder}: when the features were computed, the picture could not be read; now it can. Delete the folder, it will be made again")
         return row, *words
 
