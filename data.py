@@ -180,7 +180,8 @@ class Split:
     captions_of    I lists of text keys: all that describe a picture
     pairs          (caption, picture) index pairs, in the data set's order: the training samples
 
-    Training asks for len(), sample(), picture_name(), order(), where() and fingerprint(); evaluation for texts, image_ids, positives, ids and picture().
+    Training asks for len(), sample(), picture_name(), order(), where() and fingerprint(), with features kept for words(), picture_of(), picture_count() and picture(); evaluation for texts,
+    image_ids, positives, ids and picture().
     """
 
     endless = False
@@ -202,6 +203,18 @@ class Split:
     def picture(self, i) -> Image.Image:
         """Picture i, decoded, RGB. Raises BadInput with its id when it cannot be read."""
         return decoded(lambda: self.picture_bytes(i), f"{self.name}: picture {self.image_ids[i]}")
+
+    def words(self, k):
+        """What sample() gives of pair k beside the picture, which is not touched."""
+        t, i = self.pairs[k]
+        return self.ids[t], self.captions_of[i], self.text_keys[t]
+
+    def picture_of(self, k):
+        """The number of pair k's picture."""
+        return self.pairs[k][1]
+
+    def picture_count(self):
+        return len(self.image_ids)
 
     def where(self, k):
         """Where training pair k lies, for a report: {"file", "offset" in bytes, …} (of the painted set: its number)."""
@@ -228,14 +241,12 @@ class Split:
     def sample(self, epoch, k):
         """Training pair k -> (its picture: the bytes of the file, or of a painted set the picture itself; tokens (L,); keys of all sentences that describe it; key of this one). Raises
         BadInput when the file cannot be read; whether it decodes `training_pixels` will see. Here all epochs are alike."""
-        t, i = self.pairs[k]
         with refused_as(self.picture_name(k)):
-            picture = self.picture_bytes(i)
-        return picture, self.ids[t], self.captions_of[i], self.text_keys[t]
+            return self.picture_bytes(self.picture_of(k)), *self.words(k)
 
     def picture_name(self, k):
         """What a message calls the picture of pair k."""
-        return f"{self.name}: picture {self.image_ids[self.pairs[k][1]]}"
+        return f"{self.name}: picture {self.image_ids[self.picture_of(k)]}"
 
 
 def sentence_key(text):
@@ -539,10 +550,13 @@ class ShardSplit(Split):
         return f"{self._place(k)}: the picture"
 
     def sample(self, epoch, k):
-        which, texts = self._captions(k)
+        words = self.words(k)                                                   # first: it costs less, should it fail
         with refused_as(self.picture_name(k)):
-            picture = self.pair_bytes(k)
-        return picture, self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
+            return self.pair_bytes(k), *words
+
+    def words(self, k):
+        which, texts = self._captions(k)
+        return self.tokenizer([texts[which]], self.context_length)[0].numpy(), [sentence_key(t) for t in texts], sentence_key(texts[which])
 
     def files(self):
         return self.shards
@@ -555,29 +569,45 @@ class ShardSplit(Split):
         return f"{len(self):,} pairs in {len(self.shards):,} shards (hash {digest.hexdigest()[:12]})"
 
     @functools.cached_property
+    def _picture_starts(self):
+        """(S + 1,): shard s holds pictures starts[s] .. starts[s+1] - 1, in the order in which they lie there."""
+        return np.concatenate([[0], np.cumsum([len(first_rows(path)) for path in self.shards])])
+
+    def picture_of(self, k):
+        s = int(np.searchsorted(self.starts, k, side="right")) - 1
+        return int(self._picture_starts[s] + np.searchsorted(first_rows(self.shards[s]), k - self.starts[s], side="right")) - 1
+
+    def _first_pair(self, i):
+        """The first pair of picture i."""
+        s = int(np.searchsorted(self._picture_starts, i, side="right")) - 1
+        return int(self.starts[s] + first_rows(self.shards[s])[i - self._picture_starts[s]])
+
+    def picture_count(self):
+        return int(self._picture_starts[-1])
+
+    def picture(self, i):
+        return decoded(lambda: self.picture_bytes(i), f"{self._place(self._first_pair(i))}: the picture")
+
+    def picture_bytes(self, i):
+        return self.pair_bytes(self._first_pair(i))
+
+    @functools.cached_property
     def _whole(self):
-        """-> (positives by sentence, pictures as pair numbers): for evaluation, which needs all of them."""
+        """-> ({caption: the pictures that it describes}, names of the pictures): for evaluation, which needs all of them."""
         if self.damaged:
             raise BadInput(f"{self.damaged[0]}: damaged or cut short, so recall would be that of a part; replace it")
-        described, pictures, index_of = {}, [], {}
+        described = {}
         for k in range(len(self)):
-            path, (image, image_size, *_) = self._row(k)
-            if image_size < 0:
+            if self._row(k)[1][1] < 0:
                 raise BadInput(f"{self._place(k)}: a caption without a picture; remove it")
-            if (path, image) not in index_of:
-                index_of[path, image] = len(pictures)
-                pictures.append(k)
             which, texts = self._captions(k)
-            described.setdefault(texts[which], {})[index_of[path, image]] = None                    # as keys: the same caption twice says nothing new
-        return described, pictures
+            described.setdefault(texts[which], {})[self.picture_of(k)] = None                       # as keys: the same caption twice says nothing new
+        return described, [self._place(self._first_pair(i)) for i in range(self.picture_count())]
 
     texts = functools.cached_property(lambda self: list(self._whole[0]))
     positives = functools.cached_property(lambda self: [list(images) for images in self._whole[0].values()])
-    image_ids = functools.cached_property(lambda self: [self._place(k) for k in self._whole[1]])
+    image_ids = functools.cached_property(lambda self: self._whole[1])
     ids = functools.cached_property(lambda self: self.tokenizer(self.texts, self.context_length).numpy().astype(np.uint16))
-
-    def picture_bytes(self, i):
-        return self.pair_bytes(self._whole[1][i])
 
 
 class ShardOrder:
@@ -617,6 +647,12 @@ def opened_shard(path):
 @functools.lru_cache(maxsize=64)
 def opened_index(path):
     return shard_index(path, thorough=True)
+
+
+@functools.lru_cache(maxsize=64)
+def first_rows(path):
+    """Which pairs of a shard are the first of their picture, whose captions follow each other: (P,) for P pictures."""
+    return np.flatnonzero(np.diff(opened_index(path)[1:, 0], prepend=-1))
 
 
 def read_at(path, offset, size, name):
@@ -1137,16 +1173,18 @@ class Batches(Sampler):
 
 class TrainingPairs(Dataset):
     """(epoch, pair number) -> tensors of one pair. In the place of one that cannot be read comes the next one that can: as long as reading itself does not fail by chance, a function of
-    the data alone."""
+    the data alone. With `features` (features.py) the picture is not read: its embedding stands in its place."""
 
-    def __init__(self, split, image_size, tries=100):
-        self.split, self.image_size, self.tries = split, image_size, tries
+    def __init__(self, split, image_size, tries=100, features=None):
+        self.split, self.image_size, self.tries, self.features = split, image_size, tries, features
 
     def __getitem__(self, place):
         epoch, k = place
         bad = []                                                                # reports: {"file", "offset", …, "reason"}
         for other in ((k + n) % len(self.split) for n in range(self.tries)):
             try:
+                if self.features is not None:
+                    return *self.features.sample(self.split, other), bad
                 picture, ids, picture_sentences, sentence = self.split.sample(epoch, other)
                 return training_pixels(picture, self.image_size, self.split.picture_name(other)), ids, picture_sentences, sentence, bad
             except BadInput as error:
@@ -1155,7 +1193,7 @@ class TrainingPairs(Dataset):
 
 
 def collate(samples):
-    """-> pixels (B, 3, R, R) uint8, ids (B, L) int64, image_keys (B, M) int64: the sentences of each picture, filled up with -1, text_keys (B,), reports of bad pairs."""
+    """-> pixels (B, 3, R, R) uint8 or features (B, D) float16, ids (B, L) int64, image_keys (B, M) int64: the sentences of each picture, filled up with -1, text_keys (B,), reports of bad pairs."""
     pixels, ids, image_keys, text_keys, bad = zip(*samples)
     most = max(map(len, image_keys))
     image_keys = torch.tensor([list(keys) + [-1] * (most - len(keys)) for keys in image_keys])
@@ -1163,8 +1201,8 @@ def collate(samples):
     return pixels, torch.from_numpy(np.stack(ids).astype(np.int64)), image_keys, torch.tensor(text_keys), [report for reports in bad for report in reports]
 
 
-def training_loader(split, image_size, batches, workers, pin_memory=False):
-    return DataLoader(TrainingPairs(split, image_size), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
+def training_loader(split, image_size, batches, workers, pin_memory=False, features=None):
+    return DataLoader(TrainingPairs(split, image_size, features=features), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
                       prefetch_factor=4 if workers else None, worker_init_fn=reader_start(), timeout=READER_SECONDS * (workers > 0))
 
 
@@ -1238,7 +1276,7 @@ class PaintedSplit(Split):
 
     def sample(self, epoch, k):
         if not self.endless:                                                    # pair k is picture k with caption k
-            return self.picture(k), self.ids[k], self.captions_of[k], self.text_keys[k]
+            return self.picture(k), *self.words(k)
         number = epoch * len(self) + k
         rng = random.Random(f"{self.seed} {number}")
         scene = self.draw(rng)

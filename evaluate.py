@@ -212,14 +212,27 @@ def embed_pictures(model, read, count, device, autocast, batch_size=128, workers
     return from_shares(batches, rows, torch.empty(count, model.cfg.embed_dim))
 
 
-def embed_split(model, split, device, autocast, batch_size=128, workers=0):
-    """image_embed (I, D) and text_embed (T, D) of a split, on the CPU. Under torch.distributed each process embeds its share and all get the whole."""
+def embed_split(model, split, device, autocast, batch_size=128, workers=0, image_embed=None):
+    """image_embed (I, D) and text_embed (T, D) of a split, on the CPU. Under torch.distributed each process embeds its share and all get the whole. `image_embed`: those that are known."""
     was_training = model.training
     model.eval()
-    image_embed = embed_pictures(model, split.picture, len(split.image_ids), device, autocast, batch_size, workers)
+    if image_embed is None:
+        image_embed = embed_pictures(model, split.picture, len(split.image_ids), device, autocast, batch_size, workers)
     text_embed = embed_texts(model, split.ids, device, autocast, batch_size)
     model.train(was_training)
     return image_embed, text_embed
+
+
+def described(folder, made_of):
+    """-> what features.json says in a folder of embeddings. Raises BadInput when they were made of something else."""
+    try:
+        found = json.loads((folder / "features.json").read_text(encoding="utf-8"))
+        changed = [f"{key} {found['made_of'].get(key)}, now it is {made_of[key]}" for key in made_of if found["made_of"].get(key) != made_of[key]]
+    except Exception as error:                                                  # damage comes in many kinds
+        raise data.BadInput(f"--features {folder}: cannot be read ({type(error).__name__}: {error}); delete it or name another folder") from None
+    if changed:
+        raise data.BadInput(f"--features {folder}: made of {'; '.join(changed)}. Delete it or name another folder")
+    return found
 
 
 def kept(folder, made_of, ids, compute):
@@ -243,15 +256,12 @@ def kept(folder, made_of, ids, compute):
             print(f"embeddings kept in {folder}")
         from_all(None)                                                          # all wait for it
         return embeds
+    found = described(folder, made_of)
     try:
-        found = json.loads(about.read_text(encoding="utf-8"))
-        changed = [f"{key} {found['made_of'].get(key)}, now it is {made_of[key]}" for key in made_of if found["made_of"].get(key) != made_of[key]]
         embeds = [torch.from_numpy(np.load(folder / name)) for name in names]
         as_described = found["sha256"] == digests(embeds) and all(found[key] == ids[key] for key in ids)
     except Exception as error:                                                  # damage comes in many kinds
         raise data.BadInput(f"--features {folder}: cannot be read ({type(error).__name__}: {error}); delete it or name another folder") from None
-    if changed:
-        raise data.BadInput(f"--features {folder}: made of {'; '.join(changed)}. Delete it or name another folder")
     if not as_described:
         raise data.BadInput(f"--features {folder}: the .npy files are not those that features.json describes; delete it or name another folder")
     if is_main:

@@ -14,7 +14,8 @@ process holds at a time. Neither the number of processes nor the micro-batch cha
 product counts: BatchNorm sees so many pictures at a time).
 
 The same command run again continues where the run stopped, after any kill, to the same result (bit for bit on CPUs; kernels of GPUs round differently each time). In --out: last.pt (to continue from; with --keep also step-00001000.pt, …), best.pt
-(highest recall on the valid split), of a fine-tune start.pt (the weights before it), metrics.jsonl, settings.json, bad_samples.jsonl (pairs that could not be read).
+(highest recall on the valid split), of a fine-tune start.pt (the weights before it), metrics.jsonl, settings.json, bad_samples.jsonl (pairs that could not be read), and of stage 1
+features/ (the pictures' embeddings, computed once: features.py).
 """
 import argparse
 import contextlib
@@ -39,6 +40,7 @@ import torch.nn.functional as F
 import checkpoint
 import data
 from evaluate import embed_split, from_all, precision_of, retrieval_recall, start_processes
+from features import Features
 from loss import gather, matches, tiled_loss
 from model import CLIP, CONFIGS, statistics_kept, to_device
 from tokenizer import MASK, SEP
@@ -77,7 +79,7 @@ RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6)
           "log_every": (1, 1e9), "patience": (0, 1e6)}
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
 # picture names, or of the shards' names and sizes.)
-FREE = {"recipe", "out", "data", "data_root", "valid_data", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing", "patience", "average"}
+FREE = {"recipe", "out", "data", "data_root", "valid_data", "features", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing", "patience", "average"}
 
 
 def main():
@@ -119,12 +121,20 @@ def main():
     if run.ended(first_step) and (run.averaged or not settings.average):
         return run.say(f"nothing to do: {run.summary(first_step)}. To train on from there: --init {last.parent / 'best.pt'} with another --out")
 
+    valid_pictures = []                                                         # in stage 1, from the first validation on: their embeddings, which never change
+
     def validate(step, share=None):
         if valid_split is not None:
-            run.validated(step, retrieval_recall(*embed_split(model, valid_split, device, autocast, workers=settings.workers), valid_split.positives), share)
+            embeds = embed_split(model, valid_split, device, autocast, workers=settings.workers, image_embed=valid_pictures[0] if valid_pictures else None)
+            valid_pictures[:] = embeds[:1] if settings.stage == "1" else []
+            run.validated(step, retrieval_recall(*embeds, valid_split.positives), share)
 
     run.open_folder(first_step)
     signals = catch_signals(rank == 0)
+    features = None
+    if settings.features:
+        features = Features(settings.features, model, train_split, settings.precision)
+        features.complete(model, train_split, device, autocast, settings.workers, run.say, lambda: asked_to_stop(signals) and run.stop(first_step, signals))
     if first_step == 0:
         validate(0)
         run.keep_start()
@@ -132,7 +142,7 @@ def main():
 
     batches = data.Batches(train_split, settings.batch_size, settings.seed, first_step, total, rank, world, settings.micro_batch)
     meter = Meter(first_step, total, settings, len(train_split), device)
-    loader = meter.watched(data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda"))
+    loader = meter.watched(data.training_loader(train_split, config.image_size, batches, settings.workers, pin_memory=device.type == "cuda", features=features))
     step = first_step                                                           # optimizer steps done
     while not run.ended(step):
         step += 1
@@ -188,7 +198,7 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
     """One optimizer step on this process's share of the global batch, however many micro-batches it takes -> loss of the global batch, norm of its gradient; on the device, and nothing here
     waits for it: while it computes this step, the next one is prepared.
 
-    ready: for each micro-batch, a function that gives (pixels, ids); seeds: the seed of its dropout and patch masks. With one micro-batch the graph of the forward pass is kept;
+    ready: for each micro-batch, a function that gives (pixels or image embeddings, ids); seeds: the seed of its dropout and patch masks. With one micro-batch the graph of the forward pass is kept;
     with several each is embedded without, and once more, alike, when the gradient at its embeddings is known (gradient caching, arXiv 2101.06983).
     When loss or gradient are not finite, the model stays as it is.
     """
@@ -198,7 +208,7 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
         torch.manual_seed(seeds[k])
         pixels, ids = ready[k]()
         with autocast():
-            return model.encode_image(pixels) if vision else None, model.encode_text(ids)
+            return (pixels if pixels.ndim == 2 else model.encode_image(pixels)) if vision else None, model.encode_text(ids)         # ndim 2: embeddings already
 
     # 1. embed every micro-batch
     once = len(ready) == 1
@@ -319,15 +329,15 @@ def random_draws(settings, step, context_length):
 
 
 def prepare(pixels, ids, share, draws, settings, device):
-    """A micro-batch as read, (b, 3, R, R) uint8 and (b, L), with its places in the global batch -> augmented and normalised pictures on the device; captions with some tokens [MASK], on the
-    CPU, where the model packs them."""
-    pixels = pixels.to(device, non_blocking=True).float() / 255
+    """A micro-batch as read, (b, 3, R, R) uint8 or features (b, D), and (b, L), with its places in the global batch -> on the device augmented and normalised pictures, or the features in
+    float32; on the CPU, where the model packs them, captions with some tokens [MASK]."""
+    pixels = pixels.to(device, non_blocking=True).float() / (255 if pixels.ndim == 4 else 1)
     for_pictures, for_tokens = (x if x is None else x[share.start : share.stop] for x in draws)
     if for_pictures is not None:
         pixels = data.augment(pixels, to_device(for_pictures, device), **data.AUGMENT[settings.augment])
     if for_tokens is not None:
         ids = torch.where((for_tokens < settings.mask_tokens) & (ids > SEP), MASK, ids)             # never [PAD], [UNK], [CLS], [SEP]
-    return data.normalize(pixels), ids
+    return data.normalize(pixels) if pixels.ndim == 4 else pixels, ids
 
 
 def make_optimizer(model, weight_decay):
@@ -399,7 +409,7 @@ class Run:
         before, now = state["settings"], self.settings
         masks = self.model.cfg.text_dropout > 0 or now["patch_dropout"] > 0     # drawn for each micro-batch of a process: with another size or number of processes, others
         free = FREE if masks else FREE | {"micro_batch"}
-        names = {"norm_batch": "BatchNorm over --micro-batch x processes ="}
+        names = {"norm_batch": "BatchNorm over --micro-batch x processes =", "features_kept": "features kept (--features):"}
         changed = [f"{names.get(name, name)} {before.get(name)}, now it is {now.get(name)}" for name in differing(before, now, free)]
         if changed:
             raise data.BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
@@ -750,6 +760,7 @@ def parse_args(argv=None):
     parser.add_argument("--weight-decay", type=float, default=0.001, help="of matrices and tables (default: %(default)s)")
     parser.add_argument("--augment", choices=list(data.AUGMENT), default="none", help="(default: none) photo: small shifts and stretches, mild colours; drawing: bends, turns and recolours")
     parser.add_argument("--positives", choices=("all", "pair"), default="all", help="what counts as right in a batch: all captions of a picture and all pictures of a caption (default), or as in the paper its pair alone")
+    parser.add_argument("--features", metavar="DIR", default="auto", help="stage 1 without augmentation: where the pictures' embeddings are kept, which are computed once; runs may share it. none: nowhere (default: OUT/features, when pictures come more than once)")
     parser.add_argument("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training (default: 0)")
     parser.add_argument("--patch-dropout", type=float, default=0.0, help="share of a picture's patches that a ViT leaves out in training: less time and memory (default: 0)")
     parser.add_argument("--max-bad", type=float, default=0.01, help="share of the pairs that may be unreadable and are replaced; above it the run stops (default: %(default)s)")
@@ -780,6 +791,8 @@ def parse_args(argv=None):
         raise data.BadInput(f"--out {args.out}: it is a file; name a folder for the run")
     if args.init is not None and (args.vision_weights is not None or args.text_weights is not None):
         raise data.BadInput(f"--init {args.init}: it brings both towers, so neither --vision-weights nor --text-weights go with it")
+    if args.features == "":
+        raise data.BadInput("--features '': name a folder, auto or none")
     if args.model is not None and args.model not in CONFIGS:
         raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     for name, (low, high) in RANGES.items():
@@ -809,6 +822,15 @@ def resolve(args, config, train_split, valid_split, precision, world):
     if valid_split is None and (settings.average or settings.patience):
         raise data.BadInput(f"--{'average' if settings.average else 'patience'}: there is no valid split to choose by; --valid-data names one, {'--no-average' if settings.average else '--patience 0'} does without")
     settings.warmup = min(settings.warmup, settings.total_steps // 2)
+    changing = (f"stage {args.stage} trains the vision tower" if args.stage != "1" else f"--augment {args.augment} changes its pictures" if args.augment != "none" else
+                f"{train_split.name} has new pictures in every epoch" if train_split.endless else None)
+    if changing and args.features not in ("auto", "none"):
+        raise data.BadInput(f"--features {args.features}: {changing}, so there are no features to keep; leave it out")
+    if args.features == "none" or args.features == "auto" and (changing or (settings.total_steps - 1) * settings.batch_size < train_split.picture_count()):
+        settings.features = None                                                # in one pass nothing would be saved
+    elif args.features == "auto":
+        settings.features = str(Path(args.out) / "features")
+    settings.features_kept = True if settings.features else None                # they are rounded, so it is another run without; None, as in runs from before there were any
     settings.processes = world
     settings.norm_batch = min(settings.batch_size, world * (settings.micro_batch or settings.batch_size)) if isinstance(config.vision_layers, tuple) and args.stage != "1" else None
     settings.train_pairs, settings.valid_pairs = train_split.fingerprint(), valid_split.fingerprint() if valid_split else None

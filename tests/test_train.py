@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import peers
 import pytest
 import torch
@@ -23,6 +24,7 @@ from conftest import ROOT, bomb, jpeg, on_processes, png, refused, script, write
 from test_model import RESNET, VIT, batch, build
 
 import checkpoint
+import data
 import train
 from data import BadInput
 from loss import contrastive_loss, matches
@@ -97,12 +99,12 @@ def test_stage_1_starts_from_a_vision_tower_and_a_fresh_text_tower(trained, stop
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folder):
-    """With a learning rate of 0, what is trained stays what it was in the two files; what is left out of them is said."""
+    """With a learning rate of 0, what is trained stays what it was in the two files; what is left out of them is said. The pictures' features are kept, on one process and on two."""
     clip, bert, cfg = peers.openai_clip_model(train.CONFIGS["tiny"]), peers.bert_model(train.CONFIGS["tiny"]), train.CONFIGS["tiny"]
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     bert.save_pretrained(tmp_path / "bert")
     output = script("train.py", "--stage", 1, "--data", tsv_folder, "--max-steps", 1, "--lr", 0, "--vision-weights", tmp_path / "clip.pt", "--text-weights", tmp_path / "bert", *QUICK,
-                    "--out", tmp_path / "one", processes=processes)
+                    "--out", tmp_path / "one", "--features", tmp_path / "features", processes=processes)
     assert f"starts from {tmp_path / 'clip.pt'} + {tmp_path / 'bert'}" in output
     assert "left out: ln_final.* (2)" in output and f"transformer.* (12) of {tmp_path / 'clip.pt'}; bert.pooler.* (2), cls.* (" in output
     got = checkpoint.load(tmp_path / "one/last.pt")[0]
@@ -110,6 +112,9 @@ def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folde
     pixels, ids = peers.batch(cfg)
     with torch.no_grad():
         torch.testing.assert_close(got.vision(pixels), clip.float().encode_image(pixels), rtol=1e-4, atol=1e-5)
+        split = data.open_split(tsv_folder, "train")
+        embeds = got.encode_image(torch.stack([data.Transform(cfg.image_size)(split.picture(i)) for i in range(12)]))
+        torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "features/000000.npy")), embeds.half(), rtol=1e-2, atol=1e-4)
         torch.testing.assert_close(got.text(ids), bert.bert(ids, ids.ne(0)).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
 
 
