@@ -45,26 +45,6 @@ def metrics(out):
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """train.py with these arguments, in this process (a tenth of the time of `script`)."""
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(a) for a in arguments])
-        train.main()
-    return run
-
-
-@pytest.fixture
-def stops(trained):
-    """The message with which train.py stops on these arguments."""
-    def run(*arguments):
-        with pytest.raises(BadInput) as caught:
-            trained(*arguments)
-        assert "\n" not in str(caught.value)
-        return str(caught.value)
-    return run
-
-
 # ---------------------------------------------------------------------------------------------------------------- stages
 
 
