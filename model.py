@@ -186,7 +186,8 @@ class QuickGELU(nn.Module):
     """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay. As silu(y) = y sigmoid(y), it is silu(1.702 x) / 1.702."""
 
     def forward(self, x):
-        return F.silu(1.702 * x) / 1.702
+        y = 1.702 * x
+        return F.silu(y) / 1.702 if y.requires_grad else F.silu(y, inplace=True).div_(1.702)        # without a graph in the same memory
 
 
 class VisionBlock(nn.Module):
