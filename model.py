@@ -132,19 +132,31 @@ class Attention(nn.Module):
         return self.out(attend(q, k, v, packing.runs, self.dropout if self.training else 0.0).flatten(1))
 
 
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay."""
+
+    FACTOR = 1.702
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.FACTOR * x)
+
+
 class MLP(nn.Sequential):
-    """C -> 4 C, activation, 4 C -> C."""
+    """C -> 4 C, activation (GELU or QuickGELU), 4 C -> C."""
 
     def __init__(self, width: int, activation: nn.Module):
         super().__init__(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
 
     def forward(self, x):                       # (T, C) -> (T, C)
         widen, activation, narrow = self
-        x = widen(x)
+        # QuickGELU is silu(a x) / a with a = 1.702, for silu(y) = y sigmoid(y): one kernel, and the matrix products beside it bring the two factors for nothing.
+        a, function = (QuickGELU.FACTOR, F.silu) if isinstance(activation, QuickGELU) else (1.0, F.gelu)
+        x = torch.addmm(a * widen.bias, x, widen.weight.T, alpha=a)                                 # (T, 4 C)
+        rest = lambda x: torch.addmm(narrow.bias, function(x), narrow.weight.T, alpha=1 / a)
         if not torch.is_grad_enabled():
-            return narrow(activation(x))
-        # The activation is computed again in the backward pass: cheap, and what is kept for it is a third. (The product with `narrow` is not: checkpointing stops before it.)
-        return checkpoint(lambda x: narrow(activation(x)), x, use_reentrant=False, preserve_rng_state=False)
+            return rest(x)
+        # The activation is computed again in the backward pass: cheap, and less is kept. (The product after it is not: checkpointing stops before it.)
+        return checkpoint(rest, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_blocks(blocks, x, *args, checkpointed: bool):
@@ -180,14 +192,6 @@ def at_least_float32(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------- vision tower 1: VisionTransformer
-
-
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay. As silu(y) = y sigmoid(y), it is silu(1.702 x) / 1.702."""
-
-    def forward(self, x):
-        y = 1.702 * x
-        return F.silu(y) / 1.702 if y.requires_grad else F.silu(y, inplace=True).div_(1.702)        # without a graph in the same memory
 
 
 class VisionBlock(nn.Module):
