@@ -6,8 +6,8 @@
 
 One table: how many pictures, captions or pairs a second; what share that is of the fastest large matrix product of this device in the same run (operations are counted from the sizes: two
 for each multiplication that the result needs); and with --peer how many times cn_clip's rate, from the same weights and the same batches in the same process, with what the two results
-differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over the rounds, in brackets the lowest and the highest ratio of a round.
-Peak memory is that of a process that does nothing but one kind of training step.
+differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over the rounds, ratios those of each round. On a CPU each has the memory
+settings of its own scripts: train.py keeps what it frees (data.keep_freed_memory), the peer's leave the C library as it is. Peak memory is that of a process that does nothing but steps.
 """
 import argparse
 import concurrent.futures
@@ -42,6 +42,7 @@ from tokenizer import CLS, SEP, Tokenizer
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
 BY_PRECISION = {"image", "text", "stage1", "features", "stage2", "cached", "memory"}
 MICRO_BATCHES = 4                                                               # of the row `cached`
+ENCODED = 64                                                                    # pictures or captions at a time in the rows `image` and `text`: the peer's default when it extracts features
 
 
 class Row(NamedTuple):
@@ -120,15 +121,19 @@ def synchronize(device):
 
 
 def measured(row, device, rounds):
-    """Ours and the peer's in turn -> seconds of one call of ours, of each round; the same of the peer's, or None. What takes less than a tenth of a second is called more often in a round."""
-    calls = [call for call in (row.ours, row.theirs) if call]
-    times = []
-    for call in calls:
+    """Ours and the peer's in turn -> seconds of one call of ours, of each round; the same of the peer's, or nothing. What takes less than a tenth of a second is called more often in a round."""
+    sides = [(call, setting) for call, setting in ((row.ours, data.keep_freed_memory), (row.theirs, data.free_memory)) if call]
+    often = []
+    for call, setting in sides:
+        setting()
         call()
-        times.append(max(1, round(0.1 / timed(call, device))))
-    results = [[timed(lambda: [call() for _ in range(often)], device) / often for call, often in zip(calls, times)] for _ in range(rounds)]
-    ours, *theirs = zip(*results)
-    return ours, theirs[0] if theirs else None
+        often.append(max(1, round(0.1 / timed(call, device))))
+    seconds = [[], []]
+    for _ in range(rounds):
+        for (call, setting), times, side in zip(sides, often, seconds):
+            setting()
+            side.append(timed(lambda: [call() for _ in range(times)], device) / times)
+    return seconds
 
 
 # ---------------------------------------------------------------------------------------------------------------- what is measured
@@ -145,11 +150,8 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         self.pixels = torch.randint(0, 256, (batch_size, 3, self.cfg.image_size, self.cfg.image_size), dtype=torch.uint8, generator=generator)
         self.ids = captions_of(torch.randint(14, 27, (batch_size,), generator=generator), self.cfg, generator)              # 20 tokens on average, [CLS] and [SEP] among them
-        self.picture_ops, text_ops = operations(self.cfg, self.lengths(self.ids))
+        self.picture_ops, text_ops = operations(self.cfg, lengths(self.ids))
         self.text_ops = text_ops / batch_size
-
-    def lengths(self, ids):
-        return (ids != 0).sum(dim=1).tolist()
 
     def encoding(self, what, encode, theirs, count, ops, precision):
         autocast, name = evaluate.precision_of(precision, self.device, evaluating=True)
@@ -172,12 +174,13 @@ class Bench:
         return Row(f"{what}, {name}", name, count, ours, peers if self.peer else None, ops, difference)
 
     def image(self, precision):
-        pixels = data.normalize(self.pixels.to(self.device).float() / 255)
+        pixels = data.normalize(repeated(self.pixels, ENCODED).to(self.device).float() / 255)
         return self.encoding("image encoding", lambda: self.model.encode_image(pixels), lambda: self.peer.model.encode_image(pixels), len(pixels), len(pixels) * self.picture_ops, precision)
 
     def text(self, precision):
-        ids, there = self.ids.repeat(4, 1), self.ids.repeat(4, 1).to(self.device)
-        return self.encoding("text encoding", lambda: self.model.encode_text(ids), lambda: self.peer.model.encode_text(there), len(ids), len(ids) * self.text_ops, precision)
+        ids = repeated(self.ids, ENCODED)
+        there = ids.to(self.device)
+        return self.encoding("text encoding", lambda: self.model.encode_text(ids), lambda: self.peer.model.encode_text(there), len(ids), operations(self.cfg, lengths(ids))[1], precision)
 
     def step(self, what, precision, frozen=False, features=False, micro_batches=1):
         """A training step, from uint8 pictures and ids on the CPU to new weights; with a learning rate of 0, which costs the same, so that ours and the peer's stay what they are."""
@@ -195,14 +198,14 @@ class Bench:
             with torch.no_grad():
                 pixels = torch.cat([model.encode_image(train.prepare(p, None, None, (None, None), settings, self.device)[0]) for p in pixels.split(16)]).half().cpu()
         pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
-        ready = [functools.partial(train.prepare, pixels, self.ids, None, (None, None), settings, self.device)] * micro_batches
-        ours = lambda: train.train_step(model, ready, [1] * micro_batches, None, gradients, optimizer, scaler, autocast)
+        ready = [functools.partial(train.prepare, p, ids, None, (None, None), settings, self.device) for p, ids in zip(pixels.chunk(micro_batches), self.ids.chunk(micro_batches))]
+        ours = lambda: train.train_step(model, ready, [1] * len(ready), None, gradients, optimizer, scaler, autocast)
         theirs, difference = None, ""
         if self.peer and micro_batches == 1:
             theirs = self.peer.step(self.pixels, self.ids, precision, frozen)
             difference = self.peer.difference(self.model, *ready[0](), self.pixels, self.ids)
         needed = 3 * self.text_ops + (0 if features else self.picture_ops if frozen else 3 * self.picture_ops)
-        return Row(f"{what}, {name}", name, len(self.ids) * micro_batches, ours, theirs, len(self.ids) * micro_batches * needed, difference)
+        return Row(f"{what}, {name}", name, len(self.ids), ours, theirs, len(self.ids) * needed, difference)
 
     def stage1(self, precision):
         return self.step("stage 1 step", precision, frozen=True)
@@ -214,7 +217,7 @@ class Bench:
         return self.step("stage 2 step", precision)
 
     def cached(self, precision):
-        return self.step(f"stage 2 step of {MICRO_BATCHES} micro-batches", precision, micro_batches=MICRO_BATCHES)
+        return self.step(f"stage 2 step in {MICRO_BATCHES} micro-batches", precision, micro_batches=MICRO_BATCHES)
 
     # what does not depend on the towers' precision
 
@@ -238,6 +241,7 @@ class Bench:
     def tokenizer(self, _):
         rng = random.Random(0)
         texts = [painter.describe(painter.random_scene(rng)) for _ in range(500)] + [painter.describe_landscape(painter.random_landscape(rng)) for _ in range(500)]
+        texts = [f"{text}，共{i}个 No.{i}" if i % 5 == 0 else text for i, text in enumerate(texts)]                          # one in five with letters and digits
         ours = lambda tokenizer=Tokenizer(): tokenizer(texts)
         theirs = (lambda: self.peer.tokenize([text.lower().replace("“", '"').replace("”", '"') for text in texts], 52)) if self.peer else None
         return Row("tokenizer, 1,000 captions", "", len(texts), ours, theirs, 0, "ids " + ("equal" if self.peer and torch.equal(ours(), theirs()) else "DIFFER"))
@@ -259,6 +263,15 @@ class Bench:
         image, text = (torch.nn.functional.normalize(torch.randn(n, self.cfg.embed_dim), dim=1) for n in (1000, 5000))
         positives = [[t // 5] for t in range(5000)]
         return Row("recall of 1,000 pictures, 5,000 captions", "", 5000, lambda: evaluate.retrieval_recall(image, text, positives))
+
+
+def lengths(ids):
+    return (ids != 0).sum(dim=1).tolist()
+
+
+def repeated(x, n):
+    """x again and again, n rows."""
+    return x.repeat(-(-n // len(x)), *[1] * (x.ndim - 1))[:n]
 
 
 def captions_of(lengths, cfg, generator):

@@ -1484,8 +1484,16 @@ def keep_freed_memory():
     and clear: a quarter of the time of a training step on a CPU. (Linux with glibc; elsewhere nothing is done.)"""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(-4, 0)                                                  # M_MMAP_MAX: no block of its own for a large tensor
-        library.mallopt(-1, 2**31 - 1)                                          # M_TRIM_THRESHOLD: so much may lie free at the end
+        library.mallopt(-4, 0)                                                  # M_MMAP_MAX: how many tensors may have a block of their own
+        library.mallopt(-1, 2**31 - 1)                                          # M_TRIM_THRESHOLD: how much may lie free at the end
+
+
+def free_memory():
+    """As it is without: what is freed of 32 MiB or more (a limit that the C library soon comes to by itself) goes back to the system."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(-4, 65536)
+        library.mallopt(-3, 2**25)                                              # M_MMAP_THRESHOLD
 
 
 def run(main):
