@@ -41,7 +41,6 @@ from tokenizer import CLS, SEP, Tokenizer
 
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
 BY_PRECISION = {"image", "text", "stage1", "features", "stage2", "cached", "memory"}
-MICRO_BATCHES = 4                                                               # of the row `cached`
 ENCODED = 64                                                                    # pictures or captions at a time in the rows `image` and `text`: the peer's default when it extracts features
 
 
@@ -142,8 +141,8 @@ def measured(row, device, rounds):
 class Bench:
     """A model with random weights, the peer's with the same ones, a batch; and the rows."""
 
-    def __init__(self, name, batch_size, device, peer):
-        self.cfg, self.device, self.batch_size = CONFIGS[name], device, batch_size
+    def __init__(self, name, batch_size, device, peer, micro_batches=4):
+        self.cfg, self.device, self.micro_batches = CONFIGS[name], device, micro_batches
         torch.manual_seed(0)
         self.model = CLIP(self.cfg).to(device)
         self.peer = Peer(name, self.model, device) if peer else None
@@ -217,7 +216,7 @@ class Bench:
         return self.step("stage 2 step", precision)
 
     def cached(self, precision):
-        return self.step(f"stage 2 step in {MICRO_BATCHES} micro-batches", precision, micro_batches=MICRO_BATCHES)
+        return self.step(f"stage 2 step in {self.micro_batches} micro-batches", precision, micro_batches=self.micro_batches)
 
     # what does not depend on the towers' precision
 
@@ -411,6 +410,8 @@ def main():
     parser.add_argument("--rows", default=",".join(ROWS), help=f"which rows, of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--peer", action="store_true", help="measure cn_clip beside it")
+    parser.add_argument("--micro-batches", type=int, default=4, help="of the row `cached`, gradient caching (default: 4)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for the vision tower, as with train.py")
     args = parser.parse_args()
     names = args.rows.split(",")
     if args.model not in CONFIGS:
@@ -421,14 +422,16 @@ def main():
         raise data.BadInput(f"--rows {args.rows}: no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = args.batch_size or (256 if device.type == "cuda" else 16)
-    if not (2 <= batch_size <= 10**6 and 1 <= args.rounds <= 1000):
-        raise data.BadInput(f"--batch-size {args.batch_size} --rounds {args.rounds}: out of range, 2 to 1e6 and 1 to 1000")
+    if not (2 <= batch_size <= 10**6 and 1 <= args.rounds <= 1000 and 2 <= args.micro_batches <= batch_size):
+        raise data.BadInput(f"--batch-size {batch_size} --rounds {args.rounds} --micro-batches {args.micro_batches}: out of range, 2 to 1e6, 1 to 1000 and 2 to the batch size")
 
     default = evaluate.precision_of("auto", device)[1]
     print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware(device)}, torch {torch.__version__}, {datetime.date.today()}; default precision {default}")
     peaks = {name: peak(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)) if name == "fp32" or evaluate.bf16_is_fast(device)}
     print("largest matrix product: " + ", ".join(f"{name} {rate / 1e9:,.0f} billion operations a second" for name, rate in peaks.items()))
-    bench = Bench(args.model, batch_size, device, args.peer)
+    bench = Bench(args.model, batch_size, device, args.peer, args.micro_batches)
+    if args.compile:
+        bench.model.compile_vision()
     print(f"\n{'':48}{'/s':>10}  {'of the peak':>11}" + f"  {'cn_clip /s':>10}  {'ratio':>5}  {'lowest-highest':14}  equal?" * args.peer)
     for name in names:
         for precision in ("fp32", "auto") if name in BY_PRECISION and default != "fp32" else ("fp32",):

@@ -1528,6 +1528,8 @@ def run(main):
             status = f"error: no picture came from its readers within {READER_SECONDS} s: is /dev/shm full, or the disk gone? --workers 0 does without them"
         elif "out of memory" in str(error) or "can't allocate memory" in str(error):                # of a GPU, of the CPU
             status = f"error: there is not enough memory ({str(error).splitlines()[0][:200]}); in training a smaller --micro-batch or --grad-checkpointing needs less"
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            status = f"error: torch.compile failed ({str(error).strip().splitlines()[0][:200]}); without --compile the run goes on"
         elif "onnection" in str(error):                                         # gloo: "Connection closed by peer", "Connection reset by peer", …
             status = "error: the connection to another process of this run broke; the error line of that process says why"
         else:

@@ -492,6 +492,12 @@ class CLIP(nn.Module):
         """Trade computation for memory in both towers: keep each block's input alone and run the block again in the backward pass."""
         self.vision.grad_checkpointing = self.text.grad_checkpointing = on
 
+    def compile_vision(self, backend="inductor"):
+        """torch.compile for a ViT, block by block: all but the last are alike, so one compilation serves them, and pictures come in few shapes (a micro-batch, the last one, those of validation).
+        Captions come in as many as there are sums of lengths, and a ResNet's blocks all differ: both stay as they are."""
+        for block in self.vision.blocks[:-1]:
+            block.compile(backend=backend)
+
     @torch.no_grad()
     def clamp_logit_scale(self):
         """After every optimizer step: exp(logit_scale) stays between 1 and 100."""

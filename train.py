@@ -79,7 +79,7 @@ RANGES = {"batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6)
           "log_every": (1, 1e9), "patience": (0, 1e6)}
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
 # picture names, or of the shards' names and sizes.)
-FREE = {"recipe", "out", "data", "data_root", "valid_data", "features", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing", "patience", "average"}
+FREE = {"recipe", "out", "data", "data_root", "valid_data", "features", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing", "compile", "patience", "average"}
 
 
 def main():
@@ -105,6 +105,8 @@ def main():
     if settings.stage == "1":
         model.freeze_vision()
     model.set_grad_checkpointing(settings.grad_checkpointing)
+    if settings.compile:
+        model.compile_vision()
     model.vision.patch_dropout = settings.patch_dropout                         # of a ViT; resolve refuses it for others
     model.to(device).train()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # not enabled, it passes everything through
@@ -767,6 +769,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
     parser.add_argument("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
+    parser.add_argument("--compile", action="store_true", help="torch.compile for the vision tower: for GPUs, and a minute at the start; on CPUs it gains nothing")
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures, for each training process (default: 1)")
     parser.add_argument("--valid-every", type=int, default=0, help="steps between validations (default: a tenth of the run, of a fine-tune a twentieth, more where they would take much of the time)")
     parser.add_argument("--patience", type=int, default=0, help="stop after so many validations without a higher recall (default: 0, never)")
@@ -810,6 +813,8 @@ def resolve(args, config, train_split, valid_split, precision, world):
         raise data.BadInput(f"--batch-size {settings.batch_size} does not divide by {world} processes; {max(1, settings.batch_size // world) * world} does")
     if settings.patch_dropout and (args.stage == "1" or isinstance(config.vision_layers, tuple)):
         raise data.BadInput(f"--patch-dropout {settings.patch_dropout}: there are no patches to leave out, for {'the vision tower is frozen' if args.stage == '1' else 'a ResNet has none'}")
+    if settings.compile and isinstance(config.vision_layers, tuple):
+        raise data.BadInput("--compile: it is for ViTs; the blocks of a ResNet all differ, and each would be compiled by itself")
     if not len(train_split):
         raise data.BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
     settings.model, settings.precision = checkpoint.name_of(config), precision

@@ -180,6 +180,24 @@ def test_frozen_vision_tower_has_no_graph_and_stays_in_evaluation_mode(cfg):
     assert not any(m.training for m in model.vision.modules()) and model.text.training
 
 
+def test_compiled_blocks_compute_the_same_in_few_compilations():
+    """Two shapes, with a graph and without: a few compilations serve three blocks (traced; the compiler itself is torch's)."""
+    cfg, compiled = dataclasses.replace(VIT, vision_layers=4), []
+    plain, model = build(cfg), build(cfg)
+    model.compile_vision(lambda graph, _: compiled.append(1) or graph.forward)
+    for n in (6, 4):
+        pixels = batch(cfg, n=n)[0]
+        with torch.no_grad():
+            torch.testing.assert_close(model.encode_image(pixels), plain.encode_image(pixels), rtol=1e-5, atol=1e-6)
+        for m in (plain, model):
+            for p in m.parameters():
+                p.grad = torch.zeros_like(p)                                    # as in training
+            m.encode_image(pixels).square()[:, 0].sum().backward()
+        for a, b in zip(model.vision.parameters(), plain.vision.parameters()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    assert 0 < len(compiled) <= 8                                               # torch gives up after eight
+
+
 def test_logit_scale_is_clamped_to_one_and_a_hundred():
     model = build(VIT)
     for value, clamped in ((9.0, math.log(100)), (-3.0, 0.0), (2.0, 2.0)):
