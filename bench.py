@@ -12,6 +12,7 @@ settings of its own scripts: train.py keeps what it frees (data.keep_freed_memor
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import datetime
 import functools
 import json
@@ -41,7 +42,7 @@ from tokenizer import CLS, SEP, Tokenizer
 
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
 BY_PRECISION = {"image", "text", "stage1", "features", "stage2", "cached", "memory"}
-ENCODED = 64                                                                    # pictures or captions at a time in the rows `image` and `text`: the peer's default when it extracts features
+CAPTIONS = 64                                                                   # at a time in the row `text`: the peer's default when it extracts features
 
 
 class Row(NamedTuple):
@@ -141,8 +142,8 @@ def measured(row, device, rounds):
 class Bench:
     """A model with random weights, the peer's with the same ones, a batch; and the rows."""
 
-    def __init__(self, name, batch_size, device, peer, micro_batches=4):
-        self.cfg, self.device, self.micro_batches = CONFIGS[name], device, micro_batches
+    def __init__(self, name, batch_size, device, peer, micro_batches=4, compiled=False):
+        self.cfg, self.device, self.micro_batches, self.compiled = CONFIGS[name], device, micro_batches, compiled
         torch.manual_seed(0)
         self.model = CLIP(self.cfg).to(device)
         self.peer = Peer(name, self.model, device) if peer else None
@@ -173,20 +174,22 @@ class Bench:
         return Row(f"{what}, {name}", name, count, ours, peers if self.peer else None, ops, difference)
 
     def image(self, precision):
-        pixels = data.normalize(repeated(self.pixels, ENCODED).to(self.device).float() / 255)
+        pixels = data.normalize(self.pixels.to(self.device).float() / 255)
         return self.encoding("image encoding", lambda: self.model.encode_image(pixels), lambda: self.peer.model.encode_image(pixels), len(pixels), len(pixels) * self.picture_ops, precision)
 
     def text(self, precision):
-        ids = repeated(self.ids, ENCODED)
+        ids = repeated(self.ids, CAPTIONS)
         there = ids.to(self.device)
         return self.encoding("text encoding", lambda: self.model.encode_text(ids), lambda: self.peer.model.encode_text(there), len(ids), operations(self.cfg, lengths(ids))[1], precision)
 
     def step(self, what, precision, frozen=False, features=False, micro_batches=1):
-        """A training step, from uint8 pictures and ids on the CPU to new weights; with a learning rate of 0, which costs the same, so that ours and the peer's stay what they are."""
+        """A training step, from uint8 pictures and ids on the CPU to new weights; with a learning rate of 0, which costs the same, so that the weights of ours and the peer's stay the same."""
         autocast, name = evaluate.precision_of(precision, self.device)
-        model = self.model.train()
-        model.vision_frozen = frozen
-        model.vision.requires_grad_(not frozen)
+        model = copy.deepcopy(self.model)                                       # for the gradients' buffers stay with the parameters
+        if frozen:
+            model.freeze_vision()
+        if self.compiled:
+            model.compile_vision()
         model.train()
         optimizer = train.make_optimizer(model, 0.001)
         gradients = train.GradientSum([p for p in model.parameters() if p.requires_grad])
@@ -195,7 +198,7 @@ class Bench:
         pixels = self.pixels
         if features:
             with torch.no_grad():
-                pixels = torch.cat([model.encode_image(train.prepare(p, None, None, (None, None), settings, self.device)[0]) for p in pixels.split(16)]).half().cpu()
+                pixels = torch.cat([model.encode_image(train.prepare(p, None, None, (None, None), settings, self.device)[0]) for p in pixels.split(64)]).half().cpu()
         pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
         ready = [functools.partial(train.prepare, p, ids, None, (None, None), settings, self.device) for p, ids in zip(pixels.chunk(micro_batches), self.ids.chunk(micro_batches))]
         ours = lambda: train.train_step(model, ready, [1] * len(ready), None, gradients, optimizer, scaler, autocast)
@@ -234,7 +237,7 @@ class Bench:
             return loss, a.grad, b.grad
 
         apart = max(((x - y).norm() / y.norm()).item() for x, y in zip(tiled_loss(image, text, scale), plain())) if self.peer else 0.0
-        return Row(f"loss and gradient of {N:,} pairs, fp32", "fp32", N, lambda: tiled_loss(image, text, scale), plain if self.peer else None, 16 * N * N * self.cfg.embed_dim,
+        return Row(f"loss and gradient of {N:,} pairs, fp32", "fp32", N, lambda: tiled_loss(image, text, scale), plain if self.peer else None, 6 * N * N * self.cfg.embed_dim,
                    f"relative {apart:.0e}")
 
     def tokenizer(self, _):
@@ -247,8 +250,8 @@ class Bench:
 
     def loading(self, _):
         """JPEG files of 500 x 375 -> tensors for training, on one core; the peer's without --use-augment, as is its default."""
-        folder = Path(tempfile.mkdtemp(prefix="ce-clip-bench-"))
-        paths = [folder / f"{i}.jpg" for i in range(50)]
+        self.folder = tempfile.TemporaryDirectory(prefix="ce-clip-bench-")      # deleted with this object
+        paths = [Path(self.folder.name, f"{i}.jpg") for i in range(50)]
         for i, path in enumerate(paths):
             photo(i).save(path, quality=90)
         R = self.cfg.image_size
@@ -258,7 +261,7 @@ class Bench:
         return Row(f"pictures 500 x 375 to {R} on a core", "", len(paths), ours, theirs, 0, f"{apart:.3f} of 255 on average")
 
     def evaluation(self, _):
-        """Recall of 1,000 pictures and 5,000 captions in both directions, from their embeddings; the peer's: see --peer."""
+        """Recall of 1,000 pictures and 5,000 captions in both directions, from their embeddings. (The peer's five scripts are timed in tests/test_evaluate.py.)"""
         image, text = (torch.nn.functional.normalize(torch.randn(n, self.cfg.embed_dim), dim=1) for n in (1000, 5000))
         positives = [[t // 5] for t in range(5000)]
         return Row("recall of 1,000 pictures, 5,000 captions", "", 5000, lambda: evaluate.retrieval_recall(image, text, positives))
@@ -335,10 +338,6 @@ class Peer:
         with mock.patch.object(torch.Tensor, "cuda", lambda x, *_, **__: x) if self.device.type == "cpu" else contextlib.nullcontext():
             return self.get_loss(self.model, pixels, ids, entropy, entropy, args)[0]
 
-    def pixels(self, pixels):
-        """Its loader gives float pictures; normalising them is its readers' work."""
-        return data.normalize(pixels.float() / 255).to(self.device)
-
     def step(self, pixels, ids, precision, frozen):
         """Its training step. --freeze-vision keeps the vision tower from getting gradients."""
         self.model.train()
@@ -348,7 +347,7 @@ class Peer:
         groups = [{"params": [p for name, p in named if exempt(name)], "weight_decay": 0.0}, {"params": [p for name, p in named if not exempt(name)], "weight_decay": 0.001}]
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
         autocast, scaler = self.autocast(precision), torch.amp.GradScaler(self.device.type, enabled=precision != "fp32" and self.device.type == "cuda")
-        pixels, there = self.pixels(pixels).cpu(), self.device
+        pixels, there = data.normalize(pixels.float() / 255), self.device       # its readers normalise
 
         def step():
             optimizer.zero_grad()
@@ -367,7 +366,7 @@ class Peer:
         results = []
         model.eval(), self.model.eval()
         image, text = (pixels.float() if pixels.ndim == 2 else model.encode_image(pixels)), model.encode_text(ids)
-        for loss, projection in ((contrastive_loss(image, text, model.logit_scale.exp()), model.text_projection), (self.loss_of(self.pixels(raw), there.to(self.device)), self.model.text_projection)):
+        for loss, projection in ((contrastive_loss(image, text, model.logit_scale.exp()), model.text_projection), (self.loss_of(data.normalize(raw.float() / 255).to(self.device), there.to(self.device)), self.model.text_projection)):
             results.append([loss.detach(), *torch.autograd.grad(loss, [projection])])
         model.train(), self.model.train()
         loss, gradient = (((x - y).norm() / y.norm()).item() for x, y in zip(*results))
@@ -427,11 +426,10 @@ def main():
 
     default = evaluate.precision_of("auto", device)[1]
     print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware(device)}, torch {torch.__version__}, {datetime.date.today()}; default precision {default}")
-    peaks = {name: peak(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)) if name == "fp32" or evaluate.bf16_is_fast(device)}
+    peaks = {name: peak(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
+             if name in ("fp32", default, evaluate.precision_of("auto", device, evaluating=True)[1])}
     print("largest matrix product: " + ", ".join(f"{name} {rate / 1e9:,.0f} billion operations a second" for name, rate in peaks.items()))
-    bench = Bench(args.model, batch_size, device, args.peer, args.micro_batches)
-    if args.compile:
-        bench.model.compile_vision()
+    bench = Bench(args.model, batch_size, device, args.peer, args.micro_batches, args.compile)
     print(f"\n{'':48}{'/s':>10}  {'of the peak':>11}" + f"  {'cn_clip /s':>10}  {'ratio':>5}  {'lowest-highest':14}  equal?" * args.peer)
     for name in names:
         for precision in ("fp32", "auto") if name in BY_PRECISION and default != "fp32" else ("fp32",):

@@ -1489,7 +1489,7 @@ def keep_freed_memory():
 
 
 def free_memory():
-    """As it is without: what is freed of 32 MiB or more (a limit that the C library soon comes to by itself) goes back to the system."""
+    """As it is without, for the benchmark: each tensor of 32 MiB or more (a limit that the C library soon comes to by itself) goes back to the system. (What lies free by then stays.)"""
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(-4, 65536)

@@ -52,7 +52,8 @@ class Features:
         """Training pair k, as split.sample gives it, but for the features of the picture in its place. Raises the same BadInput for a pair that cannot be read."""
         words, row = split.words(k), self[split.picture_of(k)]
         if row.isnan().any():
-            split.sample(0, k), split.picture(split.picture_of(k))              # they say why
+            split.sample(0, k)                                                  # this, or the next line, raises BadInput with the reason
+            split.picture(split.picture_of(k))
             raise data.BadInput(f"{self.folder}: when the features were computed, the picture could not be read; now it can. Delete the folder, it will be made again")
         return row, *words
 
@@ -119,7 +120,7 @@ class Features:
                 continue
             numbers, embed, _ = next(embedded)
             if not are_unit(embed.numpy()).all():
-                raise data.BadInput(f"{split.name}: the embeddings of pictures {batches[k].start} to {batches[k].stop - 1} are not finite; are the weights of the vision tower? --precision fp32 may help")
+                raise data.BadInput(f"{split.name}: the embeddings of pictures {batches[k].start} to {batches[k].stop - 1} are not finite; look at the vision tower's weights, or try --precision fp32")
             rows.append(np.full((len(batches[k]), self.dim), np.nan, np.float16))
             rows[-1][[i - batches[k].start for i in numbers]] = embed.numpy()
             n = batches[k].start // ROWS

@@ -75,34 +75,46 @@ CONFIGS = {
 
 
 class Packing(NamedTuple):
-    """How S sequences stand one after the other in a (T, C) tensor, without padding."""
+    """How S sequences stand one after the other in a (T, C) tensor, T tokens in all, without padding."""
 
     runs: tuple[tuple[int, int], ...]           # ((n, l), …): first n sequences of l tokens each, then …
-    firsts: torch.Tensor                        # (S,) int64: the row of each sequence's first token
+    offsets: torch.Tensor                       # (S + 1,) int64: sequence s has rows offsets[s] to offsets[s + 1] - 1
+
+    @property
+    def firsts(self):
+        """(S,): the row of each sequence's first token."""
+        return self.offsets[:-1]
 
 
-def attend(q, k, v, runs, dropout):
-    """softmax(q kᵀ / sqrt(d)) v for each sequence and head: q (Q, H, d) with one query or one for each token, k and v (T, H, d) -> (Q, H, d).
+def attend(q, k, v, packing, dropout):
+    """softmax(q kᵀ / sqrt(d)) v for each sequence and head: k and v (T, H, d), q (T, H, d), or (S, H, d) when only first tokens ask -> as q.
 
-    Sequences of equal length are one call of the kernel, and none of them needs a mask. On a GPU all go into one call: a nested tensor takes torch to its kernels for sequences of any lengths.
+    Each run, sequences of one length, is a call of the kernel, without a mask. On a GPU several runs are one call: a nested tensor takes torch to its kernels for sequences of any lengths.
     """
-    queries = [l if len(q) == len(k) else 1 for _, l in runs]                   # of each sequence
+    runs, queries = packing.runs, [l if len(q) == len(k) else 1 for _, l in packing.runs]           # how many queries a sequence of each run has
     if q.is_cuda and len(runs) > 1:
-        q, k, v = nested(q, runs, queries), nested(k, runs), nested(v, runs)
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
-    parts = zip(q.split([n * m for (n, _), m in zip(runs, queries)]), k.split([n * l for n, l in runs]), v.split([n * l for n, l in runs]), runs)
-    heads_first = lambda t, n: t.unflatten(0, (n, -1)).transpose(1, 2)                              # (n l, H, d) -> (n, H, l, d)
-    y = [F.scaled_dot_product_attention(heads_first(q, n), heads_first(k, n), heads_first(v, n), dropout_p=dropout).transpose(1, 2).flatten(0, 1) for q, k, v, (n, _) in parts]
+        return attend_at_once(q, k, v, packing, dropout)
+    y, asked, seen = [], 0, 0
+    for (n, l), m in zip(runs, queries):
+        heads = lambda t, first, length: t[first : first + n * length].unflatten(0, (n, length)).transpose(1, 2)            # (n length, H, d) of t -> (n, H, length, d)
+        y.append(F.scaled_dot_product_attention(heads(q, asked, m), heads(k, seen, l), heads(v, seen, l), dropout_p=dropout).transpose(1, 2).flatten(0, 1))
+        asked, seen = asked + n * m, seen + n * l
     return torch.cat(y) if len(y) > 1 else y[0]
 
 
-def nested(x, runs, lengths=None):
-    """x (T, H, d) -> a nested tensor (S, H, *, d): sequences of the runs' lengths, or of these."""
-    lengths = lengths or [l for _, l in runs]
-    offsets = torch.tensor([0, *(m for (n, _), m in zip(runs, lengths) for _ in range(n))]).cumsum(0)
+def attend_at_once(q, k, v, packing, dropout):
+    """The same by one kernel, on nested tensors (S, H, *, d)."""
+    lengths = [l for _, l in packing.runs]
+
+    def nested(x, offsets, shortest, longest):
+        return torch.nested.nested_tensor_from_jagged(x.contiguous(), offsets, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                         # that nested tensors are a prototype
-        return torch.nested.nested_tensor_from_jagged(x.contiguous(), to_device(offsets, x.device), min_seqlen=min(lengths), max_seqlen=max(lengths)).transpose(1, 2)
+        k, v = (nested(x, packing.offsets, min(lengths), max(lengths)) for x in (k, v))
+        one_each = len(q) < len(packing.offsets)
+        q = nested(q, torch.arange(len(q) + 1, device=q.device), 1, 1) if one_each else nested(q, packing.offsets, min(lengths), max(lengths))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
 
 
 def to_device(x, device):
@@ -129,11 +141,11 @@ class Attention(nn.Module):
             q, k, v = *split(F.linear(x[packing.firsts], W[:C], b[:C])), *split(F.linear(x, W[C:], b[C:]))
         else:
             q, k, v = split(self.qkv(x))
-        return self.out(attend(q, k, v, packing.runs, self.dropout if self.training else 0.0).flatten(1))
+        return self.out(attend(q, k, v, packing, self.dropout if self.training else 0.0).flatten(1))
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay."""
+    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay. (MLP computes it in another way.)"""
 
     FACTOR = 1.702
 
@@ -148,7 +160,7 @@ class MLP(nn.Sequential):
         super().__init__(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
 
     def forward(self, x):                       # (T, C) -> (T, C)
-        widen, activation, narrow = self
+        widen, activation, narrow = self        # as nn.Sequential would run them; but faster:
         # QuickGELU is silu(a x) / a with a = 1.702, for silu(y) = y sigmoid(y): one kernel, and the matrix products beside it bring the two factors for nothing.
         a, function = (QuickGELU.FACTOR, F.silu) if isinstance(activation, QuickGELU) else (1.0, F.gelu)
         x = torch.addmm(a * widen.bias, x, widen.weight.T, alpha=a)                                 # (T, 4 C)
@@ -236,7 +248,7 @@ class VisionTransformer(nn.Module):
             kept = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device).argsort(dim=1)[:, : self.patches_kept()] + 1            # (B, P'): 1 is the first patch
             x = torch.cat([x[:, :1], x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)                             # (B, 1+P', C)
         B, L, _ = x.shape
-        packing = Packing(((B, L),), torch.arange(0, B * L, L, device=x.device))
+        packing = Packing(((B, L),), torch.arange(0, B * L + 1, L, device=x.device))
         x = run_blocks(self.blocks, self.norm_pre(x).flatten(0, 1), packing, checkpointed=self.grad_checkpointing)          # (B L, C) -> (B, C)
         return self.norm_post(x) @ self.projection                                                  # (B, D)
 
@@ -401,13 +413,17 @@ class BertBlock(nn.Module):
 
 def pack(ids):
     """Captions differ much in length, and [PAD] would cost as much as a word. ids (B, L) on the CPU, 0 = [PAD] at the end -> all their T tokens, one caption after the other, the shortest
-    first: words (T,), each one's position in its caption (T,), the Packing, and where each caption stands (B,)."""
+    first: words (T,), each one's position in its caption (T,), the Packing, and where each caption stands (B,).
+
+    [[5, 6, 7], [8, 0, 0], [9, 3, 1]] -> words 8 | 5 6 7 | 9 3 1; positions 0 | 0 1 2 | 0 1 2; runs (1, 1), (2, 3); offsets 0 1 4 7; places 1 0 2
+    """
     lengths = (ids != 0).sum(dim=1).clamp(min=1)                                                    # (B,)
     order = lengths.argsort(stable=True)
     sorted_lengths = lengths[order]
     rows, positions = (torch.arange(ids.shape[1]) < sorted_lengths[:, None]).nonzero(as_tuple=True)                         # (T,) each
-    runs = [x.tolist() for x in sorted_lengths.unique_consecutive(return_counts=True)]
-    return ids[order[rows], positions], positions, Packing(tuple(zip(*reversed(runs))), sorted_lengths.cumsum(0) - sorted_lengths), order.argsort()
+    values, counts = sorted_lengths.unique_consecutive(return_counts=True)
+    packing = Packing(tuple(zip(counts.tolist(), values.tolist())), F.pad(sorted_lengths.cumsum(0), (1, 0)))
+    return ids[order[rows], positions], positions, packing, order.argsort()
 
 
 class BertEncoder(nn.Module):
@@ -427,11 +443,11 @@ class BertEncoder(nn.Module):
         self.init_weights()
 
     def forward(self, ids):
-        """ids (B, L) int64, 0 = [PAD] at the end -> last states of [CLS] (B, C). On the CPU ids need not be waited for: how the captions are packed depends on their lengths."""
-        words, positions, (runs, firsts), places = pack(ids.cpu())
-        words, positions, firsts, places = (to_device(x, self.word_embed.weight.device) for x in (words, positions, firsts, places))
+        """ids (B, L) int64, 0 = [PAD] at the end -> last states of [CLS] (B, C). Best on the CPU: their lengths are looked at, and for ids on a GPU that means to wait for it."""
+        words, positions, (runs, offsets), places = pack(ids.cpu())
+        words, positions, offsets, places = (to_device(x, self.word_embed.weight.device) for x in (words, positions, offsets, places))
         x = self.word_embed(words) + self.position_embed(positions) + self.type_embed.weight[0]                             # (T, C)
-        return run_blocks(self.blocks, self.dropout(self.norm(x)), Packing(runs, firsts), checkpointed=self.grad_checkpointing)[places]
+        return run_blocks(self.blocks, self.dropout(self.norm(x)), Packing(runs, offsets), checkpointed=self.grad_checkpointing)[places]
 
     def init_weights(self):
         """BERT's scheme: every matrix and table normal with deviation 0.02, biases 0 (google-research/bert, initializer_range)."""
@@ -463,10 +479,10 @@ class CLIP(nn.Module):
     def encode_image(self, pixels):
         """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), at least float32 whatever the towers' precision."""
         with torch.no_grad() if self.vision_frozen else nullcontext():
-            # Without a graph a CPU is fastest with a few pictures at a time, whose activations stay in its caches.
-            few = max(1, 3 * 2**18 // pixels[0].numel()) if pixels.device.type == "cpu" and not torch.is_grad_enabled() and len(pixels) else len(pixels)
-            x = torch.cat([self.vision(part) for part in pixels.split(few)])
-            return F.normalize(at_least_float32(x), dim=-1)
+            # In evaluation a CPU is fastest with a few pictures at a time, 2^18 pixels, whose activations stay in its caches. (In training BatchNorm must see the whole batch.)
+            few = pixels.device.type == "cpu" and not torch.is_grad_enabled() and not self.vision.training
+            parts = pixels.split(max(1, 2**18 // self.cfg.image_size**2)) if few else [pixels]
+            return F.normalize(at_least_float32(torch.cat([self.vision(part) for part in parts])), dim=-1)
 
     def encode_text(self, ids):
         """ids (B, L) int64, 0 = [PAD] at the end, best on the CPU -> unit vectors (B, D), at least float32."""

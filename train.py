@@ -556,7 +556,7 @@ class Run:
 
     def ended(self, step):
         """Whether no step comes after `step`: it is the run's last, or as many validations after the warmup as --patience says brought no higher recall."""
-        waited = (step - max(self.best_step, self.settings["warmup"])) // self.settings["valid_every"]
+        waited = step // self.settings["valid_every"] - max(self.best_step, self.settings["warmup"]) // self.settings["valid_every"]                # validations since
         return self.averaged or step == self.settings["total_steps"] or 0 < self.settings["patience"] <= waited
 
     def summary(self, step):
@@ -671,6 +671,8 @@ def memory_mib(device):
     """Peak memory so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path("/proc/self/status")).exists():                          # Linux, where getrusage begins with the peak of the process that has started this one
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

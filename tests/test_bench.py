@@ -75,7 +75,7 @@ def test_every_row_is_measured_and_equals_the_peer(called, small_sizes, tmp_path
     for row in output[4:]:
         apart = [float(x) for x in re.findall(r"\d+e-\d+|0e\+00", row)]
         kept = "features kept" in row                                           # in half precision
-        assert all(x <= (1e-3 if kept else 1e-5) for x in apart), row
+        assert all(x <= (1e-2 if kept else 1e-5) for x in apart), row
         assert len(apart) == (1 if "encoding" in row else 2 if "step," in row and "memory" not in row or kept else 0), row
     assert "ids equal" in "".join(output)
 

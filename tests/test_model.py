@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import on_processes
 
 from loss import contrastive_loss
-from model import CLIP, CONFIGS, MLP, Attention, AttentionPool, Config, Packing, QuickGELU, nested, pack
+from model import CLIP, CONFIGS, MLP, Attention, AttentionPool, Config, Packing, QuickGELU, attend_at_once, pack
 
 VIT = Config(embed_dim=32, image_size=32, vision_layers=2, vision_width=48, vision_heads=4, patch_size=8, text_layers=2, text_width=48, text_heads=4, vocab_size=200)
 RESNET = dataclasses.replace(VIT, image_size=64, vision_layers=(2, 1, 1, 1), vision_width=8, vision_heads=4, patch_size=None)
@@ -72,21 +72,20 @@ def test_packed_attention_equals_the_written_out_softmax(runs, first_only):
     """Also what only GPUs use, one kernel call on nested tensors: here torch computes it by other means."""
     torch.manual_seed(0)
     lengths = [l for n, l in runs for _ in range(n)]
-    firsts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
+    packing = Packing(runs, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)))
     attention, x = Attention(48, 4, first_only=first_only), torch.randn(sum(lengths), 48)
     expected = written_out(attention, x, lengths, first_only)
-    torch.testing.assert_close(attention(x, Packing(runs, firsts)), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(x, packing), expected, rtol=1e-5, atol=1e-6)
     q, k, v = attention.qkv(x).unflatten(1, (3, 4, 12)).unbind(1)
-    q = q[firsts] if first_only else q
-    y = F.scaled_dot_product_attention(nested(q, runs, [1] * len(runs) if first_only else None), nested(k, runs), nested(v, runs)).transpose(1, 2).values()
+    y = attend_at_once(q[packing.firsts].contiguous() if first_only else q.contiguous(), k.contiguous(), v.contiguous(), packing, 0.0)
     torch.testing.assert_close(attention.out(y.flatten(1)), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_packed_captions_keep_their_order_their_words_and_nothing_else():
     ids = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0], [9, 3, 1, 0], [2, 4, 0, 0]])
-    words, positions, (runs, firsts), places = pack(ids)
+    words, positions, packing, places = pack(ids)
     assert words.tolist() == [8, 2, 4, 5, 6, 7, 9, 3, 1] and positions.tolist() == [0, 0, 1, 0, 1, 2, 0, 1, 2]
-    assert runs == ((1, 1), (1, 2), (2, 3)) and firsts.tolist() == [0, 1, 3, 6] and words[firsts][places].tolist() == [5, 8, 9, 2]
+    assert packing.runs == ((1, 1), (1, 2), (2, 3)) and packing.offsets.tolist() == [0, 1, 3, 6, 9] and words[packing.firsts][places].tolist() == [5, 8, 9, 2]
 
 
 def test_captions_of_a_batch_do_not_see_each_other():
@@ -104,7 +103,9 @@ def test_pictures_encoded_a_few_at_a_time_are_those_of_the_whole_batch():
     with torch.no_grad():
         parts = model.encode_image(pixels)
     torch.testing.assert_close(parts, model.encode_image(pixels), rtol=1e-5, atol=1e-6)
-    assert sizes == [256, 44, 300]
+    with torch.no_grad():
+        model.train().encode_image(pixels)                                      # in training never: BatchNorm must see them all
+    assert sizes == [256, 44, 300, 300]
 
 
 @pytest.mark.parametrize("tower, tokens", [("vision", 6 * 17), ("text", 33)])

@@ -481,6 +481,13 @@ def test_patience_ends_a_run_and_the_same_command_knows_it(tsv_folder, tmp_path,
     assert "nothing to do: finished (early" in called(train, *finetune(tsv_folder, tmp_path / "run", "--max-steps", 9, "--warmup", 0, "--patience", 2)[1:])
 
 
+def test_patience_is_over_at_a_validation_never_between_two():
+    run = train.Run(Path("nowhere"), {"total_steps": 1000, "valid_every": 100, "warmup": 50, "patience": 2}, 0, None, None, None)
+    for best, last in ((0, 200), (100, 300), (400, 600)):
+        run.best_step = best
+        assert [run.ended(step) for step in range(best + 1, last + 1)] == [False] * (last - best - 1) + [True]
+
+
 def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_path, trained, stops, monkeypatch):
     trained(*finetune(tsv_folder, tmp_path / "whole"))
     recall, calls = train.retrieval_recall, []
