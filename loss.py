@@ -118,7 +118,7 @@ def _gradient(own, other, scale, stripes, rows, columns, Y, own_log_sums, other_
 
 def _to(device, x):
     """A tensor of the CPU -> device, without waiting for what the device is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------- between processes

@@ -119,7 +119,7 @@ def attend_at_once(q, k, v, packing, dropout):
 
 def to_device(x, device):
     """A tensor of the CPU -> device, without waiting for what the device is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 class Attention(nn.Module):
