@@ -479,9 +479,9 @@ class CLIP(nn.Module):
     def encode_image(self, pixels):
         """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), at least float32 whatever the towers' precision."""
         with torch.no_grad() if self.vision_frozen else nullcontext():
-            # In evaluation a CPU is fastest with a few pictures at a time, 2^18 pixels, whose activations stay in its caches. (In training BatchNorm must see the whole batch.)
+            # In evaluation a CPU is fastest with a few pictures at a time, at most 2^18 pixels, whose activations stay in its caches. (In training BatchNorm must see the whole batch.)
             few = pixels.device.type == "cpu" and not torch.is_grad_enabled() and not self.vision.training
-            parts = pixels.split(max(1, 2**18 // self.cfg.image_size**2)) if few else [pixels]
+            parts = pixels.chunk(math.ceil(len(pixels) * self.cfg.image_size**2 / 2**18) or 1) if few else [pixels]
             return F.normalize(at_least_float32(torch.cat([self.vision(part) for part in parts])), dim=-1)
 
     def encode_text(self, ids):

@@ -95,7 +95,7 @@ def test_captions_of_a_batch_do_not_see_each_other():
 
 
 def test_pictures_encoded_a_few_at_a_time_are_those_of_the_whole_batch():
-    """Without a graph, on a CPU, as many at a time as have 2^18 pixels."""
+    """Without a graph, on a CPU, at most as many at a time as have 2^18 pixels."""
     model = build(VIT).eval()
     pixels = batch(VIT, n=300)[0]
     sizes = []
@@ -105,7 +105,7 @@ def test_pictures_encoded_a_few_at_a_time_are_those_of_the_whole_batch():
     torch.testing.assert_close(parts, model.encode_image(pixels), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         model.train().encode_image(pixels)                                      # in training never: BatchNorm must see them all
-    assert sizes == [256, 44, 300, 300]
+    assert sizes == [150, 150, 300, 300]
 
 
 @pytest.mark.parametrize("tower, tokens", [("vision", 6 * 17), ("text", 33)])
