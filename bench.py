@@ -6,8 +6,9 @@
 
 One table: how many pictures, captions or pairs a second; what share that is of the fastest large matrix product of this device in the same run (operations are counted from the sizes: two
 for each multiplication that the result needs); and with --peer how many times cn_clip's rate, from the same weights and the same batches in the same process, with what the two results
-differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over the rounds, ratios those of each round. On a CPU each has the memory
-settings of its own scripts: train.py keeps what it frees (data.keep_freed_memory), the peer's leave the C library as it is. Peak memory is that of a process that does nothing but steps.
+differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over the rounds, ratios those of each round. The last rows are of
+processes that do nothing but stage 2 steps, ours and the peer's in turn: their peak memory, and their rate. There, on a CPU, ours keeps the memory that it frees (data.keep_freed_memory), as
+all our scripts do; in the process that both share it does not.
 """
 import argparse
 import concurrent.futures
@@ -122,16 +123,14 @@ def synchronize(device):
 
 def measured(row, device, rounds):
     """Ours and the peer's in turn -> seconds of one call of ours, of each round; the same of the peer's, or nothing. What takes less than a tenth of a second is called more often in a round."""
-    sides = [(call, setting) for call, setting in ((row.ours, data.keep_freed_memory), (row.theirs, data.free_memory)) if call]
+    sides = [call for call in (row.ours, row.theirs) if call]
     often = []
-    for call, setting in sides:
-        setting()
+    for call in sides:
         call()
         often.append(max(1, round(0.1 / timed(call, device))))
     seconds = [[], []]
     for _ in range(rounds):
-        for (call, setting), times, side in zip(sides, often, seconds):
-            setting()
+        for call, times, side in zip(sides, often, seconds):
             side.append(timed(lambda: [call() for _ in range(times)], device) / times)
     return seconds
 
@@ -376,11 +375,11 @@ class Peer:
 # ---------------------------------------------------------------------------------------------------------------- memory
 
 
-def peak_memory(who, name, batch_size, precision):
-    """In a process of its own: three stage 2 steps -> MiB that it has needed at most."""
+def alone(who, name, batch_size, precision):
+    """In a process of its own: four stage 2 steps -> MiB that it has needed at most, seconds of a step (median of the last three)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if who == "ours":
-        data.keep_freed_memory()                                                # as train.py does
+        data.keep_freed_memory()
     bench = Bench(name, batch_size, device, False)
     if who == "ours":
         call = bench.stage2(precision).ours
@@ -388,9 +387,8 @@ def peak_memory(who, name, batch_size, precision):
         peer = Peer(name, bench.model, device)
         del bench.model
         call = peer.step(bench.pixels, bench.ids, precision, False)
-    for _ in range(3):
-        call()
-    return train.memory_mib(device)
+    seconds = [timed(call, device) for _ in range(4)]
+    return train.memory_mib(device), statistics.median(seconds[1:])
 
 
 def apart(function, *arguments):
@@ -413,6 +411,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile for the vision tower, as with train.py")
     args = parser.parse_args()
     names = args.rows.split(",")
+    data.free_memory()                                                          # both sides as the C library does it
     if args.model not in CONFIGS:
         raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     if args.peer and args.model not in checkpoint.PEER_NAMES:
@@ -434,7 +433,7 @@ def main():
     for name in names:
         for precision in ("fp32", "auto") if name in BY_PRECISION and default != "fp32" else ("fp32",):
             if name == "memory":
-                print(memory_line(args.model, batch_size, precision, args.peer), flush=True)
+                print(lines_alone(args.model, batch_size, precision, args.peer), flush=True)
             else:
                 row = getattr(bench, name)(precision)
                 print(line(row, *measured(row, device, args.rounds), peaks), flush=True)
@@ -451,13 +450,18 @@ def line(row, ours, theirs, peaks):
     return text
 
 
-def memory_line(model, batch_size, precision, peer):
-    ours = apart(peak_memory, "ours", model, batch_size, precision)
-    text = f"{f'peak memory of a stage 2 step, MiB, {precision}':48}{ours:10,.0f}  {'':11}"
+def lines_alone(model, batch_size, precision, peer):
+    """Two rows: peak memory and rate of a process of its own; twice for each side, in turn."""
+    sides = ("ours", "theirs") if peer else ("ours",)
+    memory, seconds = {side: [] for side in sides}, {side: [] for side in sides}
+    for side in 2 * sides:
+        mib, time_of_step = apart(alone, side, model, batch_size, precision)
+        memory[side].append(mib)
+        seconds[side].append(time_of_step)
+    text = f"{f'  alone: peak memory, MiB, {precision}':48}{max(memory['ours']):10,.0f}  {'':11}"
     if peer:
-        theirs = apart(peak_memory, "theirs", model, batch_size, precision)
-        text += f"  {theirs:10,.0f}  {ours / theirs:5.2f}"
-    return text
+        text += f"  {max(memory['theirs']):10,.0f}  {max(memory['ours']) / max(memory['theirs']):5.2f}"
+    return text + "\n" + line(Row(f"  alone: stage 2 step, {precision}", "", batch_size, None), *(seconds.get(side, []) for side in ("ours", "theirs")), {})
 
 
 def hardware(device):

@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import checkpoint
-import data
 import train
 from model import CONFIGS
 
@@ -38,10 +37,8 @@ def test_operations_of_vit_b_16_are_the_published_ones():
     assert picture / 2 == pytest.approx(17.58e9 - 196 * 10 * 768**2 - 197 * 196 * 2 * 768, rel=0.01)
 
 
-def test_ours_and_the_peers_run_in_turn_with_their_own_memory_settings(monkeypatch):
+def test_ours_and_the_peers_run_in_turn(monkeypatch):
     calls = []
-    monkeypatch.setattr(data, "keep_freed_memory", lambda: calls.append("keep"))
-    monkeypatch.setattr(data, "free_memory", lambda: calls.append("free"))
 
     def timed(call, device):
         call()
@@ -50,7 +47,7 @@ def test_ours_and_the_peers_run_in_turn_with_their_own_memory_settings(monkeypat
     monkeypatch.setattr(bench, "timed", timed)
     row = bench.Row("x", "", 1, lambda: calls.append("ours"), lambda: calls.append("theirs"))
     ours, theirs = bench.measured(row, torch.device("cpu"), 2)
-    assert calls[-10:] == ["keep", "ours", "ours", "free", "theirs"] * 2        # what takes less than 0.1 s more often
+    assert calls[-6:] == ["ours", "ours", "theirs"] * 2                         # what takes less than 0.1 s more often
     assert ours == [0.025] * 2 and theirs == [0.3] * 2
     assert "10.00" in bench.line(row, ours, [0.25, 0.25], {}) and "cn_clip" not in bench.line(row, ours, [], {})
 
@@ -71,12 +68,12 @@ def test_every_row_is_measured_and_equals_the_peer(called, small_sizes, tmp_path
     monkeypatch.setattr(bench.evaluate, "bf16_is_fast", lambda device: False)
     rows = [row for row in bench.ROWS if row != "loss"]                         # of 4,096 pairs
     output = called(bench, "--model", "small-vit", "--batch-size", 8, "--rows", ",".join(rows), "--rounds", 1, "--peer").splitlines()
-    assert "default precision fp32" in output[0] and len(output) == 4 + len(rows)
+    assert "default precision fp32" in output[0] and len(output) == 5 + len(rows)
     for row in output[4:]:
         apart = [float(x) for x in re.findall(r"\d+e-\d+|0e\+00", row)]
         kept = "features kept" in row                                           # in half precision
         assert all(x <= (1e-2 if kept else 1e-5) for x in apart), row
-        assert len(apart) == (1 if "encoding" in row else 2 if "step," in row and "memory" not in row or kept else 0), row
+        assert len(apart) == (1 if "encoding" in row else 2 if "step," in row and "alone" not in row or kept else 0), row
     assert "ids equal" in "".join(output)
 
 
