@@ -586,7 +586,7 @@ class ShardSplit(Split):
         return int(self._picture_starts[-1])
 
     def picture(self, i):
-        return decoded(lambda: self.picture_bytes(i), f"{self._place(self._first_pair(i))}: the picture")
+        return decoded(lambda: self.picture_bytes(i), self.picture_name(self._first_pair(i)))
 
     def picture_bytes(self, i):
         return self.pair_bytes(self._first_pair(i))
