@@ -384,9 +384,8 @@ def alone(who, name, batch_size, precision):
     if who == "ours":
         call = bench.stage2(precision).ours
     else:
-        peer = Peer(name, bench.model, device)
-        del bench.model
-        call = peer.step(bench.pixels, bench.ids, precision, False)
+        call = Peer(name, bench.model, device).step(bench.pixels, bench.ids, precision, False)
+    del bench.model                                                             # of ours the step has its copy
     seconds = [timed(call, device) for _ in range(4)]
     return train.memory_mib(device), statistics.median(seconds[1:])
 
