@@ -13,8 +13,8 @@ Four layouts, one interface (`Split`): how many captions and pictures, who descr
    stand in several rows. A further column `split` (train, valid, test, …) divides the pictures; without it 80 % train, 10 % valid, 10 % test, by a hash of the path.
 3. Tar shards (WebDataset), for any number of pictures: files key.jpg (png, webp, …) beside key.txt, the caption, or key.json with {"text": "…"}, {"caption": "…"} or
    {"texts": ["…", "…"]}; named by a pattern such as 'shards/{000000..000020}.tar' or 'shards/*.tar', or a folder with train-000000.tar, …, valid-000000.tar, ….
-4. Painted here, no download (painter.py): `demo`, coloured things in the quarters of a picture, and `landscapes`, both endless, their captions say what is in them; `poems`, landscapes
-   whose captions are lines of classical verse, of the sizes of the paper's own set of poems and pictures.
+4. Painted here, no download (painter.py): `demo`, coloured things in the quarters of a picture, endless; `landscapes` and `english-landscapes`, whose captions say what is in them, in Chinese
+   and in English; `poems`, landscapes whose captions are lines of classical verse, of the sizes of the paper's own set of poems and pictures.
 
 A training sample is a (caption, picture) pair. Pictures are read when a worker needs them; the captions of layouts 1 and 2 are kept in memory, those of shards are not.
 A pair that cannot be read is replaced by the next one that can, and reported (`TrainingPairs`).
@@ -52,6 +52,7 @@ import urllib.request
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -68,11 +69,26 @@ NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "
 TABLE_1 = {"coco-cn":      {"train": 22_980, "valid": 3_185, "test": 1_053},
            "flickr30k-cn": {"train": 148_915, "valid": 5_000, "test": 5_000},
            "ap-id":        {"train": 2_000, "valid": 1_000, "test": 1_000}}
-# The painted sets: pairs in each split, whether training is endless; and of painter.py: a random scene, its caption, what its picture shows, how that is painted, its split.
+
+
+class Painted(NamedTuple):
+    """A painted data set: its pairs in each split, whether training is endless; and of painter.py: a random scene, its caption, what its picture shows, how that is painted, its split."""
+
+    sizes: dict
+    endless: bool
+    draw: Callable
+    describe: Callable
+    shown: Callable
+    paint: Callable
+    split_of: Callable
+
+
 PAINTED = {
-    "demo": ({"train": 8192, "valid": 300, "test": 500}, True, painter.random_scene, painter.describe, frozenset, painter.paint, painter.split_of_scene),
-    "landscapes": ({"train": 8192, "valid": 300, "test": 500}, True, painter.random_landscape, painter.describe_landscape, frozenset, painter.paint_landscape, painter.split_of_landscape),
-    "poems": (TABLE_1["ap-id"], False, painter.random_poem, painter.poem_caption, painter.scene_of_poem, painter.paint_landscape, painter.split_of_poem),
+    "demo": Painted({"train": 8192, "valid": 300, "test": 500}, True, painter.random_scene, painter.describe, frozenset, painter.paint, painter.split_of_scene),
+    "landscapes": Painted({"train": 2000, "valid": 300, "test": 500}, False, painter.random_landscape, painter.describe_landscape, frozenset, painter.paint_landscape, painter.split_of_landscape),
+    "english-landscapes": Painted({"train": 4000, "valid": 300, "test": 500}, False, painter.random_landscape, painter.describe_in_english, frozenset, painter.paint_landscape,
+                                  painter.split_of_landscape),
+    "poems": Painted(TABLE_1["ap-id"], False, painter.random_poem, painter.poem_caption, painter.scene_of_poem, painter.paint_landscape, painter.split_of_poem),
 }
 
 
@@ -1242,7 +1258,7 @@ class PaintedSplit(Split):
     """
 
     def __init__(self, data, split, context_length=52):
-        sizes, endless, self.draw, self.describe, self.shown, self.paint, self.split_of = PAINTED[data]
+        sizes, endless, self.draw, self.describe, shown, self.paint, self.split_of = PAINTED[data]
         if split not in sizes:
             raise BadInput(f"{data}: no split {split!r}; it has {', '.join(sizes)}")
         self.name, self.seed, self.endless, size = f"{data}/{split}", f"{data} {split}", endless and split == "train", sizes[split]
@@ -1250,14 +1266,15 @@ class PaintedSplit(Split):
             self.tokenizer, self.context_length = Tokenizer(self.name), context_length
             self.texts, self.image_ids, self.positives, self.pairs = [], [], [], range(size)
             return
-        rng, texts, self.scenes = random.Random(self.seed), [], []
+        rng, texts, self.scenes, seen = random.Random(self.seed), [], [], set()
         while len(texts) < size:
             drawn = self.draw(rng)
-            scene = self.shown(drawn)
-            alike = (scene == other if split == "train" else scene <= other or other <= scene for other in self.scenes)
-            if self.split_of(drawn) == split and not any(alike):
+            scene = shown(drawn)
+            alike = scene in seen if split == "train" else any(scene <= other or other <= scene for other in self.scenes)
+            if self.split_of(drawn) == split and not alike:
                 self.scenes.append(scene)
-                texts.append(self.describe(drawn))
+                seen.add(scene)
+                texts.append(self.describe(drawn, rng if split == "train" else None))
         super().__init__(self.name, texts, list(range(size)), [[i] for i in range(size)], context_length)
 
     def picture(self, i):
@@ -1265,7 +1282,7 @@ class PaintedSplit(Split):
 
     def picture_bytes(self, i):
         file = io.BytesIO()
-        self.picture(i).save(file, "PNG")
+        self.picture(i).save(file, "PNG", compress_level=1)                     # fast
         return file.getvalue()
 
     def where(self, k):
@@ -1428,7 +1445,7 @@ def main():
     if args.write_shards is not None:
         if not args.write_shards:
             raise BadInput("--write-shards '': name a folder")
-        endless = args.data in PAINTED and PAINTED[args.data][1]
+        endless = args.data in PAINTED and PAINTED[args.data].endless
         for name in [args.split] if args.split else names[endless:]:            # an endless one has no end to write; the first, train
             write_shards(open_split(args.data, name, args.data_root), args.write_shards, name, args.per_shard, args.processes)
         return print(f"Train on them with --data {args.write_shards}")

@@ -6,6 +6,7 @@ classical verse speak of (`poems`). Each has a function that draws one at random
 import colorsys
 import hashlib
 import math
+from typing import Callable, NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw
 
@@ -383,51 +384,63 @@ def _rain(draw, rng, x, s):
 
 # ---------------------------------------------------------------------------------------------------------------- landscapes: what can be in one, what goes together, how it is said
 
-# element -> (row, places, names, what paints it: a function, or None for STAMPS). The elements of a row share the width of the picture. Rows are painted in the order of
-# ROWS; what shines by night, the birds and the weather after the evening or the night has darkened everything else.
+# The elements of a row share the width of the picture. Rows are painted in this order; what shines by night, the birds and the weather after the evening or the night has
+# darkened everything else.
 ROWS = ("far", "ground", "water", "things", "near", "sky", "weather")
+
+
+class Element(NamedTuple):
+    """Something that a landscape can show."""
+
+    row: str
+    places: list[str]                           # where a caption says it is
+    names: list[str]                            # how a caption calls it
+    english: str
+    draw: Callable | None                       # what paints it; None: as STAMPS says
+
+
 ELEMENTS = {
-    "圆月": ("sky", ["夜空中", "天上"], ["一轮圆月", "一轮满月"], _full_moon),
-    "弯月": ("sky", ["夜空中", "天上"], ["一弯新月", "弯弯的月亮"], _new_moon),
-    "星星": ("sky", ["夜空中", "天上"], ["许多星星", "点点繁星"], _stars),
-    "白云": ("sky", ["天空", "空中"], ["几朵白云", "白色的云"], None),
-    "大雁": ("sky", ["天空", "空中"], ["一群大雁", "人字形的雁群"], None),
-    "白鹭": ("sky", ["天空", "空中"], ["一行白鹭", "飞起的白鹭"], None),
-    "燕子": ("sky", ["天空", "空中"], ["几只燕子", "飞舞的燕子"], None),
-    "黄鹂": ("sky", ["天空", "空中"], ["两只黄鹂", "黄色的小鸟"], None),
-    "夕阳": ("far", ["天边", "远处"], ["一轮夕阳", "落山的太阳"], _setting_sun),
-    "朝阳": ("far", ["天边", "远处"], ["一轮朝阳", "初升的太阳"], None),
-    "青山": ("far", ["远处", "远方"], ["几座青山", "青色的山"], lambda *place: _mountains(*place, (92, 140, 116))),
-    "雪山": ("far", ["远处", "远方"], ["几座雪山", "白雪高山"], lambda *place: _mountains(*place, (104, 118, 146), (250, 252, 255))),
-    "瀑布": ("far", ["远处", "远方"], ["一道瀑布", "白色的瀑布"], None),
-    "沙漠": ("ground", ["地上", "近处"], ["一片沙漠", "黄色的沙丘"], _dunes),
-    "水": ("water", ["近处", "地上"], ["一片水", "宽阔的水面"], _water),
-    "茅屋": ("things", ["远处", "地上"], ["一间茅屋", "一座茅草屋"], None),
-    "楼阁": ("things", ["远处", "地上"], ["一座楼阁", "两层的楼"], None),
-    "塔": ("things", ["远处", "地上"], ["一座高塔", "一座宝塔"], None),
-    "城墙": ("things", ["远处", "地上"], ["一座城楼", "灰色的城墙"], None),
-    "烟": ("things", ["远处", "地上"], ["一缕烟", "升起的烟"], _smoke),
-    "桥": ("things", ["水上", "水边"], ["一座石桥", "一座拱桥"], None),
-    "小船": ("things", ["水上", "水面"], ["一只小船", "一条小船"], None),
-    "帆船": ("things", ["水上", "水面"], ["一只帆船", "一条挂帆的船"], None),
-    "渔翁": ("things", ["水上", "水面"], ["钓鱼的渔翁", "穿蓑衣的渔翁"], None),
-    "鸭子": ("things", ["水上", "水里"], ["几只鸭子", "三只白鸭"], None),
-    "松树": ("things", ["近处", "地上"], ["一棵松树", "高大的松树"], _pine),
-    "柳树": ("things", ["近处", "地上"], ["一棵柳树", "低垂的柳树"], _willow),
-    "桃花": ("things", ["近处", "地上"], ["一树桃花", "粉色的桃花"], lambda *place: _leafy(*place, (247, 162, 190))),
-    "梅花": ("things", ["近处", "地上"], ["一树梅花", "红色的梅花"], _plum),
-    "红枫": ("things", ["近处", "地上"], ["一棵红枫", "红叶的枫树"], lambda *place: _leafy(*place, (208, 62, 28))),
-    "竹子": ("things", ["近处", "地上"], ["几根竹子", "一丛绿竹"], _bamboo),
-    "乌鸦": ("things", ["近处", "地上"], ["枯树上的乌鸦", "枯树和乌鸦"], _crows),
-    "马": ("things", ["近处", "地上"], ["一匹马", "站着的马"], None),
-    "荷花": ("near", ["水上", "水里"], ["几朵荷花", "荷叶和荷花"], _lotus),
-    "青草": ("near", ["近处", "地上"], ["一片青草", "绿色的草"], _grass),
-    "菊花": ("near", ["近处", "地上"], ["几朵菊花", "黄色的菊花"], _chrysanthemums),
-    "石头": ("near", ["近处", "地上"], ["几块石头", "灰色的石头"], _stones),
-    "渔火": ("weather", ["水上", "水面"], ["几点渔火", "点灯的渔船"], _fires),
-    "雾": ("weather", ["远处", "空中"], ["一片白雾", "白色的雾"], _mist),
-    "雪": ("weather", ["空中", "天上"], ["飘落的雪花", "纷纷大雪"], _snow),
-    "雨": ("weather", ["空中", "天上"], ["落下的雨", "细细的雨丝"], _rain),
+    "圆月": Element("sky", ["夜空中", "天上"], ["一轮圆月", "一轮满月"], "a full moon", _full_moon),
+    "弯月": Element("sky", ["夜空中", "天上"], ["一弯新月", "弯弯的月亮"], "a crescent moon", _new_moon),
+    "星星": Element("sky", ["夜空中", "天上"], ["许多星星", "点点繁星"], "stars", _stars),
+    "白云": Element("sky", ["天空", "空中"], ["几朵白云", "白色的云"], "white clouds", None),
+    "大雁": Element("sky", ["天空", "空中"], ["一群大雁", "人字形的雁群"], "wild geese", None),
+    "白鹭": Element("sky", ["天空", "空中"], ["一行白鹭", "飞起的白鹭"], "egrets", None),
+    "燕子": Element("sky", ["天空", "空中"], ["几只燕子", "飞舞的燕子"], "swallows", None),
+    "黄鹂": Element("sky", ["天空", "空中"], ["两只黄鹂", "黄色的小鸟"], "orioles", None),
+    "夕阳": Element("far", ["天边", "远处"], ["一轮夕阳", "落山的太阳"], "a setting sun", _setting_sun),
+    "朝阳": Element("far", ["天边", "远处"], ["一轮朝阳", "初升的太阳"], "a rising sun", None),
+    "青山": Element("far", ["远处", "远方"], ["几座青山", "青色的山"], "green mountains", lambda *place: _mountains(*place, (92, 140, 116))),
+    "雪山": Element("far", ["远处", "远方"], ["几座雪山", "白雪高山"], "snow mountains", lambda *place: _mountains(*place, (104, 118, 146), (250, 252, 255))),
+    "瀑布": Element("far", ["远处", "远方"], ["一道瀑布", "白色的瀑布"], "a waterfall", None),
+    "沙漠": Element("ground", ["地上", "近处"], ["一片沙漠", "黄色的沙丘"], "a desert", _dunes),
+    "水": Element("water", ["近处", "地上"], ["一片水", "宽阔的水面"], "water", _water),
+    "茅屋": Element("things", ["远处", "地上"], ["一间茅屋", "一座茅草屋"], "a hut", None),
+    "楼阁": Element("things", ["远处", "地上"], ["一座楼阁", "两层的楼"], "a pavilion", None),
+    "塔": Element("things", ["远处", "地上"], ["一座高塔", "一座宝塔"], "a pagoda", None),
+    "城墙": Element("things", ["远处", "地上"], ["一座城楼", "灰色的城墙"], "a city wall", None),
+    "烟": Element("things", ["远处", "地上"], ["一缕烟", "升起的烟"], "smoke", _smoke),
+    "桥": Element("things", ["水上", "水边"], ["一座石桥", "一座拱桥"], "a stone bridge", None),
+    "小船": Element("things", ["水上", "水面"], ["一只小船", "一条小船"], "a small boat", None),
+    "帆船": Element("things", ["水上", "水面"], ["一只帆船", "一条挂帆的船"], "a sailing boat", None),
+    "渔翁": Element("things", ["水上", "水面"], ["钓鱼的渔翁", "穿蓑衣的渔翁"], "a fisherman", None),
+    "鸭子": Element("things", ["水上", "水里"], ["几只鸭子", "三只白鸭"], "ducks", None),
+    "松树": Element("things", ["近处", "地上"], ["一棵松树", "高大的松树"], "a pine tree", _pine),
+    "柳树": Element("things", ["近处", "地上"], ["一棵柳树", "低垂的柳树"], "a willow", _willow),
+    "桃花": Element("things", ["近处", "地上"], ["一树桃花", "粉色的桃花"], "peach blossoms", lambda *place: _leafy(*place, (247, 162, 190))),
+    "梅花": Element("things", ["近处", "地上"], ["一树梅花", "红色的梅花"], "plum blossoms", _plum),
+    "红枫": Element("things", ["近处", "地上"], ["一棵红枫", "红叶的枫树"], "a red maple", lambda *place: _leafy(*place, (208, 62, 28))),
+    "竹子": Element("things", ["近处", "地上"], ["几根竹子", "一丛绿竹"], "bamboo", _bamboo),
+    "乌鸦": Element("things", ["近处", "地上"], ["枯树上的乌鸦", "枯树和乌鸦"], "crows", _crows),
+    "马": Element("things", ["近处", "地上"], ["一匹马", "站着的马"], "a horse", None),
+    "荷花": Element("near", ["水上", "水里"], ["几朵荷花", "荷叶和荷花"], "lotus flowers", _lotus),
+    "青草": Element("near", ["近处", "地上"], ["一片青草", "绿色的草"], "green grass", _grass),
+    "菊花": Element("near", ["近处", "地上"], ["几朵菊花", "黄色的菊花"], "chrysanthemums", _chrysanthemums),
+    "石头": Element("near", ["近处", "地上"], ["几块石头", "灰色的石头"], "stones", _stones),
+    "渔火": Element("weather", ["水上", "水面"], ["几点渔火", "点灯的渔船"], "fishing lights", _fires),
+    "雾": Element("weather", ["远处", "空中"], ["一片白雾", "白色的雾"], "mist", _mist),
+    "雪": Element("weather", ["空中", "天上"], ["飘落的雪花", "纷纷大雪"], "snow", _snow),
+    "雨": Element("weather", ["空中", "天上"], ["落下的雨", "细细的雨丝"], "rain", _rain),
 }
 ON_WATER = frozenset("桥 小船 帆船 渔翁 鸭子 荷花 渔火".split())                                   # where one of these is, there is water
 RIVALS = [frozenset(line.split()) for line in (                                 # of these at most one
@@ -446,7 +459,7 @@ def with_water(elements):
 def goes_together(scene):
     """Whether a scene can be painted: no rivals, no more than four things side by side, two in the sky, two far away."""
     most = {"things": 4, "sky": 2, "far": 2, "near": 2}
-    return all(len(scene & rivals) <= 1 for rivals in RIVALS) and all(sum(ELEMENTS[e][0] == row for e in scene) <= n for row, n in most.items())
+    return all(len(scene & rivals) <= 1 for rivals in RIVALS) and all(sum(ELEMENTS[e].row == row for e in scene) <= n for row, n in most.items())
 
 
 # Lines of classical verse, most of them of the Tang and the Song: poet -> line -> the elements it speaks of.
@@ -530,7 +543,7 @@ def describe_landscape(scene, rng=None):
     """A caption that names every element of the scene. With `rng`, in random order and one of several wordings each."""
     parts = []
     for element in sorted(scene):
-        _, places, names, _ = ELEMENTS[element]
+        places, names = ELEMENTS[element].places, ELEMENTS[element].names
         place, name = (rng.choice(places), rng.choice(names)) if rng else (places[0], names[0])
         wordings = [f"{place}有{name}", f"{name}在{place}", f"{place}是{name}"]
         parts.append(rng.choice(wordings) if rng else wordings[0])
@@ -539,13 +552,23 @@ def describe_landscape(scene, rng=None):
     return "，".join(parts)
 
 
+def describe_in_english(scene, rng=None):
+    """A caption that names every element of the scene. With `rng`, in random order."""
+    names = [ELEMENTS[element].english for element in sorted(scene)]
+    if rng:
+        rng.shuffle(names)
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def paint_landscape(scene, rng, size=128):
     """Draw a landscape; what its caption does not say (places, sizes, shades) is random."""
     picture = Image.new("RGB", (256, 256))
     draw = ImageDraw.Draw(picture, "RGBA")                                      # a fourth number of a colour lets what is behind it shine through
     above, horizon, tint = next(light for names, *light in LIGHTS if not names or scene & set(names.split()))
-    for y in range(152):
-        draw.line([(0, y), (256, y)], fill=tuple(round(a + (b - a) * y / 151) for a, b in zip(above, horizon)))
+    sky = Image.new("RGB", (1, 152))
+    sky.putdata([tuple(round(a + (b - a) * y / 151) for a, b in zip(above, horizon)) for y in range(152)])
+    picture.paste(sky.resize((256, 152), Image.NEAREST))
     aside = dict(zip(("far", "things"), rng.sample([-40, 40], 2)))              # one thing alone does not stand in front of what is far
     for row in ROWS:
         if row == "ground":
@@ -553,14 +576,14 @@ def paint_landscape(scene, rng, size=128):
         if row == "sky":
             picture = ImageChops.multiply(picture, Image.new("RGB", picture.size, tint))
             draw = ImageDraw.Draw(picture, "RGBA")
-        here = [element for element in ELEMENTS if element in scene and ELEMENTS[element][0] == row]
+        here = [element for element in ELEMENTS if element in scene and ELEMENTS[element].row == row]
         for element, place in zip(here, rng.sample(range(len(here)), len(here))):
             x = 256 * (place + 0.5 + rng.uniform(-0.15, 0.15)) / len(here) + (aside.get(row, 0) if len(here) == 1 else 0)
             s = (1, 0.88, 0.72, 0.6)[len(here) - 1] * rng.uniform(0.92, 1.08)
             if element in STAMPS:
                 _stamp(draw, rng, x, s, *STAMPS[element])
             else:
-                ELEMENTS[element][3](draw, rng, x, s)
+                ELEMENTS[element].draw(draw, rng, x, s)
     return picture.resize((size, size), Image.BOX)
 
 
@@ -583,7 +606,8 @@ def scene_of_poem(pair):
     return VERSES[pair[0]][1] | VERSES[pair[1]][1]
 
 
-def poem_caption(pair):
+def poem_caption(pair, rng=None):
+    """The two lines; a poem says it in one way alone."""
     return "，".join(pair)
 
 

@@ -14,7 +14,7 @@ from tokenizer import Tokenizer
 
 @pytest.fixture(scope="module")
 def poems():
-    return {name: open_split("poems", name) for name in PAINTED["poems"][0]}
+    return {name: open_split("poems", name) for name in PAINTED["poems"].sizes}
 
 
 def scenes(n, seed=0):
@@ -34,10 +34,9 @@ def test_the_demo_says_what_it_said():
 
 
 def test_painted_pictures_are_reproducible_and_captions_say_every_statement():
-    for name in ("demo", "landscapes"):
-        train = open_split(name, "train")
-        a, b = train.sample(3, 5), train.sample(3, 5)
-        assert np.array_equal(np.array(a[0]), np.array(b[0])) and np.array_equal(a[1], b[1])
+    train = open_split("demo", "train")
+    a, b = train.sample(3, 5), train.sample(3, 5)
+    assert np.array_equal(np.array(a[0]), np.array(b[0])) and np.array_equal(a[1], b[1])
     scene = frozenset({("左上角", 2, "红色", "鱼"), ("右下角", 1, "蓝色", "房子")})
     for text in (painter.describe(scene), painter.describe(scene, random.Random(0))):
         assert "两条红色的鱼" in text and "左上角" in text and "一座蓝色的房子" in text and "右下角" in text
@@ -75,18 +74,18 @@ def test_random_landscapes_can_be_painted_and_their_captions_name_every_element(
         assert 2 <= len(scene) <= 5 and painter.goes_together(scene) and scene == painter.with_water(scene)
         for text in (painter.describe_landscape(scene), painter.describe_landscape(scene, rng)):
             assert len(text) <= 50                                              # tokens that a text tower takes
-            assert all(any(name in text for name in painter.ELEMENTS[element][2]) for element in scene) and text.count("，") == len(scene) - 1
+            assert all(any(name in text for name in painter.ELEMENTS[element].names) for element in scene) and text.count("，") == len(scene) - 1
     assert seen == set(painter.ELEMENTS)
 
 
 def test_names_of_elements_are_never_the_same():
-    names = [name for _, _, names, _ in painter.ELEMENTS.values() for name in names]
+    names = [name for element in painter.ELEMENTS.values() for name in element.names]
     assert not [(a, b) for a, b in combinations(names, 2) if a in b or b in a]
 
 
 def test_landscape_rules_name_elements():
     assert painter.ON_WATER | frozenset().union(*painter.RIVALS) | set(painter.STAMPS) | {e for names, *_ in painter.LIGHTS for e in names.split()} <= set(painter.ELEMENTS)
-    assert all((function is None) == (element in painter.STAMPS) for element, (*_, function) in painter.ELEMENTS.items())
+    assert all((element.draw is None) == (name in painter.STAMPS) for name, element in painter.ELEMENTS.items())
 
 
 # ---------------------------------------------------------------------------------------------------------------- verses
@@ -100,7 +99,7 @@ def test_verses_have_five_or_seven_characters_and_elements_that_go_together():
 
 
 def test_every_character_is_in_the_vocabulary():
-    words = [*painter.VERSES, *(word for _, places, names, _ in painter.ELEMENTS.values() for word in places + names), "有在是，"]
+    words = [*painter.VERSES, *(word for element in painter.ELEMENTS.values() for word in element.places + element.names), "有在是，"]
     tokens = Tokenizer()(words)
     assert [word for word, row in zip(words, tokens.tolist()) if 100 in row] == [] and 100 in Tokenizer()(["𠮷"])[0].tolist()
 
@@ -112,19 +111,27 @@ def test_each_painted_caption_is_true_of_one_picture(poems):
     for name in PAINTED:
         for split_name in ("valid", "test"):
             split = poems[split_name] if name == "poems" else open_split(name, split_name)
-            assert len(set(split.texts)) == len(split.texts) == len(split) == PAINTED[name][0][split_name]
+            assert len(set(split.texts)) == len(split.texts) == len(split) == PAINTED[name].sizes[split_name]
             assert not any(a <= b or b <= a for a, b in combinations(split.scenes, 2))
             assert split.picture(0).size == (128, 128)
 
 
 def test_painted_training_scenes_never_show_a_test_scene_and_are_new_in_every_epoch(monkeypatch):
-    for name, split_of in (("demo", painter.split_of_scene), ("landscapes", painter.split_of_landscape)):
-        train, painted = open_split(name, "train"), []
-        monkeypatch.setattr(train, "paint", lambda scene, rng: painted.append(scene))
-        for epoch in (0, 1):
-            for k in range(400):
-                train.sample(epoch, k)
-        assert {split_of(scene) for scene in painted} == {"train"} and painted[:400] != painted[400:]
+    train, painted = open_split("demo", "train"), []
+    monkeypatch.setattr(train, "paint", lambda scene, rng: painted.append(scene))
+    for epoch in (0, 1):
+        for k in range(400):
+            train.sample(epoch, k)
+    assert {painter.split_of_scene(scene) for scene in painted} == {"train"} and painted[:400] != painted[400:]
+
+
+def test_landscapes_of_one_split_are_in_no_other_not_even_with_english_captions():
+    shown = {split: set().union(*(open_split(name, split).scenes for name in ("landscapes", "english-landscapes"))) for split in ("train", "valid", "test")}
+    assert not any(shown[a] & shown[b] for a, b in combinations(shown, 2))
+    english = open_split("english-landscapes", "test")
+    for scene, text in zip(english.scenes, english.texts):
+        assert sorted(text.replace(" and ", ", ").split(", ")) == sorted(painter.ELEMENTS[element].english for element in scene)
+    assert len({element.english for element in painter.ELEMENTS.values()}) == len(painter.ELEMENTS)
 
 
 def test_poems_have_the_sizes_of_the_papers_set(poems):
@@ -150,10 +157,10 @@ def test_a_poem_shows_what_its_two_lines_speak_of(poems):
         assert scene == of_a | of_b and a != b and 3 <= len(scene) <= 6 and painter.goes_together(scene)
 
 
-def test_command_line_of_painted_landscapes(called, tmp_path, monkeypatch):
-    for name in ("landscapes", "poems"):
-        sizes, endless, *functions = PAINTED[name]
-        monkeypatch.setitem(PAINTED, name, (dict.fromkeys(sizes, 24), endless, *functions))
+def test_command_line_of_painted_sets(called, tmp_path, monkeypatch):
+    for name in ("demo", "poems"):
+        endless = PAINTED[name].endless
+        monkeypatch.setitem(PAINTED, name, PAINTED[name]._replace(sizes=dict.fromkeys(PAINTED[name].sizes, 24)))
         assert called(data, name).count("24 pairs") == 3
         assert called(data, name, "--draw", tmp_path / "sheet.png").count("picture") == 24
         called(data, name, "--write-shards", tmp_path / name)

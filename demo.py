@@ -1,0 +1,165 @@
+"""The whole paper in miniature: on painted landscapes, in minutes on a laptop's CPU, with nothing to download.
+
+    python demo.py                   # six acts; run again it continues where it stopped, and when all is done it shows the figures again
+    python demo.py --fresh           # starts over
+    python demo.py --seeds 0 1 2     # the same from three random starts: mean ± standard deviation of each figure
+
+Every act is one or two commands of train.py and evaluate.py, printed before they run: type them yourself to look closer, or change them. What they say in full stands in runs/demo/log.txt.
+The figures are small ones of a small world. What carries over to the real one is the order of things, and that each step does what the paper says it does.
+"""
+import argparse
+import functools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import data
+import painter
+
+HERE = Path(__file__).resolve().parent
+OUT = Path("runs/demo")
+SETS = ("english-landscapes", "landscapes", "poems")
+STEPS = {"english": 120, "stage1": 60, "stage2": 30, "poems": 80}               # of 128 pairs
+TEMPLATES = ("{}", "远处有{}", "近处有{}", "地上有{}", "天上有{}")                  # for zero-shot classification: sentences as this world has them
+# Of what train.py and evaluate.py print, the lines that tell the story.
+SHOWN = re.compile(r"stage |step .* valid |finished|nothing to do|note:|warning:|scale |tiny |model |> |R@1 of|top-1 of|most often| +Text-to-Image|stopped|error:")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fresh", action="store_true", help="delete what earlier runs of these seeds have left, and start over")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of random weights and order, one story for each (default: 0)")
+    args = parser.parse_args()
+    if min(args.seeds) < 0 or max(args.seeds) >= 2**31 - 1 or len(set(args.seeds)) < len(args.seeds):
+        raise data.BadInput(f"--seeds {' '.join(map(str, args.seeds))}: different whole numbers, at least 0 and below {2**31 - 1}")
+    if args.fresh:
+        for folder in [OUT / "data", *(OUT / f"seed-{seed}" for seed in args.seeds)]:
+            shutil.rmtree(folder, ignore_errors=True)
+    OUT.mkdir(parents=True, exist_ok=True)
+    begin = time.time()
+    paint_sets(OUT / "data")
+    figures = [story(OUT / f"seed-{seed}", OUT / "data", seed) for seed in args.seeds]
+    print("\n" + summary(figures))
+    print(f"\nWith pictures: {OUT / f'seed-{args.seeds[-1]}' / 'poems.html'} (open it in a browser). All that the commands said: {OUT / 'log.txt'}. "
+          f"This took {time.time() - begin:.0f} s.")
+
+
+def paint_sets(folder):
+    act("Painting landscapes with English captions, others with Chinese captions, and some whose captions are lines of classical verse.")
+    running = [start("data.py", "convert", name, folder / name) for name in SETS if not (folder / name).exists()]
+    for process in running:
+        finish(process, show=False)
+    if not (folder / "classes").exists():
+        paint_classes(folder / "classes")
+
+
+def paint_classes(folder, each=8):
+    """Pictures with one thing in each (and the water it needs), in one folder for each thing: what --classify takes. Whole, or not at all."""
+    part = folder.with_name("classes.part")
+    shutil.rmtree(part, ignore_errors=True)
+    for name, element in painter.ELEMENTS.items():
+        (part / element.names[0]).mkdir(parents=True)
+        for k in range(each):
+            painter.paint_landscape(painter.with_water({name}), random.Random(f"classes {name} {k}")).save(part / element.names[0] / f"{k}.png")
+    data.write_text(part / "templates.txt", "".join(f"{template}\n" for template in TEMPLATES))
+    os.replace(part, folder)
+
+
+def story(out, sets, seed):
+    """The acts, from one seed -> their figures: name -> percent, from the test splits."""
+    english, chinese, poems = (sets / name for name in SETS)
+    common = ["--batch-size", 128, "--log-every", 1000, "--seed", seed]
+    steps = lambda n, warmup: ["--max-steps", n, "--warmup", min(warmup, n // 2), "--valid-every", n]
+    both = STEPS["stage1"] + STEPS["stage2"]
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"\n=== seed {seed}")
+
+    act("0. A tiny CLIP learns from English captions. It plays the part of OpenAI's weights: it sees well, and knows no Chinese. Only its vision tower will be used.")
+    call("train.py", "--stage", 2, "--data", english, "--lr", 2e-3, *steps(STEPS["english"], 30), *common, "--out", out / "english")
+
+    act("1. Stage 1 (section 3.2): a fresh Chinese text tower learns to say what the frozen vision tower sees. Pictures are embedded once, so steps are cheap.")
+    call("train.py", "--stage", 1, "--vision-weights", out / "english/last.pt", "--data", chinese, "--lr", 4e-3, *steps(STEPS["stage1"], 10), *common, "--out", out / "stage1")
+
+    act("2. Stage 2: both towers learn, in small steps, for the vision tower has something to lose.")
+    call("train.py", "--stage", 2, "--init", out / "stage1/last.pt", "--data", chinese, "--lr", 5e-4, *steps(STEPS["stage2"], 10), *common, "--out", out / "stage2")
+
+    act(f"   Does stage 1 pay? The same vision tower and a fresh text tower in stage 2 alone, for as many steps ({both}), at the rate that is best for that.")
+    call("train.py", "--stage", 2, "--vision-weights", out / "english/last.pt", "--data", chinese, "--lr", 2e-3, *steps(both, 10), *common, "--out", out / "alone")
+    call("evaluate.py", "--ckpt", out / "alone/last.pt", out / "stage2/last.pt", "--data", chinese, "--json", out / "landscapes.json")
+
+    act("3. Zero-shot (figure 2, steps 2 and 3): what is in pictures of one thing each, by names in Chinese; and which picture a poem speaks of, of which nobody told the model.")
+    call("evaluate.py", "--ckpt", out / "stage2/last.pt", "--classify", sets / "classes", "--templates", sets / "classes/templates.txt", "--json", out / "classes.json")
+    call("evaluate.py", "--ckpt", out / "stage2/last.pt", "--data", poems, "--json", out / "zero-shot.json")
+
+    act("4. Fine-tuning on 2,000 poems and their pictures (sections 3.2 and 4.1: AP-ID).")
+    call("train.py", "--stage", "finetune", "--init", out / "stage2/last.pt", "--data", poems, "--no-average", *steps(STEPS["poems"], 20), *common, "--out", out / "poems")
+
+    act("5. Table 6: before and after, on poems that were never trained on.")
+    call("evaluate.py", "--ckpt", out / "poems/start.pt", out / "poems/last.pt", "--data", poems, "--json", out / "poems.json", "--report", out / "poems.html")
+    return figures_of(out)
+
+
+def figures_of(out):
+    """What evaluate.py has written -> {row of the summary: its figures in percent}."""
+    results = lambda name: json.loads((out / name).read_text(encoding="utf-8"))["results"]
+    ways = lambda r: [r["text_to_image"]["R@1"], r["image_to_text"]["R@1"], (r["text_to_image"]["MR"] + r["image_to_text"]["MR"]) / 2]
+    (alone, staged), (before, after), (classes,) = results("landscapes.json"), results("poems.json"), results("classes.json")
+    return {f"landscapes: stage 1, {STEPS['stage1']} steps, and stage 2, {STEPS['stage2']}": ways(staged),
+            f"landscapes: stage 2 alone, {STEPS['stage1'] + STEPS['stage2']} steps": ways(alone),
+            "poems: zero-shot": ways(before),
+            "poems: fine-tuned": ways(after),
+            f"classes: zero-shot top-1, of {classes['classes']}": [classes["top-1"]]}
+
+
+def summary(figures):
+    """Figures of some seeds -> a table: the one, or mean ± standard deviation."""
+    lines = [f"{'test splits, %':52}  text-to-image R@1  image-to-text R@1  mean recall"]
+    for row in figures[0]:
+        cells = [(f"{statistics.mean(some):5.1f}" + (f" ± {statistics.stdev(some):4.1f}" if len(some) > 1 else "")) for some in zip(*(f[row] for f in figures))]
+        lines.append(f"{row:52}  " + "".join(f"{cell:19}" for cell in cells).rstrip())
+    return "\n".join(lines)
+
+
+def act(text):
+    print(f"\n{text}", flush=True)
+
+
+def start(script, *args):
+    """Start one of our scripts as a person would, its command printed."""
+    print("$ python " + shlex.join([script, *map(str, args)]), flush=True)
+    return subprocess.Popen([sys.executable, "-u", str(HERE / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+                            preexec_fn=functools.partial(data.end_with, os.getpid(), signal.SIGTERM))           # should this process be killed, it saves and ends
+
+
+def finish(process, show=True):
+    """Print the lines that tell the story as they come, keep all in log.txt. Raises BadInput when the script fails."""
+    last = ""
+    with open(OUT / "log.txt", "a", encoding="utf-8") as log:
+        log.write(f"\n$ {shlex.join(process.args)}\n")
+        try:
+            for line in process.stdout:
+                log.write(line)
+                last = line.strip() or last
+                if show and SHOWN.match(line):
+                    print("  " + line.rstrip(), flush=True)
+        finally:                                                                # after Ctrl-C, which it gets as well: it finishes its step and saves
+            status = process.wait()
+    if status:
+        raise data.BadInput(f"{last.removeprefix('error: ')} (the same command goes on from there; {OUT / 'log.txt'} says more)")
+
+
+def call(script, *args):
+    finish(start(script, *args))
+
+
+if __name__ == "__main__":
+    data.run(main)
