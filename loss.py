@@ -23,6 +23,8 @@ nothing but the embeddings, and then r and c. A test compares the two to 1e-12.
 Each returns its process's share of the loss: the shares add up to the loss, and so do the gradients that processes get for the shared weights and for s. Parameter
 gradients are therefore SUMMED over processes, not averaged.
 """
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -71,43 +73,55 @@ def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
     i, j = truth if truth is not None else (torch.arange(N), torch.arange(N))   # on the CPU
     turn = j.argsort(stable=True)                                               # the ones of Y sorted by column
     Yr, Yc = 1 / torch.bincount(i)[i].to(image.dtype), 1 / torch.bincount(j)[j].to(image.dtype)     # (E,)
-    pictures = image_embed, text, scale, *_stripes_of(image_embed, i, j, tile)                      # own rows of S: pictures look at captions
-    captions = text_embed, image, scale, *_stripes_of(text_embed, j[turn], i[turn], tile)           # own columns, turned into rows: captions look at pictures
+    pictures = _half(image_embed, text, scale, i, j, tile)                      # own rows of S: pictures look at captions
+    captions = _half(text_embed, image, scale, j[turn], i[turn], tile)          # own columns, turned into rows: captions look at pictures
 
-    r, to_captions = _log_sums(*pictures, _to(image.device, Yr))
-    c, to_pictures = _log_sums(*captions, _to(image.device, Yc[turn]))
+    r, to_captions = _log_sums(pictures, _to(image.device, Yr))
+    c, to_pictures = _log_sums(captions, _to(image.device, Yc[turn]))
     all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
-    d_image = _gradient(*pictures, _to(image.device, Yr + Yc), r, all_c)        # s G T
-    d_text = _gradient(*captions, _to(image.device, (Yr + Yc)[turn]), c, all_r)                     # s Gᵀ I
+    d_image = _gradient(pictures, _to(image.device, Yr + Yc), r, all_c)         # s G T
+    d_text = _gradient(captions, _to(image.device, (Yr + Yc)[turn]), c, all_r)  # s Gᵀ I
     d_scale = torch.bmm(image_embed[:, None], d_image[:, :, None]).sum() / scale                    # Σ_i I_i·dI_i / s, without an (N, D) product in memory
     return (to_captions + to_pictures) / (2 * N), d_image, d_text, d_scale
 
 
-def _stripes_of(own, rows, columns, tile):
-    """Own rows of S, some at a time -> their stripes: (first row, end, which of the ones of Y lie in them: from, to), and on the device the row (counted from the first own one) and the
-    column of every one of Y."""
-    t, first = max(1, tile // (len(own) * world_size())), own_rows(own).start
-    starts = list(range(0, len(own), t)) + [len(own)]
+class _Half(NamedTuple):
+    """One direction of the loss: own rows of S = s own otherᵀ, and where the ones of Y lie in them. (Rows and columns of S change places in the other direction.)"""
+
+    own: torch.Tensor                           # (B, D): these look …
+    other: torch.Tensor                         # (N, D): … at those
+    scale: torch.Tensor                         # s
+    rows: torch.Tensor                          # (E,) of each one of Y, counted from the first own row, on the device
+    columns: torch.Tensor                       # (E,)
+    stripes: list                               # [(first row, end, a, b), …]: so many rows of S are held at a time; ones a to b - 1 of Y lie in them
+
+
+def _half(own, other, scale, rows, columns, tile):
+    """rows and columns (E,): the ones of Y, sorted by row, on the CPU, where they are cut into the stripes."""
+    height, first = max(1, tile // len(other)), own_rows(own).start
+    starts = list(range(0, len(own), height)) + [len(own)]
     bounds = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
-    return list(zip(starts, starts[1:], bounds, bounds[1:])), _to(own.device, rows - first), _to(own.device, columns)
+    return _Half(own, other, scale, _to(own.device, rows - first), _to(own.device, columns), list(zip(starts, starts[1:], bounds, bounds[1:])))
 
 
-def _log_sums(own, other, scale, stripes, rows, columns, Y):
-    """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ Y S) over them: the cross-entropies."""
+def _log_sums(half, Y):
+    """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ Y S) over them: the cross-entropies. Y (E,): the values at its ones."""
+    own, other, scale, rows, columns, stripes = half
     log_sums, loss = own.new_empty(len(own)), own.new_zeros(())
     for start, stop, a, b in stripes:
-        S = (scale * own[start:stop]) @ other.T
+        S = (scale * own[start:stop]) @ other.T                                 # (height, N)
         log_sums[start:stop] = S.logsumexp(dim=1)
         loss += log_sums[start:stop].sum() - (Y[a:b] * S[rows[a:b] - start, columns[a:b]]).sum()
         del S                                                                   # before the next stripe is made
     return log_sums, loss
 
 
-def _gradient(own, other, scale, stripes, rows, columns, Y, own_log_sums, other_log_sums):
-    """-> s G @ other (B, D): own rows of G, as many as a stripe holds at a time, times the other side's embeddings."""
+def _gradient(half, Y, own_log_sums, other_log_sums):
+    """-> s G @ other (B, D): own rows of G, as many as a stripe holds at a time, times the other side's embeddings. Y (E,): the values of Yr + Yc."""
+    own, other, scale, rows, columns, stripes = half
     gradient = torch.empty_like(own)
     for start, stop, a, b in stripes:
-        S = (scale * own[start:stop]) @ other.T
+        S = (scale * own[start:stop]) @ other.T                                 # (height, N)
         G = (S - own_log_sums[start:stop, None]).exp_()                         # exp(S - r)
         G += S.sub_(other_log_sums).exp_()                                      # exp(S - c), in the place of S
         G[rows[a:b] - start, columns[a:b]] -= Y[a:b]                            # Yr + Yc

@@ -8,7 +8,8 @@
     tokens  (B, L)       -> BertEncoder, token [CLS], projection -> text_embed  (B, D)
 
 Letters of shapes, in every file (where one means something else, the docstring says so): B pictures or captions in this process's batch, N pairs in the global batch of all processes, L tokens, P patches (or positions
-of a feature map), C channels (width), H heads, D width of the shared space, R picture side in pixels; I pictures and T captions in a split.
+of a feature map), C channels (width), H heads, D width of the shared space, R picture side in pixels; I pictures and T captions in a split. In this file T is the number of
+tokens (or patches) of all S sequences of a batch, which stand one after the other (`Packing`).
 
 Sources: CLIP (Radford et al. 2021, arXiv 2103.00020), BERT (Devlin et al. 2018, arXiv 1810.04805), ViT (Dosovitskiy et al. 2020, arXiv 2010.11929),
 ResNet-D and anti-aliasing (arXiv 1812.01187, 1904.11486), Chinese CLIP (arXiv 2211.01335).

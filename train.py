@@ -204,7 +204,7 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
     with several each is embedded without, and once more, alike, when the gradient at its embeddings is known (gradient caching, arXiv 2101.06983).
     When loss or gradient are not finite, the model stays as it is.
     """
-    buffers = [(x, x.clone()) for x in model.buffers()]                         # BatchNorm's statistics: the forward pass changes them before one knows
+    statistics = [(x, x.clone()) for x in model.buffers()]                      # BatchNorm's: the forward pass changes them before one knows whether the step counts
 
     def embed(k, vision=True):
         torch.manual_seed(seeds[k])
@@ -230,10 +230,12 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
         else:
             with statistics_kept(model):
                 image_embed, text_embed = embed(k, vision=not model.vision_frozen)
-        ends = [(text_embed, d_t)] + [(image_embed, d_i)] * (not model.vision_frozen)
+        ends = [(text_embed, d_t)]                                              # where gradients enter the graph, and which
+        if not model.vision_frozen:
+            ends += [(image_embed, d_i)]
         if k == len(ready) - 1:
-            gradients.send_when_done()
             ends += [(scale, d_scale)]
+            gradients.send_when_done()
         torch.autograd.backward([x for x, _ in ends], [scaler.scale(d) for _, d in ends])
         del image_embed, text_embed, ends
     loss = gradients.wait()
@@ -245,7 +247,7 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
     optimizer.found_inf = 1 - finite.float()                                    # 1: the fused kernel leaves weights and moments alone. (An enabled scaler puts its own in this place.)
     scaler.step(optimizer)
     model.clamp_logit_scale()
-    for x, before in buffers:
+    for x, before in statistics:
         x.copy_(torch.where(finite, x, before))
     scaler.update()                                                             # under fp16: a lower scale after what was not finite, a higher one after a long while without
     return loss, norm
@@ -254,7 +256,8 @@ def train_step(model, ready, seeds, truth, gradients, optimizer, scaler, autocas
 class GradientSum:
     """The parameters' gradients, in flat buckets (p.grad are views of them) that are summed over all processes while the backward pass still runs; for why the sum, see loss.py.
 
-    Backward passes go from the last layers to the first, so the buckets are filled roughly in that order. Each is sent as soon as it and those before it are complete: in the same order on every process.
+    A step: zero; a backward pass for each micro-batch, whose gradients add up in the buckets; before the last one send_when_done; in it each parameter tells `_done`, and a bucket is sent as soon
+    as it and those before it are complete, in the same order on every process; wait. Backward passes go from the last layers to the first, so the buckets hold the parameters in that order.
     Frozen parameters are in none. The loss travels in the first bucket.
     """
 
