@@ -39,10 +39,12 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
+import system
 from evaluate import embed_split, from_all, precision_of, retrieval_recall, start_processes
 from features import Features
 from loss import gather, matches, tiled_loss
 from model import CLIP, CONFIGS, statistics_kept, to_device
+from system import BadInput
 from tokenizer import MASK, SEP
 
 # What each stage sets when no flag does. The paper gives no figures for the two pretraining stages; the learning rates are those of Chinese CLIP (from memory), the batch is a smaller one.
@@ -318,7 +320,7 @@ def agree(**facts):
     for rank, other in enumerate(others, 1):
         differ = [f"{name} {other[name]} where process 0 has {first[name]}" for name in first if other[name] != first[name]]
         if differ:
-            raise data.BadInput(f"process {rank} has {'; '.join(differ)}: every node must see the same data, weights and --out (a shared file system)")
+            raise BadInput(f"process {rank} has {'; '.join(differ)}: every node must see the same data, weights and --out (a shared file system)")
 
 
 def random_draws(settings, step, context_length):
@@ -401,21 +403,21 @@ class Run:
         try:
             return self._resume(state)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:     # entries of the wrong kind, in as many ways
-            raise data.BadInput(f"{self.out / 'last.pt'} is damaged: its entries are not those of a training snapshot ({type(error).__name__}: {error}); choose another --out") from None
+            raise BadInput(f"{self.out / 'last.pt'} is damaged: its entries are not those of a training snapshot ({type(error).__name__}: {error}); choose another --out") from None
 
     def _resume(self, state):
         last = self.out / "last.pt"
         missing = {"settings", "optimizer", "scaler", "best", "best_step", "best_share", "averaged", "losses", "skipped_steps", "step"} - state.keys()
         if missing:
-            raise data.BadInput(f"{last} is no training snapshot (it lacks {', '.join(sorted(missing))}), so nothing can continue from it; choose another --out")
+            raise BadInput(f"{last} is no training snapshot (it lacks {', '.join(sorted(missing))}), so nothing can continue from it; choose another --out")
         before, now = state["settings"], self.settings
         masks = self.model.cfg.text_dropout > 0 or now["patch_dropout"] > 0     # drawn for each micro-batch of a process: with another size or number of processes, others
         free = FREE if masks else FREE | {"micro_batch"}
         names = {"norm_batch": "BatchNorm over --micro-batch x processes =", "features_kept": "features kept (--features):"}
         changed = [f"{names.get(name, name)} {before.get(name)}, now it is {now.get(name)}" for name in differing(before, now, free)]
         if changed:
-            raise data.BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
-                                f"or start a new run from it: --init {last} --out {self.out}-2")
+            raise BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
+                           f"or start a new run from it: --init {last} --out {self.out}-2")
         if masks and before["processes"] != now["processes"]:
             self.say(f"note: {now['processes']} processes instead of {before['processes']} draw other dropout masks from here on; all else stays the same")
         self.optimizer.load_state_dict(state["optimizer"])
@@ -426,7 +428,7 @@ class Run:
         self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped_steps"])
         self.best_share, self.averaged = None if state["best_share"] is None else float(state["best_share"]), bool(state["averaged"])
         if self.best >= 0 and not (self.out / "best.pt").exists():
-            raise data.BadInput(f"{self.out / 'best.pt'}, the best weights of this run so far, is gone; put it back, or begin a new run from the last ones: --init {last} --out {self.out}-2")
+            raise BadInput(f"{self.out / 'best.pt'}, the best weights of this run so far, is gone; put it back, or begin a new run from the last ones: --init {last} --out {self.out}-2")
         if self.settings["average"] and not self.averaged:
             self.start_weights()                                                # should it be gone, that comes to light now and not at the end
         if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
@@ -443,18 +445,18 @@ class Run:
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # not flock: the readers would inherit it and may outlive a killed run
         except (BlockingIOError, PermissionError):                              # held by another process (which of the two is up to the system)
-            raise data.BadInput(f"{self.out}: another run is writing there; choose another --out") from None
+            raise BadInput(f"{self.out}: another run is writing there; choose another --out") from None
         with contextlib.suppress(OSError, ValueError, AttributeError):         # not there, or none of ours
             before = json.loads((self.out / "settings.json").read_bytes())
             if step == 0 and (self.out / "best.pt").exists() and differing(before, self.settings, FREE):
-                raise data.BadInput(f"{self.out} holds the best.pt of another run, without its last.pt; choose another --out")
-        data.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
+                raise BadInput(f"{self.out} holds the best.pt of another run, without its last.pt; choose another --out")
+        system.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
         kept = {}
         for name in ("metrics.jsonl", "bad_samples.jsonl"):
             path = self.out / name
             kept[name] = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if logged_step(line) <= step] if path.exists() and step else []
             if path.exists() or name == "metrics.jsonl":
-                data.write_text(path, "".join(line + "\n" for line in kept[name]))
+                system.write_text(path, "".join(line + "\n" for line in kept[name]))
         self.bad = {json.loads(line).get("pair") for line in kept["bad_samples.jsonl"]}
 
     def report(self, step, reports, seen, total):
@@ -469,8 +471,8 @@ class Run:
         self.say(f"step {step:6} {len(fresh)} pair{'s' * (len(fresh) > 1)} could not be read and {'were' if len(fresh) > 1 else 'was'} replaced; {len(self.bad):,} so far, {most:,} may be "
                  f"({self.out / 'bad_samples.jsonl'}); the first: {fresh[0]['reason']}")
         if len(self.bad) > most:
-            raise data.BadInput(f"step {step}: {len(self.bad):,} pairs cannot be read, and of {max(seen, min(total, 1000)):,} only {most:,} may be (--max-bad {self.settings['max_bad']:g}); "
-                                f"{self.out / 'bad_samples.jsonl'} lists them. The first: {fresh[0]['reason']}")
+            raise BadInput(f"step {step}: {len(self.bad):,} pairs cannot be read, and of {max(seen, min(total, 1000)):,} only {most:,} may be (--max-bad {self.settings['max_bad']:g}); "
+                           f"{self.out / 'bad_samples.jsonl'} lists them. The first: {fresh[0]['reason']}")
 
     def took(self, step, loss, norm, pairs):
         """After a step: look at the loss and the gradient of the step before it. Those of this one, tensors of a device that may still be computing them, are looked at after the next step, or
@@ -499,9 +501,9 @@ class Run:
             return                                                              # it has halved its scale
         where = self.out / "nonfinite.json"
         if self.first:
-            data.write_text(where, json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(self.norm), "pairs": pairs()}, ensure_ascii=False))
-        raise data.BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {self.norm}; the step was not taken. {where} lists the pairs of the batch (before any replacement); "
-                            f"{self.out / 'last.pt'} holds the run before. A lower --lr or --precision fp32 may help")
+            system.write_text(where, json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(self.norm), "pairs": pairs()}, ensure_ascii=False))
+        raise BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {self.norm}; the step was not taken. {where} lists the pairs of the batch (before any replacement); "
+                       f"{self.out / 'last.pt'} holds the run before. A lower --lr or --precision fp32 may help")
 
     def log(self, record):
         """One line for the reader, the same figures in metrics.jsonl."""
@@ -539,9 +541,9 @@ class Run:
             state = checkpoint.read(path)
             checkpoint.compare(state["model"], self.model.state_dict(), "its tensors do not fit")
             if state.get("step") != 0:
-                raise data.BadInput(f"it holds the weights after step {state.get('step')}")
-        except data.BadInput as error:
-            raise data.BadInput(f"{path} is not the start of this run, from which the averages at the end begin; put it back, or go on with --no-average. ({error})") from None
+                raise BadInput(f"it holds the weights after step {state.get('step')}")
+        except BadInput as error:
+            raise BadInput(f"{path} is not the start of this run, from which the averages at the end begin; put it back, or go on with --no-average. ({error})") from None
         return state["model"]
 
     def stop(self, step, signals):
@@ -573,7 +575,7 @@ class Run:
         self.look()
         if self.first:
             if not all(x.isfinite().all() for x in self.model.state_dict().values()):
-                raise data.BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
+                raise BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
             last = self.out / "last.pt"
             checkpoint.save(last, self.model, step=step, best=self.best, best_step=self.best_step, best_share=self.best_share, averaged=self.averaged, losses=self.losses, skipped_steps=self.skipped, settings=self.settings,
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
@@ -789,21 +791,21 @@ def parse_args(argv=None):
     if args.stage is None:
         parser.error("--stage or --recipe is required")
     if args.recipe and args.data is None:
-        raise data.BadInput(f"--recipe {args.recipe}: name the data with --data")
+        raise BadInput(f"--recipe {args.recipe}: name the data with --data")
     args.data = args.data or "demo"
     args.out = args.out or ("runs/finetune" if args.stage == "finetune" else f"runs/stage{args.stage}")
     if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise data.BadInput(f"--out {args.out}: it is a file; name a folder for the run")
+        raise BadInput(f"--out {args.out}: it is a file; name a folder for the run")
     if args.init is not None and (args.vision_weights is not None or args.text_weights is not None):
-        raise data.BadInput(f"--init {args.init}: it brings both towers, so neither --vision-weights nor --text-weights go with it")
+        raise BadInput(f"--init {args.init}: it brings both towers, so neither --vision-weights nor --text-weights go with it")
     if args.features == "":
-        raise data.BadInput("--features '': name a folder, auto or none")
+        raise BadInput("--features '': name a folder, auto or none")
     if args.model is not None and args.model not in CONFIGS:
-        raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
+        raise BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:                      # NaN fails, too
-            raise data.BadInput(f"--{name.replace('_', '-')} {value}: out of range, at least {low:g} and at most {high:g}")
+            raise BadInput(f"--{name.replace('_', '-')} {value}: out of range, at least {low:g} and at most {high:g}")
     return args
 
 
@@ -812,13 +814,13 @@ def resolve(args, config, train_split, valid_split, precision, world):
     defaults = (TINY if config == CONFIGS["tiny"] else STAGES)[args.stage]
     settings = argparse.Namespace(**{name: defaults.get(name) if value is None else value for name, value in vars(args).items()})
     if settings.batch_size % world:
-        raise data.BadInput(f"--batch-size {settings.batch_size} does not divide by {world} processes; {max(1, settings.batch_size // world) * world} does")
+        raise BadInput(f"--batch-size {settings.batch_size} does not divide by {world} processes; {max(1, settings.batch_size // world) * world} does")
     if settings.patch_dropout and (args.stage == "1" or isinstance(config.vision_layers, tuple)):
-        raise data.BadInput(f"--patch-dropout {settings.patch_dropout}: there are no patches to leave out, for {'the vision tower is frozen' if args.stage == '1' else 'a ResNet has none'}")
+        raise BadInput(f"--patch-dropout {settings.patch_dropout}: there are no patches to leave out, for {'the vision tower is frozen' if args.stage == '1' else 'a ResNet has none'}")
     if settings.compile and isinstance(config.vision_layers, tuple):
-        raise data.BadInput("--compile: it is for ViTs; the blocks of a ResNet all differ, and each would be compiled by itself")
+        raise BadInput("--compile: it is for ViTs; the blocks of a ResNet all differ, and each would be compiled by itself")
     if not len(train_split):
-        raise data.BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
+        raise BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
     settings.model, settings.precision = checkpoint.name_of(config), precision
     settings.total_steps = args.max_steps or math.ceil(settings.epochs * len(train_split) / settings.batch_size)
     settings.epochs = None if args.max_steps else settings.epochs
@@ -827,12 +829,12 @@ def resolve(args, config, train_split, valid_split, precision, world):
     settings.valid_every = args.valid_every or max(1, settings.total_steps // (20 if args.stage == "finetune" else 10), len(valid_split.image_ids) * 10 // (3 * settings.batch_size) if valid_split else 0)
     settings.average = bool(valid_split) and args.stage == "finetune" if args.average is None else args.average
     if valid_split is None and (settings.average or settings.patience):
-        raise data.BadInput(f"--{'average' if settings.average else 'patience'}: there is no valid split to choose by; --valid-data names one, {'--no-average' if settings.average else '--patience 0'} does without")
+        raise BadInput(f"--{'average' if settings.average else 'patience'}: there is no valid split to choose by; --valid-data names one, {'--no-average' if settings.average else '--patience 0'} does without")
     settings.warmup = min(settings.warmup, settings.total_steps // 2)
     changing = (f"stage {args.stage} trains the vision tower" if args.stage != "1" else f"--augment {args.augment} changes its pictures" if args.augment != "none" else
                 f"{train_split.name} has new pictures in every epoch" if train_split.endless else None)
     if changing and args.features not in ("auto", "none"):
-        raise data.BadInput(f"--features {args.features}: {changing}, so there are no features to keep; leave it out")
+        raise BadInput(f"--features {args.features}: {changing}, so there are no features to keep; leave it out")
     if args.features == "none" or args.features == "auto" and (changing or (settings.total_steps - 1) * settings.batch_size < train_split.picture_count()):
         settings.features = None                                                # in one pass nothing would be saved
     elif args.features == "auto":
@@ -845,4 +847,4 @@ def resolve(args, config, train_split, valid_split, precision, world):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    system.run(main)

@@ -26,9 +26,9 @@ from test_model import RESNET, VIT, batch, build
 import checkpoint
 import data
 import train
-from data import BadInput
 from loss import contrastive_loss, matches
 from model import Config
+from system import BadInput
 
 QUICK = ["--batch-size", 6, "--workers", 0, "--precision", "fp32", "--log-every", 1]
 
