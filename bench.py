@@ -40,6 +40,7 @@ import system
 import train
 from loss import contrastive_loss, tiled_loss
 from model import CLIP, CONFIGS
+from run import memory_mib
 from tokenizer import CLS, SEP, Tokenizer
 
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
@@ -388,7 +389,7 @@ def alone(who, name, batch_size, precision):
         call = Peer(name, bench.model, device).step(bench.pixels, bench.ids, precision, False)
     del bench.model                                                             # of ours the step has its copy
     seconds = [timed(call, device) for _ in range(4)]
-    return train.memory_mib(device), statistics.median(seconds[1:])
+    return memory_mib(device), statistics.median(seconds[1:])
 
 
 def apart(function, *arguments):
