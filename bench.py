@@ -7,7 +7,7 @@
 One table: how many pictures, captions or pairs a second; what share that is of the fastest large matrix product of this device in the same run (operations are counted from the sizes: two
 for each multiplication that the result needs); and with --peer how many times cn_clip's rate, from the same weights and the same batches in the same process, with what the two results
 differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over the rounds, ratios those of each round. The last rows are of
-processes that do nothing but stage 2 steps, ours and the peer's in turn: their peak memory, and their rate. There, on a CPU, ours keeps the memory that it frees (data.keep_freed_memory), as
+processes that do nothing but stage 2 steps, ours and the peer's in turn: their peak memory, and their rate. There, on a CPU, ours keeps the memory that it frees (system.keep_freed_memory), as
 all our scripts do; in the process that both share it does not.
 """
 import argparse
@@ -36,9 +36,11 @@ import checkpoint
 import data
 import evaluate
 import painter
+import system
 import train
 from loss import contrastive_loss, tiled_loss
 from model import CLIP, CONFIGS
+from run import memory_mib
 from tokenizer import CLS, SEP, Tokenizer
 
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
@@ -315,7 +317,7 @@ class Peer:
             from cn_clip.clip.model import CLIP as PeerCLIP
             from cn_clip.training.train import get_loss
         except ImportError as error:
-            raise data.BadInput(f"--peer: cn_clip cannot be imported ({error}); pip install --no-deps cn_clip==1.6.0 six") from None
+            raise system.BadInput(f"--peer: cn_clip cannot be imported ({error}); pip install --no-deps cn_clip==1.6.0 six") from None
         self.device, self.get_loss, self.tokenize, self.transform = device, get_loss, package.tokenize, package.utils.image_transform(model.cfg.image_size)
         folder, sizes = Path(package.__file__).parent / "model_configs", {}
         for part in checkpoint.PEER_NAMES[name]:
@@ -379,7 +381,7 @@ def alone(who, name, batch_size, precision):
     """In a process of its own: four stage 2 steps -> MiB that it has needed at most, seconds of a step (median of the last three)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if who == "ours":
-        data.keep_freed_memory()
+        system.keep_freed_memory()
     bench = Bench(name, batch_size, device, False)
     if who == "ours":
         call = bench.stage2(precision).ours
@@ -387,7 +389,7 @@ def alone(who, name, batch_size, precision):
         call = Peer(name, bench.model, device).step(bench.pixels, bench.ids, precision, False)
     del bench.model                                                             # of ours the step has its copy
     seconds = [timed(call, device) for _ in range(4)]
-    return train.memory_mib(device), statistics.median(seconds[1:])
+    return memory_mib(device), statistics.median(seconds[1:])
 
 
 def apart(function, *arguments):
@@ -410,17 +412,17 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile for the vision tower, as with train.py")
     args = parser.parse_args()
     names = args.rows.split(",")
-    data.free_memory()                                                          # both sides as the C library does it
+    system.free_memory()                                                        # both sides as the C library does it
     if args.model not in CONFIGS:
-        raise data.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
+        raise system.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     if args.peer and args.model not in checkpoint.PEER_NAMES:
-        raise data.BadInput(f"--peer: cn_clip has no {args.model}; it has {', '.join(checkpoint.PEER_NAMES)}")
+        raise system.BadInput(f"--peer: cn_clip has no {args.model}; it has {', '.join(checkpoint.PEER_NAMES)}")
     if unknown := [name for name in names if name not in ROWS]:
-        raise data.BadInput(f"--rows {args.rows}: no row {unknown[0]!r}; there are {', '.join(ROWS)}")
+        raise system.BadInput(f"--rows {args.rows}: no row {unknown[0]!r}; there are {', '.join(ROWS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = args.batch_size or (256 if device.type == "cuda" else 16)
     if not (2 <= batch_size <= 10**6 and 1 <= args.rounds <= 1000 and 2 <= args.micro_batches <= batch_size):
-        raise data.BadInput(f"--batch-size {batch_size} --rounds {args.rounds} --micro-batches {args.micro_batches}: out of range, 2 to 1e6, 1 to 1000 and 2 to the batch size")
+        raise system.BadInput(f"--batch-size {batch_size} --rounds {args.rounds} --micro-batches {args.micro_batches}: out of range, 2 to 1e6, 1 to 1000 and 2 to the batch size")
 
     default = evaluate.precision_of("auto", device)[1]
     print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware(device)}, torch {torch.__version__}, {datetime.date.today()}; default precision {default}")
@@ -473,4 +475,4 @@ def hardware(device):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    system.run(main)

@@ -36,9 +36,10 @@ from statistics import mode
 import torch
 import torch.nn.functional as F
 
-import data
-from data import BadInput, Transform, write
+import system
+from data import CLIP_MEAN, CLIP_STD, Transform
 from model import CLIP, CONFIGS, Config
+from system import BadInput, write
 from tokenizer import VOCAB
 
 FORMAT = "ce-clip 1"
@@ -504,8 +505,8 @@ def find(source):
     if str(source) not in NAMES:
         raise BadInput(f"{source}: there is no such checkpoint. Name a file, a folder, or one of {', '.join(NAMES)}")
     place = NAMES[str(source)]
-    cache = data.cache_folder()
-    return data.download(data.hub_url(f"OFA-Sys/{place}"), cache / place.rpartition("/")[2])
+    cache = system.cache_folder()
+    return system.download(system.hub_url(f"OFA-Sys/{place}"), cache / place.rpartition("/")[2])
 
 
 def open_file(path, mapped=True):
@@ -726,7 +727,7 @@ def export_huggingface(ours, part, path, cfg):
     processor = {
         "processor_class": "ChineseCLIPProcessor", "image_processor_type": "ChineseCLIPImageProcessor", "feature_extractor_type": "ChineseCLIPFeatureExtractor",
         "do_resize": True, "size": {"height": cfg.image_size, "width": cfg.image_size}, "resample": 3, "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": data.CLIP_MEAN, "image_std": data.CLIP_STD, "do_convert_rgb": True,
+        "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD, "do_convert_rgb": True,
     }
     tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": cfg.context_length, "cls_token": "[CLS]", "sep_token": "[SEP]",
                  "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
@@ -764,4 +765,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    system.run(main)

@@ -23,12 +23,10 @@ import argparse
 import base64
 import contextlib
 import csv
-import ctypes
 import fcntl
 import functools
 import glob
 import hashlib
-import http.client
 import importlib.util
 import io
 import itertools
@@ -40,17 +38,10 @@ import os
 import posixpath
 import random
 import re
-import select
-import signal
 import sys
 import tarfile
-import time
 import unicodedata
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -61,6 +52,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 import painter
+import system
+from system import BadInput
 from tokenizer import Tokenizer
 
 # Folder names of the published archives (Hugging Face data set OFA-Sys/chinese-clip-eval) and of the paper's own set, under --data-root.
@@ -90,94 +83,6 @@ PAINTED = {
                                   painter.split_of_landscape),
     "poems": Painted(TABLE_1["ap-id"], False, painter.random_poem, painter.poem_caption, painter.scene_of_poem, painter.paint_landscape, painter.split_of_poem),
 }
-
-
-class BadInput(Exception):
-    """Something a person can mend. The message is one line: what is wrong, where, and what to do. The scripts print it and exit with 1.
-
-    A DataLoader wraps a worker's exception in a traceback and hands it on as the new message: of that, only its last line is kept.
-    """
-
-    def __init__(self, message):
-        if message.startswith("Caught BadInput in DataLoader worker"):
-            message = message.strip().splitlines()[-1].removeprefix("data.BadInput: ")
-        super().__init__(" ".join(message.splitlines()))
-
-
-def write(path, fill, shown=None, part=".part"):
-    """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, under its name + `part`, it is flushed to the disk, then renamed.
-
-    `shown`: its name in a message. Of processes that write the same file at the same time each needs a `part` of its own. A link stays, what it points to is written; into a device or
-    a pipe (/dev/stdout) it is written directly.
-    """
-    if is_device(path):
-        with open(path, "wb") as f:
-            return fill(f)
-    shown, path = shown or path, Path(path).resolve()
-    part = path.with_name(path.name + part)
-    try:
-        part.unlink(missing_ok=True)                                            # of a killed run; or a link, whose target is not ours
-        with open(part, "xb") as f:
-            fill(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:                                    # torch.save turns "disk full" into a RuntimeError about its archive
-        with contextlib.suppress(OSError):
-            part.unlink()                                                       # a full disk needs the room
-        raise BadInput(f"{shown}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
-
-
-def cache_folder():
-    """Where downloads and indexes are kept."""
-    return Path(os.environ.get("CE_CLIP_CACHE") or Path.home() / ".cache/ce-clip")
-
-
-def is_device(path):
-    """Whether it is there and neither a file nor a folder: /dev/null, /dev/stdout, a pipe, …"""
-    return Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir()
-
-
-def write_text(path, text, **options):
-    write(path, lambda f: f.write(text.encode(errors="backslashreplace")), **options)       # names of files need not be text
-
-
-def check_place(flag, path):
-    """Refuse, before the work, a file name that could not be written after it."""
-    if path is not None and (not path or Path(path).is_dir() or not (is_device(path) or os.access(Path(path).resolve().parent, os.W_OK))):
-        raise BadInput(f"{flag} {path!r}: name a file in a folder that is there and can be written to")
-
-
-def printable(text):
-    """A text on one line of a terminal: line ends and other control characters, which names of files may hold, as \\n, \\x1b, …"""
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in str(text))
-
-
-class Progress:
-    """How much of a long piece of work is done (by this process), and the time left: one line on stderr, from the third second on; only in a terminal, and only of the first process.
-
-        with Progress("pictures embedded", 10_000) as progress:
-            progress.add(128)
-    """
-
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.done, self.first = what, total, done, done
-        self.begin, self.shown = time.time(), 0.0
-        self.quiet = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
-
-    def add(self, n=1):
-        self.done, now = self.done + n, time.time()
-        if not self.quiet and n > 0 and now > max(self.begin + 2, self.shown + 0.5):
-            left = (now - self.begin) / (self.done - self.first) * max(0, self.total - self.done)
-            print(f"\r{self.what}: {self.done:,.0f} of {self.total:,.0f}, {timedelta(seconds=int(left))} left\x1b[K", end="", file=sys.stderr, flush=True)          # [K clears what was there
-            self.shown = now
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- splits: what lies on disk
@@ -302,7 +207,7 @@ def decoded(read, name):
 
 def picture_at(paths, i, folder=""):
     """Picture i of some paths, relative to a folder. (A function of the module, so that it can be sent to readers on every system.)"""
-    return decoded(Path(folder, paths[i]).read_bytes, printable(paths[i]))
+    return decoded(Path(folder, paths[i]).read_bytes, system.printable(paths[i]))
 
 
 class TsvSplit(Split):
@@ -343,7 +248,7 @@ class TsvSplit(Split):
         with open(self.path, "rb") as f:
             if not self.path.stat().st_size:
                 return
-            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m, Progress(f"{self.path.name}: MiB indexed", len(m) / 2**20) as progress:
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as m, system.Progress(f"{self.path.name}: MiB indexed", len(m) / 2**20) as progress:
                 start, number = 0, 0
                 while start < len(m):
                     end = m.find(b"\n", start)
@@ -443,7 +348,7 @@ def hashed_split(image):
 
 def read_jsonl(path):
     """(line number, object) of every line that is not blank."""
-    for number, line in utf8_lines(path):
+    for number, line in system.utf8_lines(path):
         if line.strip():
             try:
                 record = json.loads(line)
@@ -456,7 +361,7 @@ def read_jsonl(path):
 
 def read_csv(path):
     """(line number, {column: value}) of every row that is not blank; the first line names the columns, `image` and `caption` among them."""
-    reader, start = csv.reader((line for _, line in utf8_lines(path)), strict=True), 1
+    reader, start = csv.reader((line for _, line in system.utf8_lines(path)), strict=True), 1
     try:
         columns = [name.strip().lower() for name in next(reader, [])]
         if not {"image", "caption"} <= set(columns) or len(set(columns)) < len(columns):
@@ -473,15 +378,6 @@ def read_csv(path):
             yield start, dict(zip(columns, row))
     except csv.Error as error:
         raise BadInput(f"{path}, line {start}: not CSV ({error}); every \" must have its partner, a \" inside a caption is written \"\", and lines end as on Windows or Unix") from None
-
-
-def utf8_lines(path):
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")                  # spreadsheets put a byte-order mark first
-            except UnicodeDecodeError as error:
-                raise BadInput(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8 (in a spreadsheet: CSV UTF-8)") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- tar shards
@@ -514,7 +410,7 @@ class ShardSplit(Split):
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         counts, self.damaged = {}, []
         first = len(self.shards) * rank // world
-        with Progress(f"{self.name}: shards indexed", len(self.shards)) as progress:
+        with system.Progress(f"{self.name}: shards indexed", len(self.shards)) as progress:
             for s in [*range(first, len(self.shards)), *range(first)]:
                 index = shard_index(self.shards[s])
                 counts[s] = len(index) - 1
@@ -709,7 +605,7 @@ def shard_index(path, thorough=False):
     """The index of a shard, its first row included; made when there is none of this file: beside it or, where that cannot be written, under CE_CLIP_CACHE. `thorough`: look at all its rows."""
     status = os.stat(path)
     head = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
-    cache = cache_folder()
+    cache = system.cache_folder()
     places = [path.with_name(path.name + ".index"), cache / "index" / f"{hashlib.md5(str(path.resolve()).encode()).hexdigest()}.index"]
     for place in places:
         try:
@@ -723,7 +619,7 @@ def shard_index(path, thorough=False):
     for place in places:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            write(place, lambda f: np.save(f, index), part=f".{os.getpid()}.part")                  # processes that index the same shard write the same
+            system.write(place, lambda f: np.save(f, index), part=f".{os.getpid()}.part")           # processes that index the same shard write the same
             return index
         except (BadInput, OSError):
             pass
@@ -818,7 +714,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or delete them and {marker.name}")
         lock = os.open(folder, os.O_RDONLY)                                     # inherited by the helpers: held until the last one ends
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        write_text(marker, plan)
+        system.write_text(marker, plan)
     except BlockingIOError:
         raise BadInput(f"{folder}: another process is writing shards there") from None
     except OSError as error:
@@ -829,7 +725,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
     helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job, done, os.getpid(), whole)) for job in jobs]
     for helper in helpers:
         helper.start()
-    with Progress(f"{folder}: pictures written", to_write) as progress:
+    with system.Progress(f"{folder}: pictures written", to_write) as progress:
         for helper in helpers:
             while helper.is_alive():
                 helper.join(timeout=0.5)
@@ -841,11 +737,11 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
 
 
 def _write_some(split, texts_of, shards, done, parent, whole):
-    end_with(parent)
+    system.end_with(parent)
     try:
         for path, pictures in shards:
             if not path.exists():
-                write(path, lambda f: _fill_shard(f, split, texts_of, pictures, done, whole))
+                system.write(path, lambda f: _fill_shard(f, split, texts_of, pictures, done, whole))
                 shard_index(path)
                 print(f"{path}: {len(pictures):,} pictures", flush=True)
     except BadInput as error:
@@ -972,7 +868,7 @@ def open_classes(root):
     names (n01440764, …), in the i-th in alphabetical order. Without label_cn.txt the folders' names are the classes': root/猫/*.jpg.
     """
     label_file = next((path for path in (root / "label_cn.txt", root.absolute().parent / "label_cn.txt") if path.is_file()), None)
-    shown = lambda names: printable(", ".join(names[:5]) + ", …" * (len(names) > 5))
+    shown = lambda names: system.printable(", ".join(names[:5]) + ", …" * (len(names) > 5))
     composed = lambda name: unicodedata.normalize("NFC", name.strip())          # a Mac writes é as two characters
     found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     numbered = all(name.isdecimal() and name.isascii() for name in found)
@@ -981,7 +877,7 @@ def open_classes(root):
         if found and numbered:
             warnings.warn(f"{root}: there is no label_cn.txt, so the folders' numbers are taken for names: {shown(found)}")
     else:
-        names = [composed(line) for _, line in utf8_lines(label_file)]
+        names = [composed(line) for _, line in system.utf8_lines(label_file)]
         while names and not names[-1]:
             names.pop()
         if not all(names) or not names:
@@ -1219,34 +1115,12 @@ def collate(samples):
 
 def training_loader(split, image_size, batches, workers, pin_memory=False, features=None):
     return DataLoader(TrainingPairs(split, image_size, features=features), batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-                      prefetch_factor=4 if workers else None, worker_init_fn=reader_start(), timeout=READER_SECONDS * (workers > 0))
-
-
-READER_SECONDS = 900                                                            # to wait for one batch: a full /dev/shm, for one, makes a reader wait for ever, without a word
+                      prefetch_factor=4 if workers else None, worker_init_fn=system.reader_start(), timeout=system.READER_SECONDS * (workers > 0))
 
 
 def own_memory(batch):
     """A batch out of the shared memory through which readers send it, where it would take up open files and room in /dev/shm for as long as it is kept."""
     return [x.clone() if isinstance(x, torch.Tensor) and x.is_shared() else x for x in batch]
-
-
-def reader_start():
-    """For DataLoader's worker_init_fn. Ctrl-C and torchrun's SIGTERM go to whole process groups. Readers leave it: the process they read for still needs them to finish its step. But they end
-    with it: DataLoader's own watch misses a process that is killed while its readers start, and then they would stay for ever."""
-    return functools.partial(_start_reader, os.getpid())
-
-
-def _start_reader(parent, _):
-    os.setsid()
-    end_with(parent)
-
-
-def end_with(parent, number=signal.SIGKILL):
-    """This process gets a signal when its parent, a process number, dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, number)                                      # PR_SET_PDEATHSIG
-    if os.getppid() != parent:                                                  # it died before that
-        os.kill(os.getpid(), number)
 
 
 # ---------------------------------------------------------------------------------------------------------------- the painted data sets
@@ -1302,119 +1176,6 @@ class PaintedSplit(Split):
         ids = self.tokenizer([self.describe(scene, rng)], self.context_length)[0].numpy()
         meaning = sentence_key(self.describe(scene))                            # the same scene in other words has the same key
         return self.paint(scene, rng), ids, [meaning], meaning
-
-
-# ---------------------------------------------------------------------------------------------------------------- from the web
-
-
-def hub_url(place):
-    """The address of a file of the Hugging Face hub, or of the mirror that HF_ENDPOINT names. (Proxies: https_proxy, as everywhere.)"""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    if not endpoint.startswith(("https://", "http://")):
-        raise BadInput(f"HF_ENDPOINT={endpoint}: it must begin with https://")
-    return f"{endpoint}/{place}"
-
-
-def download(url, path, tries=5):
-    """A file from the web, whole or not at all -> path. Its size is verified, and its SHA-256 where the server tells it (the hub does). A file that is there is not asked for again.
-
-    A download that was cut goes on where it stopped: up to `tries` times in one call, and when called again. Of several processes that ask, one loads and the others wait.
-    Raises BadInput when the file cannot be had.
-    """
-    path = Path(path)
-    if path.exists():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(path.with_name(path.name + ".lock"), "w")
-    except OSError as error:
-        raise BadInput(f"{path.parent}: cannot be used as the folder of downloads ({error})") from None
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)                                        # let go when the file is closed, or the process dies
-        if path.exists():
-            return path
-        for attempt in range(1, tries + 1):
-            try:
-                place, size, tag = remote_file(url)
-                part = path.with_name(f"{path.name}.{hashlib.md5(f'{tag} {size}'.encode()).hexdigest()[:8]}.part")     # of this version of the file
-                have = part.stat().st_size if part.exists() else 0
-                if have < size:
-                    print(f"downloading {url} to {path}: {(size - have) / 2**20:,.0f}{f' of {size / 2**20:,.0f}' * bool(have)} MiB", file=sys.stderr, flush=True)
-                    fetch_rest(place, part, have, size)
-            except urllib.error.HTTPError as error:
-                problem, passing = error, error.code >= 500 or error.code in (408, 429)             # timeout, too many requests
-            except (OSError, http.client.HTTPException) as error:               # of the network; a full disk is BadInput already
-                problem, passing = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__, True
-            except ValueError as error:                                         # an address that is none
-                problem, passing = error, False
-            else:
-                break
-            if attempt == tries or not passing:
-                raise BadInput(f"{url}: cannot be downloaded ({problem}). {'Run it again to go on from there; ' * passing}HF_ENDPOINT names a mirror, https_proxy a proxy; "
-                               "or load the file by other means and pass its path")
-            print(f"{url}: {problem}; trying again in {2**attempt} s", file=sys.stderr, flush=True)
-            time.sleep(2**attempt)
-        if re.fullmatch("[0-9a-f]{64}", tag) and sha256_of(part) != tag:
-            part.unlink()
-            raise BadInput(f"{url}: what arrived is not what the server announced (SHA-256); it was deleted. Run it again")
-        os.replace(part, path)
-    return path
-
-
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    """Redirects are not followed: urllib raises them as HTTPError, with the headers that we want."""
-
-    def redirect_request(self, *_):
-        return None
-
-
-def remote_file(url):
-    """-> (address, size in bytes, tag of this version: for large files of the hub their SHA-256). The hub tells both where it redirects to its storage."""
-    opener = urllib.request.build_opener(_StayHere)
-    for _ in range(6):
-        try:
-            headers = opener.open(urllib.request.Request(url, method="HEAD"), timeout=30).headers
-        except urllib.error.HTTPError as error:
-            headers = error.headers
-            if error.code not in (301, 302, 303, 307, 308):
-                raise
-            if "X-Linked-Size" not in headers:                                  # moved
-                url = urllib.parse.urljoin(url, headers["Location"])
-                continue
-        size = headers["X-Linked-Size"] or headers["Content-Length"] or "0"
-        if not size.isdecimal() or not int(size):
-            raise BadInput(f"{url}: the server does not say how large the file is, so it could not be verified")
-        return url, int(size), (headers["X-Linked-ETag"] or headers["ETag"] or "").removeprefix("W/").strip('"').lower()
-    raise BadInput(f"{url}: redirected without end")
-
-
-def fetch_rest(url, part, have, size):
-    """Append to `part` what comes after its first `have` bytes. Raises ConnectionError when the connection ends too early."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
-        if answer.status != 206 or not (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
-            have = 0                                                            # not what was asked for: take it as the whole file
-        with open(part, "ab" if have else "wb") as f, Progress(f"{part.name.rsplit('.', 2)[0]}: MiB", size / 2**20, have / 2**20) as progress:
-            while have < size and (block := answer.read1(min(2**20, size - have))):
-                try:
-                    f.write(block)
-                    f.flush()
-                except OSError as error:
-                    raise BadInput(f"{part}: cannot be written ({error})") from None
-                have += len(block)
-                progress.add(len(block) / 2**20)
-            os.fsync(f.fileno())
-    if have < size:
-        raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
-
-
-def sha256_of(path):
-    digest = hashlib.sha256()
-    with open(path, "rb") as f, Progress(f"{path.name}: MiB verified", os.path.getsize(path) / 2**20) as progress:
-        while block := f.read(2**20):
-            digest.update(block)
-            progress.add(len(block) / 2**20)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
@@ -1496,74 +1257,5 @@ def draw_sheet(split, path):
     print(f"wrote {path}")
 
 
-def keep_freed_memory():
-    """What is freed stays with the process and is used again. Else the C library gives each large tensor back to the system and asks for the next one, whose pages the system first must find
-    and clear: a quarter of the time of a training step on a CPU. (Linux with glibc; elsewhere nothing is done.)"""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(-4, 0)                                                  # M_MMAP_MAX: how many tensors may have a block of their own
-        library.mallopt(-1, 2**31 - 1)                                          # M_TRIM_THRESHOLD: how much may lie free at the end
-
-
-def free_memory():
-    """As it is without, for the benchmark: tensors of 32 MiB or more go back to the system (a limit that the C library soon comes to by itself), and twice that at the end."""
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt"):
-        library.mallopt(-4, 65536)
-        library.mallopt(-3, 2**25)                                              # M_MMAP_THRESHOLD
-        library.mallopt(-1, 2**26)
-
-
-def run(main):
-    """Run a script's main. Warnings become one line each, without Python's source line; BadInput, failed reads or writes, and lost readers or partners become one line and
-    exit status 1. Under torchrun a mistake that all processes meet is told by the first alone.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:                                          # closed by the caller
-            setattr(sys, name, open(os.devnull, mode))
-    keep_freed_memory()
-    sys.stdout.reconfigure(errors="backslashreplace")                           # a terminal that knows no Chinese shows \u732b, and the run goes on
-    warnings.showwarning = lambda message, *_, **__: print("warning:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
-    status = 0
-    try:
-        main()
-    except KeyboardInterrupt:
-        status = 130
-    except SystemExit as stop:
-        status = stop.code
-    except BrokenPipeError as error:
-        status = f"error: {error}"
-        (out := select.poll()).register(sys.stdout.fileno(), 0)
-        if out.poll(0):                                                         # nobody reads on: | head has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = 128 + signal.SIGPIPE
-    except (BadInput, OSError) as error:
-        status = f"error: {str(error).strip().splitlines()[-1]}"                # an OSError of a reader comes with a traceback before it
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker"):
-            status = "error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command"
-        elif str(error).startswith("DataLoader timed out"):
-            status = f"error: no picture came from its readers within {READER_SECONDS} s: is /dev/shm full, or the disk gone? --workers 0 does without them"
-        elif "out of memory" in str(error) or "can't allocate memory" in str(error):                # of a GPU, of the CPU
-            status = f"error: there is not enough memory ({str(error).splitlines()[0][:200]}); in training a smaller --micro-batch or --grad-checkpointing needs less"
-        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            status = f"error: torch.compile failed ({str(error).strip().splitlines()[0][:200]}); without --compile the run goes on"
-        elif "onnection" in str(error):                                         # gloo: "Connection closed by peer", "Connection reset by peer", …
-            status = "error: the connection to another process of this run broke; the error line of that process says why"
-        else:
-            raise
-    if isinstance(status, str) and int(os.environ.get("RANK", 0)):
-        time.sleep(3)                                                           # if the first process failed too, torchrun ends this one meanwhile
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        sys.exit(status)
-    if isinstance(status, str):
-        print(status, file=sys.stderr)
-        status = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status or 0)                                                       # at once: threads of torch.distributed that are still there can crash a Python that ends in the usual way
-
-
 if __name__ == "__main__":
-    import data                                                                 # as others import it: else this file would be there twice, with two kinds of BadInput
-    data.run(data.main)
+    system.run(main)

@@ -34,6 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 import checkpoint
 import data
 import report
+import system
+from system import BadInput
 from tokenizer import Tokenizer
 
 KS = (1, 5, 10)
@@ -79,7 +81,7 @@ def start_processes():
         warnings.simplefilter("ignore")                                         # the first process warns for all
     if world > 1:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            data.end_with(os.getppid(), signal.SIGTERM)                         # should torchrun itself be killed, its processes save and stop
+            system.end_with(os.getppid(), signal.SIGTERM)                       # should torchrun itself be killed, its processes save and stop
         store, rank, world = next(dist.rendezvous("env://", rank, world))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             store = fresh_store(store, rank, world)
@@ -102,7 +104,7 @@ def fresh_store(store, rank, world, minutes=30):
             if store.check([f"question {other}"]):
                 store.set(f"answer {store.get(f'question {other}').decode()}", name)
         if time.time() > deadline:
-            raise data.BadInput(f"not all of the {world} processes of this run came within {minutes} minutes")
+            raise BadInput(f"not all of the {world} processes of this run came within {minutes} minutes")
         time.sleep(0.05)
     return dist.PrefixStore(name, store)
 
@@ -147,7 +149,7 @@ class Pictures(Dataset):
     def __getitem__(self, i):
         try:
             return i, data.to_uint8(self.read(i), self.size)
-        except data.BadInput as error:
+        except BadInput as error:
             return i, str(error)
 
 
@@ -163,9 +165,9 @@ def encode_pictures(model, read, batches, device, autocast, workers=0):
 
     read(i) -> picture i, or raises BadInput. The model is in evaluation mode.
     """
-    loader = DataLoader(Pictures(read, model.cfg.image_size), batch_sampler=batches, collate_fn=_together, num_workers=workers, worker_init_fn=data.reader_start(),
-                        timeout=data.READER_SECONDS * (workers > 0))
-    with data.Progress("pictures embedded", sum(map(len, batches))) as progress:
+    loader = DataLoader(Pictures(read, model.cfg.image_size), batch_sampler=batches, collate_fn=_together, num_workers=workers, worker_init_fn=system.reader_start(),
+                        timeout=system.READER_SECONDS * (workers > 0))
+    with system.Progress("pictures embedded", sum(map(len, batches))) as progress:
         for numbers, pixels, unreadable in loader:
             embed = torch.empty(0, model.cfg.embed_dim)
             if numbers:
@@ -180,7 +182,7 @@ def embed_texts(model, ids, device, autocast, batch_size=128):
     """Tokens (T, L) -> (T, D) on the CPU, by all processes together. The model is in evaluation mode."""
     batches = own_batches(len(ids), batch_size)
     rows = []
-    with data.Progress("texts embedded", sum(map(len, batches))) as progress:
+    with system.Progress("texts embedded", sum(map(len, batches))) as progress:
         for batch in batches:
             with autocast():
                 rows.append(model.encode_text(torch.from_numpy(ids[batch].astype("int64")).to(device)).float().cpu())
@@ -207,7 +209,7 @@ def embed_pictures(model, read, count, device, autocast, batch_size=128, workers
     batches, rows = own_batches(count, batch_size), []
     for _, embed, unreadable in encode_pictures(model, read, batches, device, autocast, workers):
         if unreadable:
-            raise data.BadInput(next(iter(unreadable.values())))
+            raise BadInput(next(iter(unreadable.values())))
         rows.append(embed)
     return from_shares(batches, rows, torch.empty(count, model.cfg.embed_dim))
 
@@ -229,9 +231,9 @@ def described(folder, made_of):
         found = json.loads((folder / "features.json").read_text(encoding="utf-8"))
         changed = [f"{key} {found['made_of'].get(key)}, now it is {made_of[key]}" for key in made_of if found["made_of"].get(key) != made_of[key]]
     except Exception as error:                                                  # damage comes in many kinds
-        raise data.BadInput(f"--features {folder}: cannot be read ({type(error).__name__}: {error}); delete it or name another folder") from None
+        raise BadInput(f"--features {folder}: cannot be read ({type(error).__name__}: {error}); delete it or name another folder") from None
     if changed:
-        raise data.BadInput(f"--features {folder}: made of {'; '.join(changed)}. Delete it or name another folder")
+        raise BadInput(f"--features {folder}: made of {'; '.join(changed)}. Delete it or name another folder")
     return found
 
 
@@ -248,11 +250,11 @@ def kept(folder, made_of, ids, compute):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise data.BadInput(f"--features {folder}: {error.strerror}; name another folder") from None
+                raise BadInput(f"--features {folder}: {error.strerror}; name another folder") from None
             for name, x in zip(names, embeds):
-                data.write(folder / name, lambda f: np.save(f, x.numpy()), part=f".{os.getpid()}.part")
+                system.write(folder / name, lambda f: np.save(f, x.numpy()), part=f".{os.getpid()}.part")
             whole = {"made_of": made_of, "sha256": digests(embeds), **ids}
-            data.write_text(about, json.dumps(whole, ensure_ascii=False, indent=1) + "\n", part=f".{os.getpid()}.part")     # last: with it the folder is whole
+            system.write_text(about, json.dumps(whole, ensure_ascii=False, indent=1) + "\n", part=f".{os.getpid()}.part")   # last: with it the folder is whole
             print(f"embeddings kept in {folder}")
         from_all(None)                                                          # all wait for it
         return embeds
@@ -261,9 +263,9 @@ def kept(folder, made_of, ids, compute):
         embeds = [torch.from_numpy(np.load(folder / name)) for name in names]
         as_described = found["sha256"] == digests(embeds) and all(found[key] == ids[key] for key in ids)
     except Exception as error:                                                  # damage comes in many kinds
-        raise data.BadInput(f"--features {folder}: cannot be read ({type(error).__name__}: {error}); delete it or name another folder") from None
+        raise BadInput(f"--features {folder}: cannot be read ({type(error).__name__}: {error}); delete it or name another folder") from None
     if not as_described:
-        raise data.BadInput(f"--features {folder}: the .npy files are not those that features.json describes; delete it or name another folder")
+        raise BadInput(f"--features {folder}: the .npy files are not those that features.json describes; delete it or name another folder")
     if is_main:
         print(f"embeddings of {folder} used again")
     return embeds
@@ -282,7 +284,7 @@ def best_ranks(queries, candidates, correct, chunk=None):
     chunk = chunk or max(1, 2**24 // len(candidates))
     place = torch.arange(len(candidates), device=candidates.device)
     batches, ranks = own_batches(len(queries), chunk), []
-    with data.Progress("queries ranked", sum(map(len, batches))) as progress:
+    with system.Progress("queries ranked", sum(map(len, batches))) as progress:
         for batch in batches:
             ranks.append(_ranks_of_chunk(queries[batch.start : batch.stop] @ candidates.T, [correct[i] for i in batch], place))
             progress.add(len(batch))
@@ -328,9 +330,9 @@ def recall_of(ranks, correct, candidates):
 def both_ways(image_embed, text_embed, positives, chunk=None):
     """The ranks from which all else follows -> {"text_to_image": Ranked, "image_to_text": Ranked}. Arguments and errors as below."""
     if not (image_embed.sum().isfinite() and text_embed.sum().isfinite()):
-        raise data.BadInput("the embeddings hold NaN or infinity: the weights are damaged, training diverged (then a lower --lr helps), or fp16 has overflown (then --precision fp32 helps)")
+        raise BadInput("the embeddings hold NaN or infinity: the weights are damaged, training diverged (then a lower --lr helps), or fp16 has overflown (then --precision fp32 helps)")
     if not any(len(images) for images in positives):
-        raise data.BadInput("no caption of the split describes a picture of it, so there is no recall to measure")
+        raise BadInput("no caption of the split describes a picture of it, so there is no recall to measure")
     captions_of_image = [[] for _ in range(len(image_embed))]
     for t, images in enumerate(positives):
         for i in images:
@@ -391,14 +393,14 @@ def read_templates(path):
     """A text file with one template in each line, {} where the class's name goes -> the templates."""
     templates = []
     if not Path(path).is_file():
-        raise data.BadInput(f"--templates {path}: there is no such file")
-    for number, line in data.utf8_lines(path):
+        raise BadInput(f"--templates {path}: there is no such file")
+    for number, line in system.utf8_lines(path):
         if line.strip():
             if line.count("{}") != 1:
-                raise data.BadInput(f"{path}, line {number}: expected one {{}} where the class's name goes, found {line.strip()[:60]}")
+                raise BadInput(f"{path}, line {number}: expected one {{}} where the class's name goes, found {line.strip()[:60]}")
             templates.append(line.strip())
     if not templates:
-        raise data.BadInput(f"{path}: no templates; expected lines like 一张{{}}的照片")
+        raise BadInput(f"{path}: no templates; expected lines like 一张{{}}的照片")
     return templates
 
 
@@ -575,7 +577,7 @@ def retrieve(args, device, is_main):
     open_split = functools.cache(lambda context_length: data.open_split(args.data, split_name, args.data_root, context_length))
     name, records, all_ranked = data_name(args.data), [], []
     if args.features is not None and len(set(map(file_name, args.ckpt))) < len(args.ckpt):
-        raise data.BadInput(f"--features {args.features}: two of the checkpoints would have the same folder there ({', '.join(map(file_name, args.ckpt))}); name each once, or rename one")
+        raise BadInput(f"--features {args.features}: two of the checkpoints would have the same folder there ({', '.join(map(file_name, args.ckpt))}); name each once, or rename one")
     for source in args.ckpt:
         record, split, embeds, ranked = retrieve_with(source, args, open_split, split_name, device)
         pictures = pictures_asked(ranked)
@@ -602,7 +604,7 @@ def retrieve_with(source, args, open_split, split_name, device):
     model = checkpoint.model_of(state, source).to(device)
     split = open_split(model.cfg.context_length)
     if split.endless:
-        raise data.BadInput(f"{split.name} is endless: evaluate on valid or test")
+        raise BadInput(f"{split.name} is endless: evaluate on valid or test")
     autocast, precision = precision_of(args.precision, device, evaluating=True)
     dtype = torch.float32 if precision == "fp32" else torch.float16             # as --features keeps them; and without it, so that the figures are the same
     weights, compute = checkpoint.fingerprint(model), lambda: [x.to(dtype) for x in embed_split(model, split, device, autocast, args.batch_size, args.workers)]
@@ -638,7 +640,7 @@ def classify(args, device, is_main):
         class_embed = class_embeddings(model, names, templates, device, autocast, args.batch_size)
         image_embed = embed_pictures(model, read, len(pictures), device, autocast, args.batch_size, args.workers)
         if not (image_embed.sum().isfinite() and class_embed.sum().isfinite()):
-            raise data.BadInput(f"{source}: its embeddings hold NaN or infinity; --precision fp32 may help")
+            raise BadInput(f"{source}: its embeddings hold NaN or infinity; --precision fp32 may help")
         found, right = classification_of(image_embed, class_embed, labels, names)
         scale = model.logit_scale.exp().item()
         best = predictions(image_embed, class_embed, scale, names)
@@ -661,7 +663,7 @@ def classify(args, device, is_main):
 
 def write_json(path, content):
     if path is not None:
-        data.write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        system.write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
         print(f"wrote {path}")
 
 
@@ -682,25 +684,25 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     if not 1 <= args.batch_size <= 1e6 or not 0 <= args.workers <= 512:
-        raise data.BadInput(f"--batch-size {args.batch_size} --workers {args.workers}: out of range, 1 to 1e6 and 0 to 512")
+        raise BadInput(f"--batch-size {args.batch_size} --workers {args.workers}: out of range, 1 to 1e6 and 0 to 512")
     if (args.data is None) == (args.classify is None):
-        raise data.BadInput("--data DATA measures recall, --classify DIR classification: pass one of them")
+        raise BadInput("--data DATA measures recall, --classify DIR classification: pass one of them")
     if args.classify is not None and args.features is not None:
-        raise data.BadInput("--features goes with --data, not with --classify")
+        raise BadInput("--features goes with --data, not with --classify")
     if args.templates is not None and args.classify is None:
-        raise data.BadInput("--templates goes with --classify")
-    data.check_place("--json", args.json)
-    data.check_place("--report", args.report)
+        raise BadInput("--templates goes with --classify")
+    system.check_place("--json", args.json)
+    system.check_place("--report", args.report)
     if args.report is not None and args.json is not None and Path(args.report).resolve() == Path(args.json).resolve():
-        raise data.BadInput(f"--report {args.report} --json {args.json}: name two files")
+        raise BadInput(f"--report {args.report} --json {args.json}: name two files")
     if args.features == "":
-        raise data.BadInput("--features '': name a folder")
+        raise BadInput("--features '': name a folder")
     if args.split and args.data is not None and data.is_pattern(args.data):
-        raise data.BadInput(f"--split {args.split}: a pattern of shards has no splits, it is one")
+        raise BadInput(f"--split {args.split}: a pattern of shards has no splits, it is one")
 
     device, rank, _ = start_processes()
     (retrieve if args.data is not None else classify)(args, device, is_main=rank == 0)
 
 
 if __name__ == "__main__":
-    data.run(main)
+    system.run(main)

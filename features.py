@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-import data
+import system
 from evaluate import described, encode_pictures, from_all
 
 ROWS, BATCH = 4096, 128                                                         # pictures in a part, and at a time; the same batches on any number of processes, so that parts round alike
@@ -54,7 +54,7 @@ class Features:
         if row.isnan().any():
             split.sample(0, k)                                                  # this, or the next line, raises BadInput with the reason
             split.picture(split.picture_of(k))
-            raise data.BadInput(f"{self.folder}: when the features were computed, the picture could not be read; now it can. Delete the folder, it will be made again")
+            raise system.BadInput(f"{self.folder}: when the features were computed, the picture could not be read; now it can. Delete the folder, it will be made again")
         return row, *words
 
     def missing(self):
@@ -63,7 +63,7 @@ class Features:
         if (self.folder / "features.json").exists():
             described(self.folder, self.made_of)
         elif any(self.path(n).exists() for n in own):
-            raise data.BadInput(f"--features {self.folder}: it has no features.json, so nobody knows what its parts were made of; delete it or name another folder")
+            raise system.BadInput(f"--features {self.folder}: it has no features.json, so nobody knows what its parts were made of; delete it or name another folder")
         return sorted(sum(from_all([n for n in own if not self.is_sound(n)]), []))
 
     def is_sound(self, n):
@@ -84,7 +84,7 @@ class Features:
             lock = self.alone(say, stop)
             computed = len(todo := self.missing())                              # what another run has left of it
             if self.rank == 0:
-                data.write_text(self.folder / "features.json", json.dumps({"made_of": self.made_of}, ensure_ascii=False, indent=1) + "\n")
+                system.write_text(self.folder / "features.json", json.dumps({"made_of": self.made_of}, ensure_ascii=False, indent=1) + "\n")
             self.compute(todo[self.rank :: self.world], model, split, device, autocast, workers, stop)
             from_all(None)                                                      # all have written theirs
             if lock:
@@ -101,7 +101,7 @@ class Features:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 lock = open(self.folder / "lock", "w")
             except OSError as error:
-                raise data.BadInput(f"--features {self.folder}: {error.strerror}; name another folder, or none") from None
+                raise system.BadInput(f"--features {self.folder}: {error.strerror}; name another folder, or none") from None
         while not from_all(is_locked(lock))[0]:
             if not waited:
                 say(f"{self.folder}: another run computes features there; this one waits for them")
@@ -120,12 +120,12 @@ class Features:
                 continue
             numbers, embed, _ = next(embedded)
             if not are_unit(embed.numpy()).all():
-                raise data.BadInput(f"{split.name}: the embeddings of pictures {batches[k].start} to {batches[k].stop - 1} are not finite; look at the vision tower's weights, or try --precision fp32")
+                raise system.BadInput(f"{split.name}: the embeddings of pictures {batches[k].start} to {batches[k].stop - 1} are not finite; look at the vision tower's weights, or try --precision fp32")
             rows.append(np.full((len(batches[k]), self.dim), np.nan, np.float16))
             rows[-1][[i - batches[k].start for i in numbers]] = embed.numpy()
             n = batches[k].start // ROWS
             if batches[k].stop == self.pictures(n).stop:
-                data.write(self.path(n), lambda f: np.save(f, np.concatenate(rows)), part=f".{os.getpid()}.part")
+                system.write(self.path(n), lambda f: np.save(f, np.concatenate(rows)), part=f".{os.getpid()}.part")
                 rows = []
         embedded.close()
 

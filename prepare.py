@@ -40,8 +40,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import BadInput
+import system
 from evaluate import data_name
+from system import BadInput
 from tokenizer import PAD, UNK, Tokenizer
 
 FETCHED = ("coco-cn", "flickr30k-cn")                                           # what the Hugging Face data set OFA-Sys/chinese-clip-eval has, as COCO-CN.zip and Flickr30k-CN.zip
@@ -126,11 +127,11 @@ def files_to_unpack(path, archive):
         if name.startswith("/") or re.match("[A-Za-z]:", name) or "\\" in name or ".." in parts or not (parts or is_folder):
             wrong = "its name could lead out of the folder"
         if wrong or parts in files:
-            raise BadInput(f"{path}: entry {data.printable(name)}: {wrong or 'it is there twice'}; nothing was unpacked. Get the archive from where it is published")
+            raise BadInput(f"{path}: entry {system.printable(name)}: {wrong or 'it is there twice'}; nothing was unpacked. Get the archive from where it is published")
         if not is_folder and not is_litter(parts):
             files[parts] = size, open_it
     if both := next((parts[:n] for parts in files for n in range(1, len(parts)) if parts[:n] in files), None):
-        raise BadInput(f"{path}: entry {data.printable('/'.join(both))} is a file and a folder; nothing was unpacked. Get the archive from where it is published")
+        raise BadInput(f"{path}: entry {system.printable('/'.join(both))} is a file and a folder; nothing was unpacked. Get the archive from where it is published")
     return files
 
 
@@ -141,7 +142,7 @@ def unpack(path, folder, remedy):
         needed, free = sum(size for size, _ in files.values()), shutil.disk_usage(folder).free
         if needed > free:
             raise BadInput(f"{path}: {needed / 2**20:,.0f} MiB when unpacked, and {folder.parent} has room for {free / 2**20:,.0f}; make room, or name another place")
-        with data.Progress(f"{path.name}: MiB unpacked", needed / 2**20) as progress:
+        with system.Progress(f"{path.name}: MiB unpacked", needed / 2**20) as progress:
             for parts, (size, open_it) in files.items():
                 place = folder.joinpath(*parts)
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def unpack(path, folder, remedy):
                         target.write(block)
                         progress.add(len(block) / 2**20)
                     if target.tell() != size:
-                        raise EOFError(f"{data.printable('/'.join(parts))} has {target.tell():,} of {size:,} bytes")
+                        raise EOFError(f"{system.printable('/'.join(parts))} has {target.tell():,} of {size:,} bytes")
                     target.flush()
                     os.fsync(target.fileno())
 
@@ -167,7 +168,7 @@ def fetch(name, data_root):
         print(f"{folder} is there already")
     else:
         try:
-            data.download(data.hub_url(f"datasets/OFA-Sys/chinese-clip-eval/resolve/main/{archive.name}"), archive)
+            system.download(system.hub_url(f"datasets/OFA-Sys/chinese-clip-eval/resolve/main/{archive.name}"), archive)
         except BadInput as error:
             raise BadInput(f"{error} (its place is {archive}). Of the original release python data.py convert makes the same") from None
         with filled_beside(folder) as part:
@@ -299,7 +300,7 @@ def one_text(split, texts):
 def rows_of(path, pattern, expected):
     """(what of the line matches the pattern, "file, line n") of every line that is not blank. What comes before the last group names the line, and may not come again."""
     seen = set()
-    for number, line in data.utf8_lines(path):
+    for number, line in system.utf8_lines(path):
         place, found = f"{path}, line {number}", re.fullmatch(pattern, line.strip())
         if not line.strip():
             continue
@@ -370,18 +371,18 @@ def write_tsv(split, folder, name):
     ids = ids if len(set(ids)) == len(numbers) else list(range(len(numbers)))
 
     def fill(f):
-        with data.Progress(f"{name}: pictures written", len(ids)) as progress:
+        with system.Progress(f"{name}: pictures written", len(ids)) as progress:
             for i, number in enumerate(ids):
                 try:
                     encoded = split.picture_bytes(i)
                 except (OSError, ValueError) as error:                          # ValueError: base64
-                    raise BadInput(f"{split.name}: picture {data.printable(split.image_ids[i])} cannot be read ({error}); replace or remove it") from None
+                    raise BadInput(f"{split.name}: picture {system.printable(split.image_ids[i])} cannot be read ({error}); replace or remove it") from None
                 f.write(b"%d\t%s\n" % (number, base64.b64encode(encoded)))
                 progress.add()
 
-    data.write(folder / f"{name}_imgs.tsv", fill)
+    system.write(folder / f"{name}_imgs.tsv", fill)
     records = ({"text_id": t, "text": text, "image_ids": [ids[i] for i in images]} for t, (text, images) in enumerate(zip(split.texts, split.positives)))
-    data.write_text(folder / f"{name}_texts.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    system.write_text(folder / f"{name}_texts.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
@@ -434,14 +435,14 @@ def check(name, data_root, processes, json_file):
         print("".join(f"    {line}\n" for line in lines[:10]) + f"    … and {len(lines) - 10:,} more\n" * (len(lines) > 10), end="")
     wrong = [f"{len(found[kind]):,} {kind}" for kind, serious in KINDS.items() if serious and found[kind]]
     if json_file is not None:
-        data.write_text(json_file, json.dumps({"data": name, "sound": not wrong, "splits": rows, "found": found}, ensure_ascii=False, indent=1) + "\n")
+        system.write_text(json_file, json.dumps({"data": name, "sound": not wrong, "splits": rows, "found": found}, ensure_ascii=False, indent=1) + "\n")
     print(f"{name}: not sound: {'; '.join(wrong)}" if wrong else f"{name}: sound")
     return not wrong
 
 
 def content(split, title, found):
     """-> number of pictures, read(i) their bytes, shown(i) their names, the captions as (name, text). Pictures and captions that stand alone go to `found`."""
-    shown = lambda i: data.printable(split.image_ids[i])
+    shown = lambda i: system.printable(split.image_ids[i])
     described = {i for images in split.positives for i in images}
     found[SILENT] += [f"{title}: picture {shown(i)}" for i in range(len(split.image_ids)) if i not in described]
     found[BLIND] += [f"{title}: caption {t + 1}: {quoted(split.texts[t])}" for t, images in enumerate(split.positives) if not images]
@@ -462,7 +463,7 @@ def shard_content(split, title, found):
 
 def place_in(split, k):
     where = split.where(k)
-    return f"{data.printable(where['member'])} of {where['file']}"
+    return f"{system.printable(where['member'])} of {where['file']}"
 
 
 def shard_picture(split, numbers, i):
@@ -482,7 +483,7 @@ def shard_captions(split, title, found):
 
 
 def quoted(text):
-    return data.printable(text[:40] + "…" * (len(text) > 40))
+    return system.printable(text[:40] + "…" * (len(text) > 40))
 
 
 def check_captions(title, captions, found):
@@ -523,8 +524,8 @@ def check_pictures(title, count, read, shown, found, processes):
     """Decode every picture -> of those that can be read (n,) numbers, (n,) keys of the bytes, (n,) keys of the pixels, (n, 32) looks, zeros for nearly flat ones."""
     numbers, of_bytes, of_pixels, looks = array.array("Q"), array.array("Q"), array.array("Q"), bytearray()
     workers = processes * (processes > 1)
-    loader = DataLoader(range(count), batch_size=32, collate_fn=functools.partial(look, read), num_workers=workers, worker_init_fn=data.reader_start(), timeout=data.READER_SECONDS * (workers > 0))
-    with data.Progress(f"{title}: pictures looked at", count) as progress:
+    loader = DataLoader(range(count), batch_size=32, collate_fn=functools.partial(look, read), num_workers=workers, worker_init_fn=system.reader_start(), timeout=system.READER_SECONDS * (workers > 0))
+    with system.Progress(f"{title}: pictures looked at", count) as progress:
         for i, (reason, bytes_key, pixels_key, brighter) in enumerate(itertools.chain.from_iterable(loader)):
             if reason:
                 found[BROKEN].append(f"{title}: picture {shown(i)}: {reason}")
@@ -603,6 +604,6 @@ def main():
         return convert(args.source, args.dest, args.pictures, args.shards, args.skip_missing)
     if not 1 <= args.processes <= 512:
         raise BadInput(f"--processes {args.processes}: out of range, 1 to 512")
-    data.check_place("--json", args.json)
+    system.check_place("--json", args.json)
     if not check(args.data, args.data_root, args.processes, args.json):
         sys.exit(1)

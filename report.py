@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import data
+import system
 
 SAMPLE, BEST = 8, 5                                                             # queries shown of each kind; candidates shown of each query
 LONGEST = 160                                                                   # characters shown of a text
@@ -57,7 +57,7 @@ def write_page(path, title, parts):
     """Write a page, whole or not at all. `parts`: pieces of HTML."""
     page = ["<!doctype html>", '<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">', f"<title>{text(title)}</title><style>{STYLE}</style>",
             f"<body><h1>{text(title)}</h1>", *parts, "</body></html>"]
-    data.write_text(path, "\n".join(page) + "\n")
+    system.write_text(path, "\n".join(page) + "\n")
 
 
 def thumbnail(picture, side=176):
@@ -74,7 +74,7 @@ def card(read, lines, right=False, later=False, side=176):
     unreadable, the reason stands in its place."""
     try:
         picture = f'<img src="{thumbnail(read(), side)}" alt="">'
-    except data.BadInput as error:
+    except system.BadInput as error:
         picture = f"<p>{text(error)}</p>"
     return f'<figure class="{"card" + " right" * right + " later" * later}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
 

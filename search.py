@@ -25,7 +25,9 @@ import torch
 import checkpoint
 import data
 import report
+import system
 from evaluate import embed_texts, encode_pictures, own_batches, precision_of
+from system import BadInput
 from tokenizer import Tokenizer
 
 SAVE_SECONDS = 60                                                               # between two savings of a growing index: what an interrupted call can lose
@@ -40,7 +42,7 @@ class Index:
 
     def __init__(self, folder, weights):
         self.folder = folder
-        self.place = data.cache_folder() / "search" / f"{hashlib.md5(os.fsencode(folder.resolve()) + weights.encode()).hexdigest()}.npz"       # another model, another index
+        self.place = system.cache_folder() / "search" / f"{hashlib.md5(os.fsencode(folder.resolve()) + weights.encode()).hexdigest()}.npz"     # another model, another index
         self.files, self.embed = {}, None
 
     def read(self, width):
@@ -63,9 +65,9 @@ class Index:
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise data.BadInput(f"{self.place.parent}: the index cannot be kept there ({error.strerror}); name another folder in CE_CLIP_CACHE") from None
+            raise BadInput(f"{self.place.parent}: the index cannot be kept there ({error.strerror}); name another folder in CE_CLIP_CACHE") from None
         files = np.frombuffer(json.dumps(self.files).encode(), np.uint8)
-        data.write(self.place, lambda f: np.savez(f, files=files, embed=self.embed), part=f".{os.getpid()}.part")        # two calls on one folder: the later one counts
+        system.write(self.place, lambda f: np.savez(f, files=files, embed=self.embed), part=f".{os.getpid()}.part")      # two calls on one folder: the later one counts
 
     def update(self, encode):
         """Look at the folder again: forget what has gone, embed what is new or has changed, try again what could not be read -> (how many were new or changed, how many have gone).
@@ -82,7 +84,7 @@ class Index:
             print(f"{self.folder / place}: cannot be read ({reason}); what was indexed of it stays", file=sys.stderr)
             now |= {path: about[:2] for path, about in self.files.items() if path.startswith(place + os.sep) and path not in now}
         if not now:
-            raise data.BadInput(f"{self.folder}: no picture to search in; their names end in {', '.join(sorted(data.ENDINGS))}")
+            raise BadInput(f"{self.folder}: no picture to search in; their names end in {', '.join(sorted(data.ENDINGS))}")
         same = [path for path in now if self.files.get(path) == [*now[path], None]]
         todo = [path for path in now if self.files.get(path) != [*now[path], None]]                 # what could not be read may be by now: a right given, a disk come back
         fresh = sum(self.files.get(path, [])[:2] != now[path] for path in todo)
@@ -129,15 +131,15 @@ def main():
     args = parser.parse_args()
     folder = Path(args.images).expanduser()
     if not args.images or not folder.is_dir():
-        raise data.BadInput(f"--images {args.images}: there is no such folder")
+        raise BadInput(f"--images {args.images}: there is no such folder")
     if args.query is not None and args.image is not None:
-        raise data.BadInput(f"{args.query!r} and --image {args.image}: ask with a sentence or with a picture")
+        raise BadInput(f"{args.query!r} and --image {args.image}: ask with a sentence or with a picture")
     if args.query is not None and not (args.query.strip() and data.is_text(args.query)):
-        raise data.BadInput("the query is empty or not UTF-8; write a sentence, or leave it out and be asked for one")
+        raise BadInput("the query is empty or not UTF-8; write a sentence, or leave it out and be asked for one")
     for flag, value, low, high in (("--top", args.top, 1, 1000), ("--batch-size", args.batch_size, 1, 100_000), ("--workers", args.workers, 0, 512)):
         if not low <= value <= high:
-            raise data.BadInput(f"{flag} {value}: out of range, {low} to {high:,}")
-    data.check_place("--html", args.html)
+            raise BadInput(f"{flag} {value}: out of range, {low} to {high:,}")
+    system.check_place("--html", args.html)
     asked = data.decoded(Path(args.image).read_bytes, args.image) if args.image is not None else None
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -150,7 +152,7 @@ def main():
         read = functools.partial(data.picture_at, paths, folder=folder)
         for numbers, embed, unreadable in encode_pictures(model, read, own_batches(len(paths), args.batch_size), device, autocast, args.workers):
             if not embed.isfinite().all():
-                raise data.BadInput(f"{args.ckpt}: its embeddings hold NaN or infinity: the weights are damaged, or too large for {precision}")
+                raise BadInput(f"{args.ckpt}: its embeddings hold NaN or infinity: the weights are damaged, or too large for {precision}")
             yield [paths[i] for i in numbers], embed, {paths[i]: reason for i, reason in unreadable.items()}
 
     index = Index(folder, checkpoint.fingerprint(model))
@@ -158,7 +160,7 @@ def main():
     fresh, gone = index.update(encode)
     bad = index.unreadable()
     if len(bad) == len(index.files):
-        raise data.BadInput(f"{folder}: no picture to search in, for none of the {len(bad):,} can be read; the first: {next(iter(bad.values()))}")
+        raise BadInput(f"{folder}: no picture to search in, for none of the {len(bad):,} can be read; the first: {next(iter(bad.values()))}")
     unread = f" and {len(bad):,} that cannot be read (the first: {next(iter(bad.values()))})" if bad else ""
     print(f"{folder}: {len(index.files) - len(bad):,} pictures{unread}; {fresh:,} new or changed, {gone:,} gone", file=sys.stderr)
     embed, readable = torch.from_numpy(index.embed).float(), torch.tensor([about[2] is None for about in index.files.values()])
@@ -167,7 +169,7 @@ def main():
     def show(query, title):
         found = [(paths[row], similarity) for row, similarity in best(query, embed, readable, args.top)]
         for place, (path, similarity) in enumerate(found, 1):
-            print(f"{place:3}  {similarity:.3f}  {data.printable(folder / path)}")
+            print(f"{place:3}  {similarity:.3f}  {system.printable(folder / path)}")
         if args.html is not None:
             note = f"{len(index.files) - len(bad):,} pictures in {folder.resolve()}, searched by {args.ckpt}. The figures are cosine similarities."
             report.write_sheet(args.html, title, note, found, lambda path: data.decoded((folder / path).read_bytes, path), lambda path: (folder / path).resolve().as_uri(), asked)
@@ -200,4 +202,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main)
+    system.run(main)

@@ -20,11 +20,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-import data
 import peers
+import system
 import train
-from data import BadInput
 from model import CONFIGS
+from system import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,7 +184,7 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
         monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
-        monkeypatch.setattr(data.time, "sleep", lambda _: None)
+        monkeypatch.setattr(system.time, "sleep", lambda _: None)
         yield server
         server.shutdown()
 
@@ -212,7 +212,7 @@ def _process(rank, function, world, folder, args):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     torch.save(function(rank, world, *args), f"{folder}/{rank}.pt")
     dist.barrier()
-    os._exit(0)                                                                 # as data.run does
+    os._exit(0)                                                                 # as system.run does
 
 
 def on_processes(function, world, folder, *args):

@@ -1,5 +1,4 @@
 """Checkpoints: a round trip, atomic writing, every released format in and two out, and refusal of everything that is not exactly right."""
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -12,8 +11,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import threading
-import time
 import zipfile
 
 import peers
@@ -23,11 +20,12 @@ import torch.nn.functional as F
 from conftest import ROOT, refused, script
 from PIL import Image
 from test_model import RESNET, VIT, batch, build
+from test_system import finished
 
 import checkpoint
 import data
-from data import BadInput
 from model import CLIP, CONFIGS
+from system import BadInput
 from tokenizer import Tokenizer
 
 
@@ -180,16 +178,6 @@ def test_loaded_tensors_share_no_memory(tmp_path):
         model.text.norm.weight += 1
         model.vision.norm_pre.bias += 1
     assert torch.equal(model.text.norm.bias, bias) and (tmp_path / "a.pt").read_bytes() == before
-
-
-def test_writing_keeps_links_and_devices(tmp_path):
-    (tmp_path / "target.json").write_text("old")
-    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
-    data.write_text(tmp_path / "link.json", "new")
-    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text() == "new"
-    reader, writer = os.pipe()
-    data.write_text(f"/dev/fd/{writer}", "into a pipe")
-    assert os.read(reader, 100) == b"into a pipe"
 
 
 def test_fingerprint_changes_with_any_change_of_the_weights_and_with_nothing_else(tmp_path):
@@ -591,13 +579,6 @@ def test_command_line(called, stopped, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- by name
 
 
-REAL_SLEEP = time.sleep
-
-
-def finished(folder):
-    return sorted(p.name for p in folder.iterdir() if p.suffix not in (".lock", ".part")) if folder.exists() else []
-
-
 def test_a_name_downloads_once(hub, tmp_path, small_sizes):
     path = peers.cn_clip_file(peers.cn_clip_model(peers.RESNET).state_dict(), tmp_path)
     hub.content = path.read_bytes()
@@ -608,99 +589,8 @@ def test_a_name_downloads_once(hub, tmp_path, small_sizes):
     assert finished(tmp_path / "cache") == ["clip_cn_rn50.pt"] and (tmp_path / "cache/clip_cn_rn50.pt").read_bytes() == hub.content
 
 
-def test_a_cut_connection_goes_on_where_it_stopped(hub, tmp_path):
-    hub.cuts = [1_000_000, 1_500_000]
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
-    assert [span for what, _, span in hub.asked if what == "GET"] == ["bytes=0-", "bytes=1000000-", "bytes=2500000-"]
-
-
-def test_a_download_that_failed_for_good_is_continued_by_the_next_call(hub, tmp_path):
-    hub.cuts = [500_000, 0, 0, 0, 0]
-    with pytest.raises(BadInput, match="cannot be downloaded .*500,000 of 3,000,000 bytes.*HF_ENDPOINT names a mirror"):
-        checkpoint.find("cn-clip-rn50")
-    assert finished(tmp_path / "cache") == []
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content and hub.asked[-1][2] == "bytes=500000-"
-
-
-def test_a_server_without_ranges_sends_the_whole_again(hub, tmp_path):
-    hub.ranges, hub.cuts = False, [1_000_000]                                   # and the next part does not begin with the last one
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
-
-
-def test_a_part_of_another_version_is_not_continued(hub, tmp_path):
-    hub.cuts = [1_000_000, 0, 0, 0, 0]
-    with pytest.raises(BadInput):
-        checkpoint.find("cn-clip-rn50")
-    hub.content = random.Random(1).randbytes(2_000_000)
-    hub.tag = hashlib.sha256(hub.content).hexdigest()
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
-
-
-def test_what_does_not_have_the_announced_hash_is_deleted(hub, tmp_path):
-    hub.tag = "0" * 64
-    with pytest.raises(BadInput, match="not what the server announced"):
-        checkpoint.find("cn-clip-rn50")
-    assert finished(tmp_path / "cache") == [] and not list((tmp_path / "cache").glob("*.part"))
-
-
-def test_a_file_that_is_not_there_fails_at_once(hub):
-    with pytest.raises(BadInput, match="clip_cn_vit-b-16.pt: cannot be downloaded .HTTP Error 404: Not Found.. HF_ENDPOINT"):
-        checkpoint.find("cn-clip-vit-b-16")
-    assert len(hub.asked) == 1
-
-
-def test_moved_repositories_are_followed(hub, tmp_path):
-    assert data.download(data.hub_url("moved/clip_cn_rn50.pt"), tmp_path / "x.pt").read_bytes() == hub.content
-
-
-def test_processes_share_one_download(hub, tmp_path):
-    code = "import checkpoint; print(checkpoint.find('cn-clip-rn50'))"
-    racing = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert {p.communicate()[0].strip() for p in racing} == {str(tmp_path / "cache/clip_cn_rn50.pt")}
-    assert sum(what == "GET" for what, _, _ in hub.asked) == 1
-
-
 def test_a_damaged_file_in_the_cache_says_what_to_do(hub, tmp_path):
     hub.content = b"not a checkpoint"
     hub.tag = hashlib.sha256(hub.content).hexdigest()
     with pytest.raises(BadInput, match="clip_cn_rn50.pt: not a readable checkpoint.*Delete it, and it will be downloaded again"):
         checkpoint.load("cn-clip-rn50")
-
-
-def test_an_address_without_its_beginning_fails_at_once(hub, monkeypatch):
-    for endpoint, message in (("127.0.0.1:8077", "HF_ENDPOINT=127.0.0.1:8077: it must begin with https://"), ("http://[", "cannot be downloaded"), ("http://镜像", "cannot be downloaded")):
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        with pytest.raises(BadInput, match=message):
-            checkpoint.find("cn-clip-rn50")
-
-
-def test_a_cache_that_is_no_folder(hub, tmp_path):
-    (tmp_path / "cache").write_text("")
-    with pytest.raises(BadInput, match="cache: cannot be used as the folder of downloads"):
-        checkpoint.find("cn-clip-rn50")
-
-
-def test_an_empty_file_is_none(hub):
-    hub.content = b""
-    with pytest.raises(BadInput, match="does not say how large the file is"):
-        checkpoint.find("cn-clip-rn50")
-
-
-def test_threads_share_one_download(hub):
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        assert len(set(pool.map(checkpoint.find, ["cn-clip-rn50"] * 6))) == 1
-    assert sum(what == "GET" for what, _, _ in hub.asked) == 1
-
-
-def test_killed_while_downloading_leaves_nothing_under_the_final_name(hub, tmp_path):
-    hub.cuts, hub.pause = [2_000_000], threading.Event()
-    child = subprocess.Popen([sys.executable, "-c", "import checkpoint; checkpoint.find('cn-clip-rn50')"], cwd=ROOT)
-    while not any((tmp_path / "cache").glob("*.part")) or next((tmp_path / "cache").glob("*.part")).stat().st_size < 1_000_000:
-        assert child.poll() is None
-        REAL_SLEEP(0.05)
-    child.kill()
-    child.wait()
-    hub.pause.set()
-    assert finished(tmp_path / "cache") == []
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content and int(hub.asked[-1][2][6:-1]) >= 1_000_000
-    assert finished(tmp_path / "cache") == ["clip_cn_rn50.pt"] and not list((tmp_path / "cache").glob("*.part"))

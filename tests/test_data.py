@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
-from data import BadInput, Batches, open_split, training_loader
+from data import Batches, open_split, training_loader
+from system import BadInput
 
 
 # ---------------------------------------------------------------------------------------------------------------- layouts
@@ -172,11 +173,6 @@ def test_damaged_caption_files(tmp_path, rows, message):
     with pytest.raises(BadInput) as caught:
         open_split(tmp_path, "train")
     assert message in str(caught.value)
-
-
-def test_messages_are_one_line_and_a_workers_message_is_unwrapped():
-    assert str(BadInput("a.jsonl, line 3: 第一行\n第二行\u2028?")) == "a.jsonl, line 3: 第一行 第二行 ?"
-    assert str(BadInput("Caught BadInput in DataLoader worker process 0.\nTraceback …\ndata.BadInput: picture 3 cannot be read\n")) == "picture 3 cannot be read"
 
 
 def test_unknown_places(tmp_path):
@@ -657,12 +653,3 @@ def test_real_pictures(real_data):
             split = open_split(real_data, name)
             assert (len(split.image_ids), len(split.texts)) == (pictures, captions)
             assert {split.picture(i).size for i in range(pictures)} == {(64, 64)}
-
-
-def test_too_little_memory_is_one_line(monkeypatch):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation")
-    monkeypatch.setattr(data.warnings, "showwarning", warnings.showwarning)     # run replaces it
-    with pytest.raises(SystemExit) as stop:
-        data.run(main)
-    assert stop.value.code == "error: there is not enough memory (CUDA out of memory. Tried to allocate 20 GiB.); in training a smaller --micro-batch or --grad-checkpointing needs less"

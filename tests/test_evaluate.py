@@ -19,6 +19,7 @@ from conftest import ROOT, png, refused, script, write_tsv_split
 import checkpoint
 import data
 import evaluate
+import system
 from evaluate import best_ranks, recall_of, retrieval_recall, table
 from model import CLIP, CONFIGS
 
@@ -142,7 +143,7 @@ EYE = torch.eye(3), torch.eye(3), [[0], [1], [2]]
 
 
 def test_embeddings_that_are_not_finite_are_refused():
-    with pytest.raises(data.BadInput, match="NaN"):
+    with pytest.raises(system.BadInput, match="NaN"):
         retrieval_recall(torch.full((2, 2), math.nan), torch.eye(2), [[0], [1]])
 
 
@@ -193,7 +194,7 @@ def test_resampled_mean_by_hand():
 
 
 def test_a_split_without_answers_is_refused():
-    with pytest.raises(data.BadInput, match="no caption of the split"):
+    with pytest.raises(system.BadInput, match="no caption of the split"):
         retrieval_recall(torch.eye(2), torch.eye(2), [[], []])
 
 
@@ -426,7 +427,7 @@ def test_a_missing_class_folder_moves_no_label(elevater):
 ])
 def test_class_folders_that_are_not_clear_are_refused(elevater, spoil, message):
     spoil(elevater)
-    with pytest.raises(data.BadInput, match=re.escape(message)):
+    with pytest.raises(system.BadInput, match=re.escape(message)):
         data.open_classes(data.class_root(elevater))
 
 

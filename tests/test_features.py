@@ -18,9 +18,11 @@ from test_train import QUICK, SMALL_VIT, equal_runs, metrics
 import checkpoint
 import data
 import features
+import system
 import train
-from data import BadInput, open_split
+from data import open_split
 from features import Features
+from system import BadInput
 
 
 @pytest.fixture(autouse=True)
@@ -132,14 +134,14 @@ def test_killed_and_continued_on_other_processes_the_files_are_the_same(tsv_fold
     split, model = open_split(tsv_folder, "train"), build(VIT)
     all_features(model, split, tmp_path / "whole")
 
-    def killed(path, fill, part="", write=data.write):
+    def killed(path, fill, part="", write=system.write):
         if Path(path).name == "000001.npy":
             Path(f"{path}{part}").write_bytes(b"half")
             raise InterruptedError
         write(path, fill, part=part)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(data, "write", killed)
+        patch.setattr(system, "write", killed)
         all_features(model, split, tmp_path / "killed")
     first = (tmp_path / "killed/000000.npy").stat().st_mtime_ns
     assert list(contents(tmp_path / "killed")) == ["000000.npy"]
@@ -158,7 +160,7 @@ def test_killed_and_continued_on_other_processes_the_files_are_the_same(tsv_fold
         made.complete(model, split, torch.device("cpu"), contextlib.nullcontext, 0, lambda line: None, lambda: None)
 
     monkeypatch.setattr(features, "from_all", from_all)
-    monkeypatch.setattr(data, "write", lambda path, *rest, write=data.write, **more: wrote.append((own.rank, Path(path).name)) or write(path, *rest, **more))
+    monkeypatch.setattr(system, "write", lambda path, *rest, write=system.write, **more: wrote.append((own.rank, Path(path).name)) or write(path, *rest, **more))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(process, range(2)))
     assert sorted(wrote) == [(0, "000001.npy"), (0, "features.json"), (1, "000002.npy")]
@@ -167,9 +169,9 @@ def test_killed_and_continued_on_other_processes_the_files_are_the_same(tsv_fold
 
 def test_a_run_that_is_stopped_meanwhile_keeps_its_parts_and_continues_from_them(tsv_folder, start_pt, tmp_path, trained, capsys, monkeypatch):  # noqa: F811
     trained(*stage_1(start_pt, tsv_folder, tmp_path / "one"))
-    write = data.write
+    write = system.write
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(data, "write", lambda path, *rest, **more: write(path, *rest, **more) or (Path(path).name == "000000.npy" and signal.raise_signal(signal.SIGTERM)))
+        patch.setattr(system, "write", lambda path, *rest, **more: write(path, *rest, **more) or (Path(path).name == "000000.npy" and signal.raise_signal(signal.SIGTERM)))
         trained(*stage_1(start_pt, tsv_folder, tmp_path / "stopped"))
     assert stopped.value.code == 128 + signal.SIGTERM and len(contents(tmp_path / "stopped/features")) == 1
     capsys.readouterr()

@@ -20,7 +20,8 @@ from PIL import Image
 
 import data
 import prepare
-from data import BadInput, open_split
+from data import open_split
+from system import BadInput
 
 
 def contents(folder):

@@ -11,7 +11,7 @@ import train
 
 FILES = sorted(ROOT.glob("*.py")) + [ROOT / "tokenizer/__init__.py"]
 ALLOWED = {"torch", "torchvision", "tokenizers", "numpy", "PIL", "pytest"}
-OWN = {"checkpoint", "data", "evaluate", "features", "loss", "model", "painter", "prepare", "report", "search", "tokenizer", "train"}
+OWN = {"checkpoint", "data", "evaluate", "features", "loss", "model", "painter", "prepare", "report", "run", "search", "system", "tokenizer", "train"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
@@ -25,6 +25,8 @@ def test_imports_are_the_six_packages_and_the_standard_library(path):
         assert not names & (OWN | (ALLOWED - {"torch"}))
     if path.name == "painter.py":
         assert not names & (OWN | (ALLOWED - {"PIL"}))
+    if path.name == "system.py":
+        assert not names & (OWN | ALLOWED)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)

@@ -26,9 +26,10 @@ from test_model import RESNET, VIT, batch, build
 import checkpoint
 import data
 import train
-from data import BadInput
 from loss import contrastive_loss, matches
 from model import Config
+from run import Meter, Run
+from system import BadInput
 
 QUICK = ["--batch-size", 6, "--workers", 0, "--precision", "fp32", "--log-every", 1]
 
@@ -123,8 +124,8 @@ def test_the_log_says_when_a_run_waits_for_its_pictures(monkeypatch):
     """Steps of one second, before each of them a wait: the share of both since the last line. The first wait, in which the readers start, does not count, nor does a validation."""
     clock, lines = [0.0], []
     passes = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-    monkeypatch.setattr(train.time, "time", lambda: clock[0])
-    meter = train.Meter(0, 6, SimpleNamespace(batch_size=8), 48, torch.device("cpu"))
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    meter = Meter(0, 6, SimpleNamespace(batch_size=8), 48, torch.device("cpu"))
     run = SimpleNamespace(losses=[1.0], norm=1.0, skipped=0, settings={"total_steps": 6, "workers": 3}, say=lines.append, _append=lines.append)
     model = SimpleNamespace(logit_scale=torch.zeros(()))
     batches = meter.watched(passes(wait) for wait in (60, 0, 0.1, 0.3, 3, 0))
@@ -132,7 +133,7 @@ def test_the_log_says_when_a_run_waits_for_its_pictures(monkeypatch):
         next(batches)
         passes(1)
         if step % 2 == 0:
-            train.Run.log(run, meter.record(step, 0.1, model, run))
+            Run.log(run, meter.record(step, 0.1, model, run))
             with meter.paused():
                 passes(50)
     assert [line["waiting"] for line in lines[1::2]] == pytest.approx([0, 0.4 / 2.4, 0.6]) and [line["samples_per_s"] for line in lines[1::2]] == pytest.approx([8, 16 / 2.4, 3.2])
@@ -341,7 +342,7 @@ def test_the_latest_snapshots_are_kept_and_the_run_goes_on_from_any(tsv_folder, 
 
 def test_snapshots_by_the_clock(tsv_folder, tmp_path, trained, monkeypatch):
     steps = []
-    monkeypatch.setattr(train.Run, "snapshot", lambda self, step, snapshot=train.Run.snapshot: steps.append(step) or snapshot(self, step))
+    monkeypatch.setattr(Run, "snapshot", lambda self, step, snapshot=Run.snapshot: steps.append(step) or snapshot(self, step))
     for minutes, expected in ((1e-6, [0, 1, 2, 3, 4]), (0, [0, 4]), (60, [0, 4])):
         steps.clear()
         trained("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 4, "--valid-every", 4, "--save-minutes", minutes, *QUICK, "--out", tmp_path / str(minutes))
@@ -482,7 +483,7 @@ def test_patience_ends_a_run_and_the_same_command_knows_it(tsv_folder, tmp_path,
 
 
 def test_patience_is_over_at_a_validation_never_between_two():
-    run = train.Run(Path("nowhere"), {"total_steps": 1000, "valid_every": 100, "warmup": 50, "patience": 2}, 0, None, None, None)
+    run = Run(Path("nowhere"), {"total_steps": 1000, "valid_every": 100, "warmup": 50, "patience": 2}, 0, None, None, None)
     for best, last in ((0, 200), (100, 300), (400, 600)):
         run.best_step = best
         assert [run.ended(step) for step in range(best + 1, last + 1)] == [False] * (last - best - 1) + [True]
@@ -625,7 +626,7 @@ def test_fp16_scaling_skips_steps_that_overflow_and_counts_them():
     optimizer, gradients = train.make_optimizer(model, 0.1), train.GradientSum(list(model.parameters()))
     train.set_lr(optimizer, 1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    run = train.Run(Path("nowhere"), {}, 0, model, optimizer, scaler)
+    run = Run(Path("nowhere"), {}, 0, model, optimizer, scaler)
     taken = []
     for step in range(1, 41):
         before = model.text_projection.detach().clone()

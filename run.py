@@ -1,0 +1,354 @@
+"""What a training run leaves on disk and says: the files of --out, the lines of its log; and how it is stopped.
+
+    run = Run(out, settings, rank, model, optimizer, scaler)
+    first_step = run.resume(checkpoint.read(out / "last.pt"))               # the same settings, or BadInput names those that differ
+    run.took(step, loss, norm, …), run.validated(step, recall), run.snapshot(step)
+
+The files are named in train.py, whose loop calls all this.
+"""
+import contextlib
+import fcntl
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import system
+from system import BadInput
+
+# May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
+# picture names, or of the shards' names and sizes.)
+FREE = {"recipe", "out", "data", "data_root", "valid_data", "features", "workers", "processes", "log_every", "save_every", "save_minutes", "keep", "max_bad", "grad_checkpointing", "compile", "patience", "average"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- the run's folder
+
+
+class Run:
+    """What a run leaves on disk: settings.json, metrics.jsonl, bad_samples.jsonl, nonfinite.json, start.pt, last.pt, step-*.pt, best.pt. Only the first process writes; every process
+    reads last.pt to continue."""
+
+    def __init__(self, out, settings, rank, model, optimizer, scaler):
+        self.out, self.settings, self.first = out, settings, rank == 0
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.best, self.best_step, self.best_share = -1.0, 0, None              # highest score on the valid split so far, when, and of which average
+        self.averaged = False                                                   # whether the averages of start and end have been tried
+        self.losses, self.skipped = [], 0                                       # of the steps since the last line; how many steps fp16 scaling has skipped
+        self.norm, self.unseen = math.nan, None                                 # of the last gradient that was looked at; what `took` has not looked at yet
+        self.bad = set()                                                        # numbers of the pairs that could not be read
+        self.saved = time.time()
+
+    def say(self, line):
+        if self.first:
+            print(line, flush=True)
+
+    def resume(self, state):
+        """Continue from a snapshot (all but the model's weights) -> optimizer steps done. Refuses, with the difference named, when the settings are not the same."""
+        try:
+            return self._resume(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:     # entries of the wrong kind, in as many ways
+            raise BadInput(f"{self.out / 'last.pt'} is damaged: its entries are not those of a training snapshot ({type(error).__name__}: {error}); choose another --out") from None
+
+    def _resume(self, state):
+        last = self.out / "last.pt"
+        missing = {"settings", "optimizer", "scaler", "best", "best_step", "best_share", "averaged", "losses", "skipped_steps", "step"} - state.keys()
+        if missing:
+            raise BadInput(f"{last} is no training snapshot (it lacks {', '.join(sorted(missing))}), so nothing can continue from it; choose another --out")
+        before, now = state["settings"], self.settings
+        masks = self.model.cfg.text_dropout > 0 or now["patch_dropout"] > 0     # drawn for each micro-batch of a process: with another size or number of processes, others
+        free = FREE if masks else FREE | {"micro_batch"}
+        names = {"norm_batch": "BatchNorm over --micro-batch x processes =", "features_kept": "features kept (--features):"}
+        changed = [f"{names.get(name, name)} {before.get(name)}, now it is {now.get(name)}" for name in differing(before, now, free)]
+        if changed:
+            raise BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Continue it with the same settings, choose another --out, "
+                           f"or start a new run from it: --init {last} --out {self.out}-2")
+        if masks and before["processes"] != now["processes"]:
+            self.say(f"note: {now['processes']} processes instead of {before['processes']} draw other dropout masks from here on; all else stays the same")
+        self.optimizer.load_state_dict(state["optimizer"])
+        for p, moments in self.optimizer.state.items():                         # the fused kernel would write past the end of a moment that is too short
+            if not all(moments[name].shape == p.shape and moments[name].isfinite().all() for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("the optimizer's moments do not fit the parameters")
+        self.scaler.load_state_dict(state["scaler"])
+        self.best, self.best_step, self.losses, self.skipped = float(state["best"]), int(state["best_step"]), [float(x) for x in state["losses"]], int(state["skipped_steps"])
+        self.best_share, self.averaged = None if state["best_share"] is None else float(state["best_share"]), bool(state["averaged"])
+        if self.best >= 0 and not (self.out / "best.pt").exists():
+            raise BadInput(f"{self.out / 'best.pt'}, the best weights of this run so far, is gone; put it back, or begin a new run from the last ones: --init {last} --out {self.out}-2")
+        if self.settings["average"] and not self.averaged:
+            self.start_weights()                                                # should it be gone, that comes to light now and not at the end
+        if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
+            raise ValueError(f"step {state['step']!r}")
+        return state["step"]
+
+    def open_folder(self, step):
+        """Prepare the folder. What a killed run had logged after its last snapshot goes: those steps come again."""
+        wait_for_all()                                                          # everyone has read last.pt before it is written again
+        if not self.first:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.out / "lock", "w")                                # held until this process ends, however it ends
+        try:
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)               # not flock: the readers would inherit it and may outlive a killed run
+        except (BlockingIOError, PermissionError):                              # held by another process (which of the two is up to the system)
+            raise BadInput(f"{self.out}: another run is writing there; choose another --out") from None
+        with contextlib.suppress(OSError, ValueError, AttributeError):         # not there, or none of ours
+            before = json.loads((self.out / "settings.json").read_bytes())
+            if step == 0 and (self.out / "best.pt").exists() and differing(before, self.settings, FREE):
+                raise BadInput(f"{self.out} holds the best.pt of another run, without its last.pt; choose another --out")
+        system.write_text(self.out / "settings.json", json.dumps(self.settings, ensure_ascii=False, indent=1) + "\n")
+        kept = {}
+        for name in ("metrics.jsonl", "bad_samples.jsonl"):
+            path = self.out / name
+            kept[name] = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if logged_step(line) <= step] if path.exists() and step else []
+            if path.exists() or name == "metrics.jsonl":
+                system.write_text(path, "".join(line + "\n" for line in kept[name]))
+        self.bad = {json.loads(line).get("pair") for line in kept["bad_samples.jsonl"]}
+
+    def report(self, step, reports, seen, total):
+        """List the pairs that could not be read, each once; stop when they are more than the share `max_bad` of the `seen` ones (of 1,000 at least, if there are as many)."""
+        fresh = [r for r in {r["pair"]: r for r in reports}.values() if r["pair"] not in self.bad]
+        if not fresh or not self.first:
+            return
+        self.bad |= {r["pair"] for r in fresh}
+        for r in fresh:
+            self._append({"step": step, **r}, "bad_samples.jsonl")
+        most = int(self.settings["max_bad"] * max(seen, min(total, 1000)))
+        self.say(f"step {step:6} {len(fresh)} pair{'s' * (len(fresh) > 1)} could not be read and {'were' if len(fresh) > 1 else 'was'} replaced; {len(self.bad):,} so far, {most:,} may be "
+                 f"({self.out / 'bad_samples.jsonl'}); the first: {fresh[0]['reason']}")
+        if len(self.bad) > most:
+            raise BadInput(f"step {step}: {len(self.bad):,} pairs cannot be read, and of {max(seen, min(total, 1000)):,} only {most:,} may be (--max-bad {self.settings['max_bad']:g}); "
+                           f"{self.out / 'bad_samples.jsonl'} lists them. The first: {fresh[0]['reason']}")
+
+    def took(self, step, loss, norm, pairs):
+        """After a step: look at the loss and the gradient of the step before it. Those of this one, tensors of a device that may still be computing them, are looked at after the next step, or
+        before anything is logged or saved."""
+        self.look()
+        figures = torch.stack([loss, norm]).to("cpu", non_blocking=True)
+        arrived = torch.cuda.Event() if loss.is_cuda else None
+        if arrived:
+            arrived.record()
+        self.unseen = step, figures, arrived, pairs
+
+    def look(self):
+        """Keep the loss of the last step; or stop, when loss or gradient were not finite. Under fp16 scaling such steps are counted: they are how the scale is found."""
+        if self.unseen is None:
+            return
+        (step, figures, arrived, pairs), self.unseen = self.unseen, None
+        if arrived:
+            arrived.synchronize()
+        loss, self.norm = figures.tolist()
+        if math.isfinite(loss):
+            self.losses.append(loss)
+        if math.isfinite(loss) and math.isfinite(self.norm):
+            return
+        self.skipped += 1
+        if self.scaler.is_enabled() and self.scaler.get_scale() > 2**-10:
+            return                                                              # it has halved its scale
+        where = self.out / "nonfinite.json"
+        if self.first:
+            system.write_text(where, json.dumps({"step": step, "loss": str(loss), "gradient_norm": str(self.norm), "pairs": pairs()}, ensure_ascii=False))
+        raise BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {self.norm}; the step was not taken. {where} lists the pairs of the batch (before any replacement); "
+                       f"{self.out / 'last.pt'} holds the run before. A lower --lr or --precision fp32 may help")
+
+    def log(self, record):
+        """One line for the reader, the same figures in metrics.jsonl."""
+        total = self.settings["total_steps"]
+        self.losses = []
+        loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
+        skipped = f" skipped {record['skipped']}" if record["skipped"] else ""
+        limit = f" waits for pictures {record['waiting']:.0%} of the time: --workers {self.settings['workers']} read {record['samples_per_s']:.0f}/s" if record["waiting"] > 0.2 else ""
+        self.say(f"step {record['step']:6}/{total} loss {loss} lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
+                 f"{record['samples_per_s']:.0f} samples/s left {timedelta(seconds=int(record['seconds_left']))} memory {record['memory_mib']:.0f} MiB{skipped}{limit}")
+        self._append(record)
+
+    def validated(self, step, recall, share=None):
+        """Report recall on the valid split; the highest mean over both directions so far becomes best.pt. `share`: of an average, how far from the start it is."""
+        score = sum(recall[way]["MR"] for way in recall) / 2
+        figures = {way: " ".join(f"{k} {recall[way][k]:.1f}" for k in ("R@1", "R@5", "R@10")) for way in recall}
+        self.say(("" if share is None else f"average {1 - share:.1f} start + {share:.1f} end, ") + f"step {step:6} valid  text-to-image {figures['text_to_image']}   "
+                 f"image-to-text {figures['image_to_text']}   mean {score:.2f}" + ("  best so far" if score > self.best else ""))
+        self._append({"step": step, "valid": recall, "score": score} | ({} if share is None else {"average": share}))
+        if score > self.best and self.first:
+            checkpoint.save(self.out / "best.pt", self.model, step=step, average=share, recall=recall, settings=self.settings)
+        if score > self.best:
+            self.best, self.best_share = score, share
+            self.best_step = step if share is None else self.best_step          # --patience counts from here
+
+    def keep_start(self):
+        """start.pt: the weights before the first step, for --average and to compare with."""
+        if self.first and (self.settings["average"] or self.settings["stage"] == "finetune"):
+            checkpoint.save(self.out / "start.pt", self.model, step=0, settings=self.settings)
+
+    def start_weights(self):
+        """-> the tensors of start.pt, left on the disk and read as they are used."""
+        path = self.out / "start.pt"
+        try:
+            state = checkpoint.read(path)
+            checkpoint.compare(state["model"], self.model.state_dict(), "its tensors do not fit")
+            if state.get("step") != 0:
+                raise BadInput(f"it holds the weights after step {state.get('step')}")
+        except BadInput as error:
+            raise BadInput(f"{path} is not the start of this run, from which the averages at the end begin; put it back, or go on with --no-average. ({error})") from None
+        return state["model"]
+
+    def stop(self, step, signals):
+        self.say(f"stopped by a signal after step {step}; the same command continues from there")
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
+
+    def load_average(self, share):
+        """WiSE-FT (arXiv 2109.01903): between the start and the end of a fine-tune there are often weights that are better than both. The model gets (1 - share) start.pt + share last.pt."""
+        wait_for_all()                                                          # both have been written
+        start, end = self.start_weights(), checkpoint.read(self.out / "last.pt")["model"]
+        self.model.load_state_dict({key: x.lerp(end[key], share) if x.is_floating_point() else end[key] for key, x in start.items()})
+
+    def ended(self, step):
+        """Whether no step comes after `step`: it is the run's last, or as many validations after the warmup as --patience says brought no higher recall."""
+        waited = step // self.settings["valid_every"] - max(self.best_step, self.settings["warmup"]) // self.settings["valid_every"]                # validations since
+        return self.averaged or step == self.settings["total_steps"] or 0 < self.settings["patience"] <= waited
+
+    def summary(self, step):
+        """What the finished run leaves, and whether it learned anything."""
+        early = f" (early: no higher recall in {self.settings['patience']} validations)" if step < self.settings["total_steps"] else ""
+        if self.best < 0:
+            return f"finished{early}. {self.out / 'last.pt'}: the last weights (nothing was validated)"
+        weights = f"after step {self.best_step} of {step}" if self.best_share is None else f"{1 - self.best_share:.1f} x the start + {self.best_share:.1f} x the end"
+        return (f"finished{early}. {self.out / 'best.pt'}: highest recall on the valid split, {weights}"
+                + ("" if self.best_step or self.best_share else " (that is the START: training did not raise the recall)") + f"; {self.out / 'last.pt'}: the last weights")
+
+    def snapshot(self, step):
+        """Write last.pt; never with weights that are not numbers, so what is there can always be continued."""
+        self.look()
+        if self.first:
+            if not all(x.isfinite().all() for x in self.model.state_dict().values()):
+                raise BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. A lower --lr or --precision fp32 may help")
+            last = self.out / "last.pt"
+            checkpoint.save(last, self.model, step=step, best=self.best, best_step=self.best_step, best_share=self.best_share, averaged=self.averaged, losses=self.losses, skipped_steps=self.skipped, settings=self.settings,
+                            optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+            if self.settings["keep"] > 1:
+                name = self.out / f"step-{step:08}.pt"
+                part = self.out / (name.name + ".part")
+                part.unlink(missing_ok=True)                                    # of a killed run
+                try:
+                    os.link(last, part)                                         # a second name for the same file: it costs no room until last.pt is replaced
+                except OSError:                                                 # on disks without such links
+                    shutil.copyfile(last, part)
+                os.replace(part, name)
+                kept = sorted(path for path in self.out.glob("step-*.pt") if path.name <= name.name)
+                for path in kept[: -self.settings["keep"]]:
+                    path.unlink()
+        self.saved = time.time()
+
+    def minutes_since_snapshot(self):
+        return (time.time() - self.saved) / 60
+
+    def _append(self, record, name="metrics.jsonl"):
+        if self.first:
+            with open(self.out / name, "a", encoding="utf-8") as f:
+                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def differing(before, now, free):
+    """Names of the settings, but for those in `free`, that are not the same in two runs."""
+    return [name for name in sorted((before.keys() | now.keys()) - free) if before.get(name) != now.get(name)]
+
+
+def logged_step(line):
+    """The step of a line of metrics.jsonl or bad_samples.jsonl; infinity for an average, which is tried once more when a run continues, and for a line that a crash has cut, or that is none of ours."""
+    try:
+        record = json.loads(line)
+        if "average" in record:
+            return math.inf
+        return record["step"] if type(record["step"]) is int and type(record.get("pair", 0)) is int else math.inf
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------- speed and memory
+
+
+class Meter:
+    """Loss, speed, time left, memory, and the share of the time that this process waited for pictures, since the last line."""
+
+    def __init__(self, first_step, total, settings, pairs, device):
+        self.first_step, self.total, self.batch_size, self.pairs, self.device = first_step, total, settings.batch_size, pairs, device
+        self.begin, self.tick, self.last, self.waited = time.time(), time.time(), first_step, 0.0
+
+    def watched(self, loader):
+        """The loader's batches. What the run waits for them counts, but for the first one: until it comes the readers start, which is no time of training."""
+        start, first = time.time(), True
+        for batch in loader:
+            wait = time.time() - start
+            self.tick, self.waited = self.tick + wait * first, self.waited + wait * (not first)
+            yield batch
+            start, first = time.time(), False
+
+    def record(self, step, lr, model, run):
+        now, loss = time.time(), sum(run.losses) / len(run.losses) if run.losses else None
+        record = {"step": step, "epoch": step * self.batch_size / self.pairs, "loss": loss, "gradient_norm": run.norm if math.isfinite(run.norm) else None, "lr": lr, "temperature": 1 / model.logit_scale.exp().item(), "skipped": run.skipped,
+                  "samples_per_s": (step - self.last) * self.batch_size / (now - self.tick),
+                  "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step), "memory_mib": memory_mib(self.device),
+                  "waiting": self.waited / (now - self.tick)}
+        self.tick, self.last, self.waited = now, step, 0.0
+        return record
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time that does not count as training speed."""
+        start = time.time()
+        yield
+        self.tick += time.time() - start
+
+
+def memory_mib(device):
+    """Peak memory so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if (status := Path("/proc/self/status")).exists():                          # Linux, where getrusage begins with the peak of the process that has started this one
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ---------------------------------------------------------------------------------------------------------------- stopping
+
+
+def catch_signals(first):
+    """SIGTERM and SIGINT (Ctrl-C) no longer end the process: they fill the list that is returned, and the loop stops after its step. A second one of the same kind ends it at once
+    (of the same kind, since Ctrl-C under torchrun brings one of each)."""
+    caught = []
+
+    def catch(number, _):
+        caught.append(number)
+        if first:
+            os.write(2, b"stopping after this step; press again to stop at once, without saving\n")
+        signal.signal(number, signal.SIG_DFL)
+
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, catch)
+    return caught
+
+
+def asked_to_stop(signals):
+    """Whether a signal came to any process: then all of them stop after the same step."""
+    return largest(len(signals)) > 0
+
+
+def largest(number):
+    """The largest of all processes' numbers."""
+    number = torch.tensor(number)
+    if dist.is_initialized():
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    return int(number)
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
