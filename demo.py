@@ -22,8 +22,9 @@ import sys
 import time
 from pathlib import Path
 
-import data
 import painter
+import system
+from system import BadInput
 
 HERE = Path(__file__).resolve().parent
 OUT = Path("runs/demo")
@@ -40,7 +41,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of random weights and order, one story for each (default: 0)")
     args = parser.parse_args()
     if min(args.seeds) < 0 or max(args.seeds) >= 2**31 - 1 or len(set(args.seeds)) < len(args.seeds):
-        raise data.BadInput(f"--seeds {' '.join(map(str, args.seeds))}: different whole numbers, at least 0 and below {2**31 - 1}")
+        raise BadInput(f"--seeds {' '.join(map(str, args.seeds))}: different whole numbers, at least 0 and below {2**31 - 1}")
     if args.fresh:
         for folder in [OUT / "data", *(OUT / f"seed-{seed}" for seed in args.seeds)]:
             shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +71,7 @@ def paint_classes(folder, each=8):
         (part / element.names[0]).mkdir(parents=True)
         for k in range(each):
             painter.paint_landscape(painter.with_water({name}), random.Random(f"classes {name} {k}")).save(part / element.names[0] / f"{k}.png")
-    data.write_text(part / "templates.txt", "".join(f"{template}\n" for template in TEMPLATES))
+    system.write_text(part / "templates.txt", "".join(f"{template}\n" for template in TEMPLATES))
     os.replace(part, folder)
 
 
@@ -137,7 +138,7 @@ def start(script, *args):
     """Start one of our scripts as a person would, its command printed."""
     print("$ python " + shlex.join([script, *map(str, args)]), flush=True)
     return subprocess.Popen([sys.executable, "-u", str(HERE / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-                            preexec_fn=functools.partial(data.end_with, os.getpid(), signal.SIGTERM))           # should this process be killed, it saves and ends
+                            preexec_fn=functools.partial(system.end_with, os.getpid(), signal.SIGTERM))           # should this process be killed, it saves and ends
 
 
 def finish(process, show=True):
@@ -154,7 +155,7 @@ def finish(process, show=True):
         finally:                                                                # after Ctrl-C, which it gets as well: it finishes its step and saves
             status = process.wait()
     if status:
-        raise data.BadInput(f"{last.removeprefix('error: ')} (the same command goes on from there; {OUT / 'log.txt'} says more)")
+        raise BadInput(f"{last.removeprefix('error: ')} (the same command goes on from there; {OUT / 'log.txt'} says more)")
 
 
 def call(script, *args):
@@ -162,4 +163,4 @@ def call(script, *args):
 
 
 if __name__ == "__main__":
-    data.run(main)
+    system.run(main)
