@@ -40,6 +40,7 @@ import system
 import train
 from loss import contrastive_loss, tiled_loss
 from model import CLIP, CONFIGS
+from processes import precision_of
 from run import memory_mib
 from tokenizer import CLS, SEP, Tokenizer
 
@@ -155,7 +156,7 @@ class Bench:
         self.text_ops = text_ops / batch_size
 
     def encoding(self, what, encode, theirs, count, ops, precision):
-        autocast, name = evaluate.precision_of(precision, self.device, evaluating=True)
+        autocast, name = precision_of(precision, self.device, evaluating=True)
         peer_autocast = self.peer.autocast(precision) if self.peer else None
 
         @torch.no_grad()
@@ -185,7 +186,7 @@ class Bench:
 
     def step(self, what, precision, frozen=False, features=False, micro_batches=1):
         """A training step, from uint8 pictures and ids on the CPU to new weights; with a learning rate of 0, which costs the same, so that the weights of ours and the peer's stay the same."""
-        autocast, name = evaluate.precision_of(precision, self.device)
+        autocast, name = precision_of(precision, self.device)
         model = copy.deepcopy(self.model)                                       # for the gradients' buffers stay with the parameters
         if frozen:
             model.freeze_vision()
@@ -424,10 +425,10 @@ def main():
     if not (2 <= batch_size <= 10**6 and 1 <= args.rounds <= 1000 and 2 <= args.micro_batches <= batch_size):
         raise system.BadInput(f"--batch-size {batch_size} --rounds {args.rounds} --micro-batches {args.micro_batches}: out of range, 2 to 1e6, 1 to 1000 and 2 to the batch size")
 
-    default = evaluate.precision_of("auto", device)[1]
+    default = precision_of("auto", device)[1]
     print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware(device)}, torch {torch.__version__}, {datetime.date.today()}; default precision {default}")
     peaks = {name: peak(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
-             if name in ("fp32", default, evaluate.precision_of("auto", device, evaluating=True)[1])}
+             if name in ("fp32", default, precision_of("auto", device, evaluating=True)[1])}
     print("largest matrix product: " + ", ".join(f"{name} {rate / 1e9:,.0f} billion operations a second" for name, rate in peaks.items()))
     bench = Bench(args.model, batch_size, device, args.peer, args.micro_batches, args.compile)
     print(f"\n{'':48}{'/s':>10}  {'of the peak':>11}" + f"  {'cn_clip /s':>10}  {'ratio':>5}  {'lowest-highest':14}  equal?" * args.peer)

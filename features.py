@@ -20,7 +20,8 @@ import torch.distributed as dist
 
 import checkpoint
 import system
-from evaluate import described, encode_pictures, from_all
+from evaluate import described, encode_pictures
+from processes import from_all
 
 ROWS, BATCH = 4096, 128                                                         # pictures in a part, and at a time; the same batches on any number of processes, so that parts round alike
 

@@ -20,10 +20,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import system
+from processes import largest, wait_for_all
 from system import BadInput
 
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
@@ -339,16 +339,3 @@ def catch_signals(first):
 def asked_to_stop(signals):
     """Whether a signal came to any process: then all of them stop after the same step."""
     return largest(len(signals)) > 0
-
-
-def largest(number):
-    """The largest of all processes' numbers."""
-    number = torch.tensor(number)
-    if dist.is_initialized():
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-    return int(number)
-
-
-def wait_for_all():
-    if dist.is_initialized():
-        dist.barrier()

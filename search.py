@@ -26,7 +26,8 @@ import checkpoint
 import data
 import report
 import system
-from evaluate import embed_texts, encode_pictures, own_batches, precision_of
+from evaluate import embed_texts, encode_pictures
+from processes import own_batches, precision_of
 from system import BadInput
 from tokenizer import Tokenizer
 

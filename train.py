@@ -30,11 +30,12 @@ import torch.nn.functional as F
 import checkpoint
 import data
 import system
-from evaluate import embed_split, from_all, precision_of, retrieval_recall, start_processes
+from evaluate import embed_split, retrieval_recall
 from features import Features
 from loss import gather, matches, tiled_loss
 from model import CLIP, CONFIGS, statistics_kept, to_device
-from run import Meter, Run, asked_to_stop, catch_signals, largest
+from processes import from_all, largest, precision_of, start_processes
+from run import Meter, Run, asked_to_stop, catch_signals
 from system import BadInput
 from tokenizer import MASK, SEP
 

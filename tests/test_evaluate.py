@@ -21,6 +21,7 @@ import data
 import evaluate
 import system
 from evaluate import best_ranks, recall_of, retrieval_recall, table
+from processes import precision_of
 from model import CLIP, CONFIGS
 
 
@@ -400,7 +401,7 @@ def test_odd_class_folders_are_named_in_a_warning(elevater):
 
 def test_classes_that_look_alike_to_the_model_are_named(tiny_checkpoint):
     model, _ = checkpoint.load(tiny_checkpoint)
-    autocast, _ = evaluate.precision_of("fp32", torch.device("cpu"))
+    autocast, _ = precision_of("fp32", torch.device("cpu"))
     with pytest.warns(UserWarning, match="the prompts of 龘龘龘 are those of 靐靐靐"):                   # rare characters: the vocabulary has none of them
         evaluate.class_embeddings(model, ["猫", "靐靐靐", "龘龘龘"], ["一张{}的照片"], torch.device("cpu"), autocast)
 
@@ -452,7 +453,7 @@ def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
     torch.save({"epoch": 1, "step": 1, "name": "peer", "state_dict": {f"module.{key}": x for key, x in peer.state_dict().items()}}, elevater / "peer.pt")
     model, _ = checkpoint.load(elevater / "peer.pt")
     names, pictures, labels = data.open_classes(data.class_root(elevater))
-    autocast, _ = evaluate.precision_of("fp32", torch.device("cpu"))
+    autocast, _ = precision_of("fp32", torch.device("cpu"))
     classes = evaluate.class_embeddings(model, names, [template("{}") for template in templates], torch.device("cpu"), autocast)
     image_embed = evaluate.embed_pictures(model, lambda i: data.decoded(pictures[i].read_bytes, "it"), len(pictures), torch.device("cpu"), autocast, batch_size=4)
     assert torch.allclose(classes, classifier.T, atol=1e-6)

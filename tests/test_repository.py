@@ -11,7 +11,7 @@ import train
 
 FILES = sorted(ROOT.glob("*.py")) + [ROOT / "tokenizer/__init__.py"]
 ALLOWED = {"torch", "torchvision", "tokenizers", "numpy", "PIL", "pytest"}
-OWN = {"checkpoint", "data", "evaluate", "features", "loss", "model", "painter", "prepare", "report", "run", "search", "system", "tokenizer", "train"}
+OWN = {"checkpoint", "data", "evaluate", "features", "loss", "model", "painter", "prepare", "processes", "report", "run", "search", "system", "tokenizer", "train"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
