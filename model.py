@@ -7,12 +7,16 @@
     picture (B, 3, R, R) -> ModifiedResNet or VisionTransformer -> image_embed (B, D)
     tokens  (B, L)       -> BertEncoder, token [CLS], projection -> text_embed  (B, D)
 
-Letters of shapes, in every file (where one means something else, the docstring says so): B pictures or captions in this process's batch, N pairs in the global batch of all processes, L tokens, P patches (or positions
-of a feature map), C channels (width), H heads, D width of the shared space, R picture side in pixels; I pictures and T captions in a split. In this file T is the number of
-tokens (or patches) of all S sequences of a batch, which stand one after the other (`Packing`).
+Letters of shapes, the same in every file (loss.py has its own for its matrices, and says so):
 
-Sources: CLIP (Radford et al. 2021, arXiv 2103.00020), BERT (Devlin et al. 2018, arXiv 1810.04805), ViT (Dosovitskiy et al. 2020, arXiv 2010.11929),
-ResNet-D and anti-aliasing (arXiv 1812.01187, 1904.11486), Chinese CLIP (arXiv 2211.01335).
+    B  pictures or captions in this process's batch        N  pairs in the global batch of all processes
+    L  tokens of a caption                                  K  tokens (or patches) of the whole batch, packed one after the other
+    P  patches of a picture, or positions of a feature map  R  side of a picture, in pixels
+    C  channels (width)        H  heads                     D  width of the shared space
+    I  pictures of a split     T  captions of a split
+
+Sources: CLIP (Radford et al. 2021, arXiv 2103.00020), BERT (Devlin et al. 2018, arXiv 1810.04805), ViT (Dosovitskiy et al. 2020,
+arXiv 2010.11929), ResNet-D and anti-aliasing (arXiv 1812.01187, 1904.11486), Chinese CLIP (arXiv 2211.01335).
 """
 import math
 import warnings
@@ -29,7 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """All sizes of one model. `vision_layers` is a ViT's depth, or a ResNet's blocks in its four groups: which of the two it is decides the tower."""
+    """All sizes of one model. `vision_layers` is a ViT's depth, or a ResNet's blocks in its four groups: which of the two decides the
+    tower."""
 
     embed_dim: int                              # D, width of the shared space
     image_size: int                             # R, pixels
@@ -58,8 +63,9 @@ class Config:
                 raise ValueError(f"{name} cannot be {value!r}")
 
 
-# One row per model. The released sizes are those of Chinese CLIP (arXiv 2211.01335, table 1): "RBT3" and "RoBERTa-wwm-ext" (base and large) are BERTs of 3 x 768,
-# 12 x 768 and 24 x 1024. The paper's CE-CLIP rows are vit-b-16 and vit-l-14. `tiny` is ours: it trains in minutes on a laptop's CPU.
+# One row per model. The released sizes are those of Chinese CLIP (arXiv 2211.01335, table 1): "RBT3" and "RoBERTa-wwm-ext" (base and
+# large) are BERTs of 3 x 768, 12 x 768 and 24 x 1024. The paper's CE-CLIP rows are vit-b-16 and vit-l-14. `tiny` is ours: it trains in
+# minutes on a laptop's CPU.
 #                              D    R         vision: layers  width  heads  patch       text: layers  width  heads
 CONFIGS = {
     "rn50":         Config(1024, 224, (3, 4, 6, 3),   64, 32, None,   3,  768, 12),
@@ -72,49 +78,57 @@ CONFIGS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------- attention, shared by ViT and BERT
+# ---------------------------------------------------------------------------------------- attention, shared by ViT and BERT
 
 
 class Packing(NamedTuple):
-    """How S sequences stand one after the other in a (T, C) tensor, T tokens in all, without padding."""
+    """How the B sequences of a batch stand one after the other in a (K, C) tensor, without padding."""
 
     runs: tuple[tuple[int, int], ...]           # ((n, l), …): first n sequences of l tokens each, then …
-    offsets: torch.Tensor                       # (S + 1,) int64: sequence s has rows offsets[s] to offsets[s + 1] - 1
+    offsets: torch.Tensor                       # (B + 1,) int64: sequence b has rows offsets[b] to offsets[b + 1] - 1
 
     @property
     def firsts(self):
-        """(S,): the row of each sequence's first token."""
+        """(B,): the row of each sequence's first token."""
         return self.offsets[:-1]
 
 
 def attend(q, k, v, packing, dropout):
-    """softmax(q kᵀ / sqrt(d)) v for each sequence and head: k and v (T, H, d), q (T, H, d), or (S, H, d) when only first tokens ask -> as q.
+    """softmax(q kᵀ / sqrt(d)) v for each sequence and head. k, v (K, H, d); q the same, or (B, H, d) when only first tokens ask -> the shape
+    of q.
 
-    Each run, sequences of one length, is a call of the kernel, without a mask. On a GPU several runs are one call: a nested tensor takes torch to its kernels for sequences of any lengths.
+    Each run, sequences of one length, is a call of the kernel, without a mask. On a GPU several runs are one call: a nested tensor takes
+    torch to its kernels for sequences of any lengths.
     """
-    runs, queries = packing.runs, [l if len(q) == len(k) else 1 for _, l in packing.runs]           # how many queries a sequence of each run has
-    if q.is_cuda and len(runs) > 1:
+    first_only = len(q) != len(k)
+    if q.is_cuda and len(packing.runs) > 1:
         return attend_at_once(q, k, v, packing, dropout)
-    y, asked, seen = [], 0, 0
-    for (n, l), m in zip(runs, queries):
-        heads = lambda t, first, length: t[first : first + n * length].unflatten(0, (n, length)).transpose(1, 2)            # (n length, H, d) of t -> (n, H, length, d)
-        y.append(F.scaled_dot_product_attention(heads(q, asked, m), heads(k, seen, l), heads(v, seen, l), dropout_p=dropout).transpose(1, 2).flatten(0, 1))
-        asked, seen = asked + n * m, seen + n * l
+    y, q_row, k_row = [], 0, 0
+    for n, l in packing.runs:
+        asking = n if first_only else n * l                                     # queries of this run
+        heads = lambda t: t.unflatten(0, (n, -1)).transpose(1, 2)               # (n l, H, d) -> (n, H, l, d)
+        answers, values = k[k_row : k_row + n * l], v[k_row : k_row + n * l]
+        out = F.scaled_dot_product_attention(heads(q[q_row : q_row + asking]), heads(answers), heads(values), dropout_p=dropout)
+        y.append(out.transpose(1, 2).flatten(0, 1))                             # (n, H, l or 1, d) -> (asking, H, d)
+        q_row, k_row = q_row + asking, k_row + n * l
     return torch.cat(y) if len(y) > 1 else y[0]
 
 
 def attend_at_once(q, k, v, packing, dropout):
-    """The same by one kernel, on nested tensors (S, H, *, d)."""
+    """The same by one kernel, on nested tensors (B, H, *, d)."""
     lengths = [l for _, l in packing.runs]
 
     def nested(x, offsets, shortest, longest):
-        return torch.nested.nested_tensor_from_jagged(x.contiguous(), offsets, min_seqlen=shortest, max_seqlen=longest).transpose(1, 2)
+        x = torch.nested.nested_tensor_from_jagged(x.contiguous(), offsets, min_seqlen=shortest, max_seqlen=longest)
+        return x.transpose(1, 2)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                                         # that nested tensors are a prototype
+        if len(q) == len(k):
+            q = nested(q, packing.offsets, min(lengths), max(lengths))
+        else:                                                                   # one query a sequence
+            q = nested(q, torch.arange(len(q) + 1, device=q.device), 1, 1)
         k, v = (nested(x, packing.offsets, min(lengths), max(lengths)) for x in (k, v))
-        one_each = len(q) < len(packing.offsets)
-        q = nested(q, torch.arange(len(q) + 1, device=q.device), 1, 1) if one_each else nested(q, packing.offsets, min(lengths), max(lengths))
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).values()
 
 
@@ -135,9 +149,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, packing):
-        """x (T, C), S sequences -> (T, C); with first_only for the first token of each alone, which is all that is read in the end: (S, C)."""
+        """x (K, C), B sequences -> (K, C); with first_only for the first token of each, which is all that is read in the end: (B, C)."""
         C, W, b = x.shape[1], self.qkv.weight, self.qkv.bias
-        split = lambda t: t.unflatten(1, (-1, self.heads, C // self.heads)).unbind(1)               # (T, n C) -> n times (T, H, C/H)
+        split = lambda t: t.unflatten(1, (-1, self.heads, C // self.heads)).unbind(1)               # (K, n C) -> n times (K, H, C/H)
         if self.first_only:
             q, k, v = *split(F.linear(x[packing.firsts], W[:C], b[:C])), *split(F.linear(x, W[C:], b[C:]))
         else:
@@ -146,7 +160,8 @@ class Attention(nn.Module):
 
 
 class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay. (MLP computes it in another way.)"""
+    """x sigmoid(1.702 x): CLIP's approximation of GELU. The released weights were trained with it, so it must stay. (MLP, which it is made
+    for, computes it in another way.)"""
 
     FACTOR = 1.702
 
@@ -160,26 +175,29 @@ class MLP(nn.Sequential):
     def __init__(self, width: int, activation: nn.Module):
         super().__init__(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
 
-    def forward(self, x):                       # (T, C) -> (T, C)
+    def forward(self, x):                       # (K, C) -> (K, C)
         widen, activation, narrow = self        # as nn.Sequential would run them; but faster:
-        # QuickGELU is silu(a x) / a with a = 1.702, for silu(y) = y sigmoid(y): one kernel, and the matrix products beside it bring the two factors for nothing.
+        # With a = 1.702, QuickGELU(h) = h sigmoid(a h) = silu(a h) / a: one kernel; the matrix products beside it bring the factors for nothing.
         a, function = (QuickGELU.FACTOR, F.silu) if isinstance(activation, QuickGELU) else (1.0, F.gelu)
-        x = torch.addmm(a * widen.bias, x, widen.weight.T, alpha=a)                                 # (T, 4 C)
-        rest = lambda x: torch.addmm(narrow.bias, function(x), narrow.weight.T, alpha=1 / a)
+        x = torch.addmm(a * widen.bias, x, widen.weight.T, alpha=a)             # a h: (K, 4 C)
+        activate_and_narrow = lambda x: torch.addmm(narrow.bias, function(x), narrow.weight.T, alpha=1 / a)
         if not torch.is_grad_enabled():
-            return rest(x)
-        # The activation is computed again in the backward pass: cheap, and less is kept. (The product after it is not: checkpointing stops before it.)
-        return checkpoint(rest, x, use_reentrant=False, preserve_rng_state=False)
+            return activate_and_narrow(x)
+        # Only a h is kept, not the activation's value. The backward pass computes that again, which is cheap, and no more: checkpoint stops
+        # when it has what the gradient needs. (preserve_rng_state: nothing here is random.)
+        return checkpoint(activate_and_narrow, x, use_reentrant=False, preserve_rng_state=False)
 
 
 def run_blocks(blocks, x, *args, checkpointed: bool):
-    """x through a list of blocks, one after the other. With `checkpointed` only the blocks' inputs are kept; each block is run again during the backward pass.
+    """x through a list of blocks, one after the other. With `checkpointed` only the blocks' inputs are kept, and each block is run again
+    during the backward pass.
 
     The second run must not touch BatchNorm's running statistics again, or they would count every batch twice.
     """
     for block in blocks:
         if checkpointed and torch.is_grad_enabled():
-            x = checkpoint(block, x, *args, use_reentrant=False, context_fn=lambda block=block: (nullcontext(), statistics_kept(block)))
+            contexts = lambda block=block: (nullcontext(), statistics_kept(block))              # of the first run, of the second
+            x = checkpoint(block, x, *args, use_reentrant=False, context_fn=contexts)
         else:
             x = block(x, *args)
     return x
@@ -187,10 +205,12 @@ def run_blocks(blocks, x, *args, checkpointed: bool):
 
 @contextmanager
 def statistics_kept(module):
-    """BatchNorm's running statistics stay as they are, while its layers still normalise by the batch: for a second forward pass over the same pictures."""
+    """BatchNorm's running statistics stay as they are, while its layers still normalise by the batch: for a second forward pass over the
+    same pictures."""
     norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, BatchNorm2d)]
     for m, _, _ in norms:
-        m.momentum = 0.0                        # new statistics = 1 x the old ones + 0 x this batch's; the graph stays the same, as checkpointing needs
+        # New statistics = 1 x the old ones + 0 x this batch's. So the graph stays the same, as checkpointing needs.
+        m.momentum = 0.0
     try:
         yield
     finally:
@@ -204,11 +224,11 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# ---------------------------------------------------------------------------------------------------------------- vision tower 1: VisionTransformer
+# ---------------------------------------------------------------------------------------- vision tower 1: VisionTransformer
 
 
 class VisionBlock(nn.Module):
-    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). With first_only for the first token of each sequence alone."""
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)). With first_only for the first token of each sequence."""
 
     def __init__(self, width: int, heads: int, first_only: bool = False):
         super().__init__()
@@ -217,25 +237,27 @@ class VisionBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = MLP(width, QuickGELU())
 
-    def forward(self, x, packing):              # (T, C) -> (T, C), or (S, C)
+    def forward(self, x, packing):              # (K, C) -> (K, C), or (B, C)
         y = self.attention(self.norm1(x), packing)
         x = (x[packing.firsts] if self.attention.first_only else x) + y
         return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """ViT as in CLIP: patches by one strided convolution, a class token, a LayerNorm before the first layer; the class token's last state is the feature, so the last layer computes that alone."""
+    """ViT as in CLIP: patches by one strided convolution, a class token, a LayerNorm before the first layer. The class token's last state
+    is the feature, so the last layer computes that alone."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         width, patches = cfg.vision_width, (cfg.image_size // cfg.patch_size) ** 2
         self.grad_checkpointing = False
-        self.patch_dropout = 0.0                # share of the patches that training leaves out, drawn anew for each picture (FLIP, arXiv 2212.00794)
+        self.patch_dropout = 0.0                # share of patches that training leaves out, drawn for each picture (FLIP, arXiv 2212.00794)
         self.patch_embed = nn.Conv2d(3, width, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.empty(width))
         self.position_embed = nn.Parameter(torch.empty(1 + patches, width))
         self.norm_pre = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(VisionBlock(width, cfg.vision_heads, first_only=i == cfg.vision_layers - 1) for i in range(cfg.vision_layers))
+        last = cfg.vision_layers - 1
+        self.blocks = nn.ModuleList(VisionBlock(width, cfg.vision_heads, first_only=i == last) for i in range(cfg.vision_layers))
         self.norm_post = nn.LayerNorm(width)
         self.projection = nn.Parameter(torch.empty(width, cfg.embed_dim))
         self.init_weights()
@@ -246,11 +268,13 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)               # (B, 1+P, C)
         x = x + self.position_embed
         if self.training and self.patch_dropout:
-            kept = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device).argsort(dim=1)[:, : self.patches_kept()] + 1            # (B, P'): 1 is the first patch
-            x = torch.cat([x[:, :1], x.gather(1, kept[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)                             # (B, 1+P', C)
+            drawn = torch.rand(x.shape[0], x.shape[1] - 1, device=x.device).argsort(dim=1)          # (B, P): the patches in random order
+            kept = drawn[:, : self.patches_kept(), None] + 1                    # (B, P', 1): row 0 of x is the class token
+            x = torch.cat([x[:, :1], x.gather(1, kept.expand(-1, -1, x.shape[2]))], dim=1)          # (B, 1+P', C)
         B, L, _ = x.shape
-        packing = Packing(((B, L),), torch.arange(0, B * L + 1, L, device=x.device))
-        x = run_blocks(self.blocks, self.norm_pre(x).flatten(0, 1), packing, checkpointed=self.grad_checkpointing)          # (B L, C) -> (B, C)
+        packing = Packing(((B, L),), torch.arange(0, B * L + 1, L, device=x.device))                # B sequences of the same length
+        x = self.norm_pre(x).flatten(0, 1)                                                          # (B L, C)
+        x = run_blocks(self.blocks, x, packing, checkpointed=self.grad_checkpointing)               # (B, C)
         return self.norm_post(x) @ self.projection                                                  # (B, D)
 
     def patches_kept(self):
@@ -258,8 +282,8 @@ class VisionTransformer(nn.Module):
         return max(1, round((len(self.position_embed) - 1) * (1 - self.patch_dropout)))
 
     def init_weights(self):
-        """The scheme of CLIP's transformer (openai/CLIP, model.py, initialize_parameters): deviations C^-1/2 into attention, (2C)^-1/2 into the MLP, and
-        C^-1/2 (2 x layers)^-1/2 where a branch rejoins the residual stream."""
+        """The scheme of CLIP's transformer (openai/CLIP, model.py, initialize_parameters): deviations C^-1/2 into attention, (2C)^-1/2 into
+        the MLP, and C^-1/2 (2 x layers)^-1/2 where a branch rejoins the residual stream."""
         width, layers = self.position_embed.shape[1], len(self.blocks)
         for p in (self.class_token, self.position_embed, self.projection):
             nn.init.normal_(p, std=width**-0.5)
@@ -272,7 +296,7 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(linear.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------- vision tower 2: ModifiedResNet
+# ---------------------------------------------------------------------------------------- vision tower 2: ModifiedResNet
 
 
 class _Sum(torch.autograd.Function):
@@ -292,7 +316,11 @@ class _Sum(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the global batch: the statistics are those of all processes' pictures, so the number of processes does not change the model."""
+    """BatchNorm over the global batch: the statistics are those of all processes' pictures, so their number does not change the model.
+
+    mean = Σ x / n, var = Σ (x - mean)² / n, over n values of a channel; y = (x - mean) / sqrt(var + eps) x gain + bias. The running
+    variance takes var n / (n - 1), as torch's own does.
+    """
 
     def forward(self, x):                       # (B, C, h, w) -> (B, C, h, w)
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
@@ -310,7 +338,8 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions beside a shortcut. All convolutions have stride 1: an average pool shrinks the map, which keeps fine patterns from aliasing."""
+    """1x1, 3x3, 1x1 convolutions beside a shortcut. All convolutions have stride 1: an average pool shrinks the map, which keeps fine
+    patterns from aliasing."""
 
     def __init__(self, channels_in: int, channels: int, stride: int):
         super().__init__()
@@ -365,7 +394,8 @@ class ModifiedResNet(nn.Module):
         self.grad_checkpointing = False
         conv = lambda c_in, c_out, stride=1: nn.Sequential(
             nn.Conv2d(c_in, c_out, 3, stride=stride, padding=1, bias=False), BatchNorm2d(c_out), nn.ReLU())
-        self.stem = nn.Sequential(conv(3, width // 2, stride=2), conv(width // 2, width // 2), conv(width // 2, width), nn.AvgPool2d(2))
+        half = width // 2
+        self.stem = nn.Sequential(conv(3, half, stride=2), conv(half, half), conv(half, width), nn.AvgPool2d(2))
         blocks, channels_in = [], width
         for group, depth in enumerate(cfg.vision_layers):
             for i in range(depth):
@@ -392,11 +422,12 @@ class ModifiedResNet(nn.Module):
             nn.init.zeros_(block.bn3.weight)
 
 
-# ---------------------------------------------------------------------------------------------------------------- text tower: BERT
+# ---------------------------------------------------------------------------------------- text tower: BERT
 
 
 class BertBlock(nn.Module):
-    """Post-norm transformer layer: norm(x + attention(x)), then norm(x + mlp(x)); the exact (erf) GELU. With first_only for the first token of each sequence alone."""
+    """Post-norm transformer layer: norm(x + attention(x)), then norm(x + mlp(x)); the exact (erf) GELU. With first_only for the first token
+    of each sequence."""
 
     def __init__(self, width: int, heads: int, dropout: float, first_only: bool = False):
         super().__init__()
@@ -406,29 +437,33 @@ class BertBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x, packing):              # (T, C) -> (T, C), or (S, C)
+    def forward(self, x, packing):              # (K, C) -> (K, C), or (B, C)
         y = self.dropout(self.attention(x, packing))
         x = self.norm1((x[packing.firsts] if self.attention.first_only else x) + y)
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 
 def pack(ids):
-    """Captions differ much in length, and [PAD] would cost as much as a word. ids (B, L) on the CPU, 0 = [PAD] at the end -> all their T tokens, one caption after the other, the shortest
-    first: words (T,), each one's position in its caption (T,), the Packing, and where each caption stands (B,).
+    """Captions differ much in length, and [PAD] would cost as much as a word. So their tokens are put one after the other, without it.
 
-    [[5, 6, 7], [8, 0, 0], [9, 3, 1]] -> words 8 | 5 6 7 | 9 3 1; positions 0 | 0 1 2 | 0 1 2; runs (1, 1), (2, 3); offsets 0 1 4 7; places 1 0 2
+    ids (B, L) on the CPU, 0 = [PAD] at the end -> of all K tokens, the shortest caption's first: words (K,), each one's position in its
+    caption (K,), the Packing; and places (B,): where each caption stands.
+
+    [[5, 6, 7], [8, 0, 0], [9, 3, 1]] -> words 8 | 5 6 7 | 9 3 1; positions 0 | 0 1 2 | 0 1 2; runs (1, 1), (2, 3); offsets 0 1 4 7;
+    places 1 0 2
     """
-    lengths = (ids != 0).sum(dim=1).clamp(min=1)                                                    # (B,)
+    lengths = (ids != 0).sum(dim=1).clamp(min=1)                                # (B,)
     order = lengths.argsort(stable=True)
     sorted_lengths = lengths[order]
-    rows, positions = (torch.arange(ids.shape[1]) < sorted_lengths[:, None]).nonzero(as_tuple=True)                         # (T,) each
+    rows, positions = (torch.arange(ids.shape[1]) < sorted_lengths[:, None]).nonzero(as_tuple=True)         # (K,) each
     values, counts = sorted_lengths.unique_consecutive(return_counts=True)
     packing = Packing(tuple(zip(counts.tolist(), values.tolist())), F.pad(sorted_lengths.cumsum(0), (1, 0)))
     return ids[order[rows], positions], positions, packing, order.argsort()
 
 
 class BertEncoder(nn.Module):
-    """BERT without its pooler and heads. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1), so the last layer computes that alone."""
+    """BERT without its pooler and heads. The sentence is the last state of its first token, [CLS] (paper, section 3.1, step 1), so the last
+    layer computes that alone."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -437,18 +472,23 @@ class BertEncoder(nn.Module):
         self.grad_checkpointing = False
         self.word_embed = nn.Embedding(cfg.vocab_size, cfg.text_width)
         self.position_embed = nn.Embedding(cfg.text_positions, cfg.text_width)
-        self.type_embed = nn.Embedding(2, cfg.text_width)       # "sentence A or B" of BERT's pretraining; a caption is always A, row 0
+        self.type_embed = nn.Embedding(2, cfg.text_width)                       # of BERT's sentences A and B; a caption is A, row 0
         self.norm = nn.LayerNorm(cfg.text_width, eps=1e-12)
         self.dropout = nn.Dropout(cfg.text_dropout)
-        self.blocks = nn.ModuleList(BertBlock(cfg.text_width, cfg.text_heads, cfg.text_dropout, first_only=i == cfg.text_layers - 1) for i in range(cfg.text_layers))
+        sizes, last = (cfg.text_width, cfg.text_heads, cfg.text_dropout), cfg.text_layers - 1
+        self.blocks = nn.ModuleList(BertBlock(*sizes, first_only=i == last) for i in range(cfg.text_layers))
         self.init_weights()
 
     def forward(self, ids):
-        """ids (B, L) int64, 0 = [PAD] at the end -> last states of [CLS] (B, C). Best on the CPU: their lengths are looked at, and for ids on a GPU that means to wait for it."""
+        """ids (B, L) int64, 0 = [PAD] at the end -> last states of [CLS] (B, C). Best on the CPU: their lengths are looked at, and for ids on
+        a GPU that means to wait for it."""
         words, positions, (runs, offsets), places = pack(ids.cpu())
-        words, positions, offsets, places = (to_device(x, self.word_embed.weight.device) for x in (words, positions, offsets, places))
-        x = self.word_embed(words) + self.position_embed(positions) + self.type_embed.weight[0]                             # (T, C)
-        return run_blocks(self.blocks, self.dropout(self.norm(x)), Packing(runs, offsets), checkpointed=self.grad_checkpointing)[places]
+        device = self.word_embed.weight.device
+        words, positions, offsets, places = (to_device(x, device) for x in (words, positions, offsets, places))
+        x = self.word_embed(words) + self.position_embed(positions) + self.type_embed.weight[0]                 # (K, C)
+        x = self.dropout(self.norm(x))
+        x = run_blocks(self.blocks, x, Packing(runs, offsets), checkpointed=self.grad_checkpointing)            # (B, C)
+        return x[places]                        # from the order of `pack`, the shortest caption first, to that of ids
 
     def init_weights(self):
         """BERT's scheme: every matrix and table normal with deviation 0.02, biases 0 (google-research/bert, initializer_range)."""
@@ -459,7 +499,7 @@ class BertEncoder(nn.Module):
                 nn.init.zeros_(m.bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the two towers together
+# ---------------------------------------------------------------------------------------- the two towers together
 
 
 class CLIP(nn.Module):
@@ -480,9 +520,11 @@ class CLIP(nn.Module):
     def encode_image(self, pixels):
         """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), at least float32 whatever the towers' precision."""
         with torch.no_grad() if self.vision_frozen else nullcontext():
-            # In evaluation a CPU is fastest with a few pictures at a time, at most 2^18 pixels, whose activations stay in its caches. (In training BatchNorm must see the whole batch.)
-            few = pixels.device.type == "cpu" and not torch.is_grad_enabled() and not self.vision.training
-            parts = pixels.chunk(math.ceil(len(pixels) * self.cfg.image_size**2 / 2**18) or 1) if few else [pixels]
+            # In evaluation a CPU is fastest with a few pictures at a time, at most 2^18 pixels, whose activations stay in its caches.
+            # (In training BatchNorm must see the whole batch.)
+            parts = [pixels]
+            if pixels.device.type == "cpu" and not torch.is_grad_enabled() and not self.vision.training:
+                parts = pixels.chunk(math.ceil(len(pixels) * self.cfg.image_size**2 / 2**18) or 1)
             return F.normalize(at_least_float32(torch.cat([self.vision(part) for part in parts])), dim=-1)
 
     def encode_text(self, ids):
@@ -494,7 +536,8 @@ class CLIP(nn.Module):
         return self.encode_image(pixels), self.encode_text(ids), self.logit_scale.exp()
 
     def freeze_vision(self):
-        """Stage 1 (paper, section 3.2): the vision tower gets no gradients, and stays in evaluation mode so that BatchNorm keeps its statistics."""
+        """Stage 1 (paper, section 3.2): the vision tower gets no gradients, and stays in evaluation mode, so that BatchNorm keeps its
+        statistics."""
         self.vision_frozen = True
         self.vision.requires_grad_(False)
         return self.train(self.training)
