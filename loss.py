@@ -6,7 +6,9 @@
     I, T     image, text    (N, D)    embeddings, unit vectors
     s        scale          ()        exp(logit_scale), the inverse temperature
     S        S              (N, N)    the logits, s I Tᵀ
-    Y        truth          (N, N)    1 where caption j describes picture i, else 0. Kept as the rows i (E,) and the columns j (E,) of its E ones; without repeats in the batch: the diagonal
+    Y        truth          (N, N)    1 where caption j describes picture i, else 0. Kept as the rows (E,) and the columns (E,) of its E
+                                      ones; without repeats in the batch: the diagonal. (The same relation is `positives` in data.py,
+                                      by captions of a split, and `correct` in evaluate.py.) A picture's own caption is always there.
     Yr, Yc   Yr, Yc         (N, N)    Y with its rows, or its columns, divided by their sums; kept as the values (E,) at those places
     r, c     r, c           (N,)      r_i = log Σ_j exp S_ij,  c_j = log Σ_i exp S_ij
 
@@ -16,12 +18,13 @@
     G = dloss/dS = 1/2N ( exp(S - r) + exp(S - c) - Yr - Yc )            (r subtracted from each row, c from each column)
     dI = s G T      dT = s Gᵀ I      ds = Σ_ij G_ij S_ij / s = Σ_i I_i·dI_i / s
 
-On W processes each owns B = N/W pairs: their rows of S, and their columns. `contrastive_loss` is the loss as one would write it, for autograd: it holds whole matrices, and its backward
-pass sends gradients between processes. `tiled_loss` computes the same loss and, by the formulas for G, dI, dT and ds, its gradient: S and G exist a few rows at a time, and processes exchange
-nothing but the embeddings, and then r and c. A test compares the two to 1e-12.
+On W processes each owns B = N/W pairs: their rows of S, and their columns. `contrastive_loss` is the loss as one would write it, for
+autograd: it holds whole matrices (at the paper's N = 12,800 each has 0.66 GB, and autograd keeps several), and its backward pass sends
+gradients between processes. `tiled_loss` computes the same loss and, by the formulas for G, dI, dT and ds, its gradient: S and G exist a
+few rows at a time, and processes exchange nothing but the embeddings, and then r and c. A test compares the two to 1e-12.
 
-Each returns its process's share of the loss: the shares add up to the loss, and so do the gradients that processes get for the shared weights and for s. Parameter
-gradients are therefore SUMMED over processes, not averaged.
+Each returns its process's share of the loss: the shares add up to the loss, and so do the gradients that processes get for the shared
+weights and for s. Parameter gradients are therefore SUMMED over processes, not averaged.
 """
 from typing import NamedTuple
 
@@ -31,14 +34,17 @@ import torch.nn.functional as F
 
 
 def matches(image_keys, text_keys):
-    """Which captions of the batch describe which pictures -> truth: rows i (E,) and columns j (E,) of the ones of Y, sorted by row.
+    """Which captions of the batch describe which pictures -> truth: rows (E,) and columns (E,) of the ones of Y, sorted by row.
 
-    text_keys (N,) int64, at least 0: the sentence of each caption. image_keys (N, M) int64: all the sentences that describe each picture, filled up with -1, those that are
-    not in the batch among them. So a caption is right for every picture that it describes, whichever picture it stands beside. Memory: of the order of E + NM numbers.
+    text_keys (N,) int64, at least 0: the sentence of each caption. image_keys (N, M) int64: all the sentences that describe each picture,
+    filled up with -1, those that are not in the batch among them. Y_ij = 1 where text_keys[j] is in image_keys[i]: so a caption is right
+    for every picture that it describes, whichever it stands beside. No (N, N) array is made: memory of the order of E + NM numbers.
+
+    image_keys [[7, 8], [9, -1], [7, 8]], text_keys [7, 9, 8] -> rows [0, 0, 1, 2, 2], columns [0, 2, 1, 0, 2]
     """
     N, M = image_keys.shape
     keys, order = text_keys.sort()
-    wanted = image_keys.flatten()                                               # (NM,): each is to be found among the keys, perhaps several times
+    wanted = image_keys.flatten()                                               # (NM,): each to be found among the keys, perhaps several times
     first, end = torch.searchsorted(keys, wanted), torch.searchsorted(keys, wanted, right=True)
     count = end - first
     found = torch.arange(N * M).repeat_interleave(count)                        # (E',): which of `wanted`
@@ -50,13 +56,13 @@ def matches(image_keys, text_keys):
 def contrastive_loss(image_embed, text_embed, scale, truth=None):
     """The loss as the reader knows it, differentiable; -> this process's share.
 
-    image_embed, text_embed (B, D) unit vectors, the same B on every process; scale a scalar tensor, exp(logit_scale); truth as `matches` gives it, of the whole batch in rank order,
-    or None: every pair is its own only match.
+    image_embed, text_embed (B, D) unit vectors, the same B on every process; scale a scalar tensor, exp(logit_scale); truth as `matches`
+    gives it, of the whole batch in rank order, or None: every pair is its own only match.
     """
     image, text = gather(image_embed), gather(text_embed)                       # (N, D)
     N, own = len(image), own_rows(image_embed)
     Y = image.new_zeros(N, N)
-    Y[truth if truth is not None else (torch.arange(N), torch.arange(N))] = 1
+    Y[_ones(truth, N)] = 1
     to_captions = F.cross_entropy(scale * image_embed @ text.T, (Y / Y.sum(1, keepdim=True))[own], reduction="sum")
     to_pictures = F.cross_entropy(scale * text_embed @ image.T, (Y / Y.sum(0, keepdim=True)).T[own], reduction="sum")
     return (to_captions + to_pictures) / (2 * N)
@@ -64,78 +70,89 @@ def contrastive_loss(image_embed, text_embed, scale, truth=None):
 
 @torch.no_grad()
 def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
-    """The same share of the loss, and the gradient of the whole loss; takes the same arguments -> loss (), d_image (B, D), d_text (B, D), d_scale ().
+    """The same share of the loss, and the gradient of the whole loss; takes the same arguments
+    -> loss (), d_image (B, D), d_text (B, D), d_scale ().
 
-    d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which two are held at a time.
+    d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which two
+    are held at a time.
     """
     image, text = gather(image_embed), gather(text_embed)                       # (N, D)
     N = len(image)
-    i, j = truth if truth is not None else (torch.arange(N), torch.arange(N))   # on the CPU
-    turn = j.argsort(stable=True)                                               # the ones of Y sorted by column
-    Yr, Yc = 1 / torch.bincount(i)[i].to(image.dtype), 1 / torch.bincount(j)[j].to(image.dtype)     # (E,)
-    pictures = _half(image_embed, text, scale, i, j, tile)                      # own rows of S: pictures look at captions
-    captions = _half(text_embed, image, scale, j[turn], i[turn], tile)          # own columns, turned into rows: captions look at pictures
+    rows, columns = _ones(truth, N)                                             # (E,) each, on the CPU, sorted by row
+    by_column = columns.argsort(stable=True)                                    # the same ones, sorted by column
+    Yr = 1 / torch.bincount(rows)[rows].to(image.dtype)                         # (E,): 1 / Σ_j Y_ij at the ones of Y
+    Yc = 1 / torch.bincount(columns)[columns].to(image.dtype)                   # (E,): 1 / Σ_i Y_ij
+    pictures = _direction(image_embed, text, scale, rows, columns, tile)        # own rows of S: pictures look at captions
+    captions = _direction(text_embed, image, scale, columns[by_column], rows[by_column], tile)      # own columns of S, as the rows of Sᵀ
 
-    r, to_captions = _log_sums(pictures, _to(image.device, Yr))
-    c, to_pictures = _log_sums(captions, _to(image.device, Yc[turn]))
+    r, to_captions = _log_sums(pictures, _to_device(Yr, image.device))
+    c, to_pictures = _log_sums(captions, _to_device(Yc[by_column], image.device))
     all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
-    d_image = _gradient(pictures, _to(image.device, Yr + Yc), r, all_c)         # s G T
-    d_text = _gradient(captions, _to(image.device, (Yr + Yc)[turn]), c, all_r)  # s Gᵀ I
-    d_scale = torch.bmm(image_embed[:, None], d_image[:, :, None]).sum() / scale                    # Σ_i I_i·dI_i / s, without an (N, D) product in memory
+    d_image = _gradient(pictures, _to_device(Yr + Yc, image.device), r, all_c)                      # s G T
+    d_text = _gradient(captions, _to_device((Yr + Yc)[by_column], image.device), c, all_r)          # s Gᵀ I
+    # Σ_i I_i·dI_i / s, without a (B, D) product in memory
+    d_scale = torch.bmm(image_embed[:, None], d_image[:, :, None]).sum() / scale
     return (to_captions + to_pictures) / (2 * N), d_image, d_text, d_scale
 
 
-class _Half(NamedTuple):
-    """One direction of the loss: own rows of S = s own otherᵀ, and where the ones of Y lie in them. (Rows and columns of S change places in the other direction.)"""
+def _ones(truth, N):
+    """-> rows (E,), columns (E,) of the ones of Y."""
+    return truth if truth is not None else (torch.arange(N), torch.arange(N))
+
+
+class _Direction(NamedTuple):
+    """One direction of the loss: own rows of S = s own otherᵀ, and where the ones of Y lie in them. For captions that look at pictures this
+    S is Sᵀ, and G is Gᵀ."""
 
     own: torch.Tensor                           # (B, D): these look …
     other: torch.Tensor                         # (N, D): … at those
     scale: torch.Tensor                         # s
     rows: torch.Tensor                          # (E,) of each one of Y, counted from the first own row, on the device
     columns: torch.Tensor                       # (E,)
-    stripes: list                               # [(first row, end, a, b), …]: so many rows of S are held at a time; ones a to b - 1 of Y lie in them
+    stripes: list                               # [(first row, end, a, b), …]: rows of S to hold at a time; ones a to b - 1 of Y lie there
 
 
-def _half(own, other, scale, rows, columns, tile):
+def _direction(own, other, scale, rows, columns, tile):
     """rows and columns (E,): the ones of Y, sorted by row, on the CPU, where they are cut into the stripes."""
     height, first = max(1, tile // len(other)), own_rows(own).start
     starts = list(range(0, len(own), height)) + [len(own)]
     bounds = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
-    return _Half(own, other, scale, _to(own.device, rows - first), _to(own.device, columns), list(zip(starts, starts[1:], bounds, bounds[1:])))
+    stripes = list(zip(starts, starts[1:], bounds, bounds[1:]))
+    return _Direction(own, other, scale, _to_device(rows - first, own.device), _to_device(columns, own.device), stripes)
 
 
-def _log_sums(half, Y):
-    """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ Y S) over them: the cross-entropies. Y (E,): the values at its ones."""
-    own, other, scale, rows, columns, stripes = half
+def _log_sums(direction, weights):
+    """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ Y S) over them: the cross-entropies. weights (E,): Yr (or Yc)."""
+    own, other, scale, rows, columns, stripes = direction
     log_sums, loss = own.new_empty(len(own)), own.new_zeros(())
     for start, stop, a, b in stripes:
         S = (scale * own[start:stop]) @ other.T                                 # (height, N)
-        log_sums[start:stop] = S.logsumexp(dim=1)
-        loss += log_sums[start:stop].sum() - (Y[a:b] * S[rows[a:b] - start, columns[a:b]]).sum()
+        log_sums[start:stop] = S.logsumexp(dim=1)                               # r (or c)
+        loss += log_sums[start:stop].sum() - (weights[a:b] * S[rows[a:b] - start, columns[a:b]]).sum()
         del S                                                                   # before the next stripe is made
     return log_sums, loss
 
 
-def _gradient(half, Y, own_log_sums, other_log_sums):
-    """-> s G @ other (B, D): own rows of G, as many as a stripe holds at a time, times the other side's embeddings. Y (E,): the values of Yr + Yc."""
-    own, other, scale, rows, columns, stripes = half
+def _gradient(direction, weights, own_log_sums, other_log_sums):
+    """-> s G @ other (B, D): own rows of G, as many as a stripe holds at a time, times the other embeddings. weights (E,): Yr + Yc."""
+    own, other, scale, rows, columns, stripes = direction
     gradient = torch.empty_like(own)
     for start, stop, a, b in stripes:
         S = (scale * own[start:stop]) @ other.T                                 # (height, N)
         G = (S - own_log_sums[start:stop, None]).exp_()                         # exp(S - r)
         G += S.sub_(other_log_sums).exp_()                                      # exp(S - c), in the place of S
-        G[rows[a:b] - start, columns[a:b]] -= Y[a:b]                            # Yr + Yc
+        G[rows[a:b] - start, columns[a:b]] -= weights[a:b]                      # Yr + Yc
         torch.mm(G, other, out=gradient[start:stop])
         del S, G
     return gradient.mul_(scale / (2 * len(other)))
 
 
-def _to(device, x):
+def _to_device(x, device):
     """A tensor of the CPU -> device, without waiting for what the device is doing."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------- between processes
+# ---------------------------------------------------------------------------------------- between processes
 
 
 def world_size():
@@ -149,7 +166,8 @@ def own_rows(x):
 
 
 class _Gather(torch.autograd.Function):
-    """(B, …) on each process -> (N, …) on all. Every process uses every row, so a row's gradient is the sum over processes of what each sends back."""
+    """(B, …) on each process -> (N, …) on all. Every process uses every row, so a row's gradient is the sum over processes of what each
+    sends back."""
 
     @staticmethod
     def forward(ctx, x):
