@@ -37,7 +37,7 @@ SHOWN = re.compile(r"stage |step .* valid |finished|nothing to do|note:|warning:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="delete what earlier runs of these seeds have left, and start over")
+    parser.add_argument("--fresh", action="store_true", help="delete the painted sets, the log, and what earlier runs of these seeds have left, and start over")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of random weights and order, one story for each (default: 0)")
     args = parser.parse_args()
     if min(args.seeds) < 0 or max(args.seeds) >= 2**31 - 1 or len(set(args.seeds)) < len(args.seeds):
@@ -45,6 +45,7 @@ def main():
     if args.fresh:
         for folder in [OUT / "data", *(OUT / f"seed-{seed}" for seed in args.seeds)]:
             shutil.rmtree(folder, ignore_errors=True)
+        (OUT / "log.txt").unlink(missing_ok=True)
     OUT.mkdir(parents=True, exist_ok=True)
     begin = time.time()
     paint_sets(OUT / "data")
@@ -93,7 +94,7 @@ def story(out, sets, seed):
     act("2. Stage 2: both towers learn, in small steps, for the vision tower has something to lose.")
     call("train.py", "--stage", 2, "--init", out / "stage1/last.pt", "--data", chinese, "--lr", 5e-4, *steps(STEPS["stage2"], 10), *common, "--out", out / "stage2")
 
-    act(f"   Does stage 1 pay? The same vision tower and a fresh text tower in stage 2 alone, for as many steps ({both}), at the rate that is best for that.")
+    act(f"2b. Does stage 1 pay? The same vision tower and a fresh text tower in stage 2 alone, for as many steps ({both}), at the rate that is best for that.")
     call("train.py", "--stage", 2, "--vision-weights", out / "english/last.pt", "--data", chinese, "--lr", 2e-3, *steps(both, 10), *common, "--out", out / "alone")
     call("evaluate.py", "--ckpt", out / "alone/last.pt", out / "stage2/last.pt", "--data", chinese, "--json", out / "landscapes.json")
 
