@@ -139,6 +139,7 @@ def start(script, *args):
     """Start one of our scripts as a person would, its command printed."""
     print("$ python " + shlex.join([script, *map(str, args)]), flush=True)
     return subprocess.Popen([sys.executable, "-u", str(HERE / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+                            env={**os.environ, "PYTHONIOENCODING": "utf-8"},       # whatever this terminal's is
                             preexec_fn=functools.partial(system.end_with, os.getpid(), signal.SIGTERM))           # should this process be killed, it saves and ends
 
 
@@ -156,7 +157,8 @@ def finish(process, show=True):
         finally:                                                                # after Ctrl-C, which it gets as well: it finishes its step and saves
             status = process.wait()
     if status:
-        raise BadInput(f"{last.removeprefix('error: ')} (the same command goes on from there; {OUT / 'log.txt'} says more)")
+        what = last.removeprefix("error: ") if status > 0 else f"{Path(process.args[2]).name} was ended by signal {-status}"         # 9: perhaps for want of memory
+        raise BadInput(f"{what} (python demo.py goes on from there, --fresh starts over; {OUT / 'log.txt'} says more)")
 
 
 def call(script, *args):

@@ -529,7 +529,7 @@ def retrieve_with(source, args, open_split, split_name, device):
         embeds = kept(folder, made_of, {"image_ids": list(map(str, split.image_ids)), "texts": split.texts}, compute)
     embeds = [x.to(device).float() for x in embeds]
     ranked = both_ways(*embeds, split.positives)
-    record = {"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "setting": setting_of(state, args.data), "weights": weights, "precision": precision, "pairs": len(split.pairs)}
+    record = {"ckpt": str(source), "model": checkpoint.name_of(model.cfg), "setting": setting_of(state, args.data), "weights": weights, "precision": precision, "pairs": len(split)}
     return record | {way: recall_of(*r) for way, r in ranked.items()}, split, embeds, ranked
 
 

@@ -20,6 +20,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
+import bench
+import checkpoint
 import peers
 import system
 import train
@@ -86,6 +88,22 @@ def small_sizes(monkeypatch):
     """Widths of the small models of peers.py: shapes do not tell heads, the table of sizes does."""
     monkeypatch.setitem(CONFIGS, "small-vit", peers.VIT)
     monkeypatch.setitem(CONFIGS, "small-resnet", peers.RESNET)
+
+
+@pytest.fixture
+def small_bench(small_sizes, tmp_path, monkeypatch):
+    """bench.py --model small-vit, with --peer too: its sizes in files as cn_clip has them, in this process, and without the seconds for the largest matrix product."""
+    cfg = CONFIGS["small-vit"]
+    (tmp_path / "vision.json").write_text(json.dumps(dict(embed_dim=cfg.embed_dim, image_resolution=cfg.image_size, vision_layers=cfg.vision_layers, vision_width=cfg.vision_width,
+                                                          vision_patch_size=cfg.patch_size)))
+    (tmp_path / "text.json").write_text(json.dumps(dict(
+        vocab_size=cfg.vocab_size, text_attention_probs_dropout_prob=0.1, text_hidden_act="gelu", text_hidden_dropout_prob=0.1, text_hidden_size=cfg.text_width, text_initializer_range=0.02,
+        text_intermediate_size=4 * cfg.text_width, text_max_position_embeddings=cfg.text_positions, text_num_attention_heads=cfg.text_heads, text_num_hidden_layers=cfg.text_layers,
+        text_type_vocab_size=2)))
+    monkeypatch.setitem(checkpoint.PEER_NAMES, "small-vit", (str(tmp_path / "vision"), str(tmp_path / "text")))
+    monkeypatch.setattr(bench, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(bench, "peak", lambda device, dtype: 1e9)
+    monkeypatch.setattr("processes.bf16_is_fast", lambda device: False)
 
 
 @pytest.fixture(scope="session")

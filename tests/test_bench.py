@@ -1,5 +1,4 @@
 """The benchmark: that it counts what is computed, measures both sides alike, and compares results that are equal. (Its figures are in the README; no test is timed.)"""
-import json
 import re
 
 import pytest
@@ -9,7 +8,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
-import checkpoint
 import train
 from model import CONFIGS
 
@@ -52,20 +50,9 @@ def test_ours_and_the_peers_run_in_turn(monkeypatch):
     assert "10.00" in bench.line(row, ours, [0.25, 0.25], {}) and "cn_clip" not in bench.line(row, ours, [], {})
 
 
-def test_every_row_is_measured_and_equals_the_peer(called, small_sizes, tmp_path, monkeypatch):
+def test_every_row_is_measured_and_equals_the_peer(called, small_bench):
     """A small model, with sizes in files as cn_clip has them; in this process, the row of memory too."""
     pytest.importorskip("cn_clip")
-    cfg = CONFIGS["small-vit"]
-    (tmp_path / "vision.json").write_text(json.dumps(dict(embed_dim=cfg.embed_dim, image_resolution=cfg.image_size, vision_layers=cfg.vision_layers, vision_width=cfg.vision_width,
-                                                          vision_patch_size=cfg.patch_size)))
-    (tmp_path / "text.json").write_text(json.dumps(dict(
-        vocab_size=cfg.vocab_size, text_attention_probs_dropout_prob=0.1, text_hidden_act="gelu", text_hidden_dropout_prob=0.1, text_hidden_size=cfg.text_width, text_initializer_range=0.02,
-        text_intermediate_size=4 * cfg.text_width, text_max_position_embeddings=cfg.text_positions, text_num_attention_heads=cfg.text_heads, text_num_hidden_layers=cfg.text_layers,
-        text_type_vocab_size=2)))
-    monkeypatch.setitem(checkpoint.PEER_NAMES, "small-vit", (str(tmp_path / "vision"), str(tmp_path / "text")))
-    monkeypatch.setattr(bench, "apart", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(bench, "peak", lambda device, dtype: 1e9)
-    monkeypatch.setattr(bench.evaluate, "bf16_is_fast", lambda device: False)
     rows = [row for row in bench.ROWS if row != "loss"]                         # of 4,096 pairs
     output = called(bench, "--model", "small-vit", "--batch-size", 8, "--rows", ",".join(rows), "--rounds", 1, "--peer").splitlines()
     assert "default precision fp32" in output[0] and len(output) == 5 + len(rows)
