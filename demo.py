@@ -4,8 +4,9 @@
     python demo.py --fresh           # starts over
     python demo.py --seeds 0 1 2     # the same from three random starts: mean ± standard deviation of each figure
 
-Every act is one or two commands of train.py and evaluate.py, printed before they run: type them yourself to look closer, or change them. What they say in full stands in runs/demo/log.txt.
-The figures are small ones of a small world. What carries over to the real one is the order of things, and that each step does what the paper says it does.
+Every act is one or two commands of train.py and evaluate.py, printed before they run: type them yourself to look closer, or change them.
+What they say in full stands in runs/demo/log.txt. The figures are small ones of a small world. What carries over to the real one is the
+order of things, and that each step does what the paper says it does.
 """
 import argparse
 import functools
@@ -32,12 +33,14 @@ SETS = ("english-landscapes", "landscapes", "poems")
 STEPS = {"english": 120, "stage1": 60, "stage2": 30, "poems": 80}               # of 128 pairs
 TEMPLATES = ("{}", "远处有{}", "近处有{}", "地上有{}", "天上有{}")                  # for zero-shot classification: sentences as this world has them
 # Of what train.py and evaluate.py print, the lines that tell the story.
-SHOWN = re.compile(r"stage |step .* valid |finished|nothing to do|note:|warning:|scale |tiny |model |> |R@1 of|top-1 of|most often| +Text-to-Image|stopped|error:")
+SHOWN = re.compile(r"stage |step .* valid |finished|nothing to do|note:|warning:|scale |tiny |model |> |R@1 of|top-1 of|most often|"
+                   r" +Text-to-Image|stopped|error:")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fresh", action="store_true", help="delete the painted sets, the log, and what earlier runs of these seeds have left, and start over")
+    parser.add_argument("--fresh", action="store_true",
+                        help="delete the painted sets, the log, and what earlier runs of these seeds have left, and start over")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of random weights and order, one story for each (default: 0)")
     args = parser.parse_args()
     if min(args.seeds) < 0 or max(args.seeds) >= 2**31 - 1 or len(set(args.seeds)) < len(args.seeds):
@@ -51,7 +54,8 @@ def main():
     paint_sets(OUT / "data")
     figures = [story(OUT / f"seed-{seed}", OUT / "data", seed) for seed in args.seeds]
     print("\n" + summary(figures))
-    print(f"\nWith pictures: {OUT / f'seed-{args.seeds[-1]}' / 'poems.html'} (open it in a browser). All that the commands said: {OUT / 'log.txt'}. "
+    page = OUT / f"seed-{args.seeds[-1]}" / "poems.html"
+    print(f"\nWith pictures: {page} (open it in a browser). All that the commands said: {OUT / 'log.txt'}. "
           f"This took {time.time() - begin:.0f} s.")
 
 
@@ -65,13 +69,14 @@ def paint_sets(folder):
 
 
 def paint_classes(folder, each=8):
-    """Pictures with one thing in each (and the water it needs), in one folder for each thing: what --classify takes. Whole, or not at all."""
+    """Pictures with one thing in each (and the water it needs), in a folder for each thing, as --classify takes them. Whole, or not at all."""
     part = folder.with_name("classes.part")
     shutil.rmtree(part, ignore_errors=True)
     for name, element in painter.ELEMENTS.items():
         (part / element.names[0]).mkdir(parents=True)
         for k in range(each):
-            painter.paint_landscape(painter.with_water({name}), random.Random(f"classes {name} {k}")).save(part / element.names[0] / f"{k}.png")
+            picture = painter.paint_landscape(painter.with_water({name}), random.Random(f"classes {name} {k}"))
+            picture.save(part / element.names[0] / f"{k}.png")
     system.write_text(part / "templates.txt", "".join(f"{template}\n" for template in TEMPLATES))
     os.replace(part, folder)
 
@@ -85,28 +90,37 @@ def story(out, sets, seed):
     out.mkdir(parents=True, exist_ok=True)
     print(f"\n=== seed {seed}")
 
-    act("0. A tiny CLIP learns from English captions. It plays the part of OpenAI's weights: it sees well, and knows no Chinese. Only its vision tower will be used.")
+    act("0. A tiny CLIP learns from English captions. It plays the part of OpenAI's weights: it sees well, and knows no Chinese. Only its "
+        "vision tower will be used.")
     call("train.py", "--stage", 2, "--data", english, "--lr", 2e-3, *steps(STEPS["english"], 30), *common, "--out", out / "english")
+    towers = ["--vision-weights", out / "english/last.pt", "--data", chinese]
 
-    act("1. Stage 1 (section 3.2): a fresh Chinese text tower learns to say what the frozen vision tower sees. Pictures are embedded once, so steps are cheap.")
-    call("train.py", "--stage", 1, "--vision-weights", out / "english/last.pt", "--data", chinese, "--lr", 4e-3, *steps(STEPS["stage1"], 10), *common, "--out", out / "stage1")
+    act("1. Stage 1 (section 3.2): a fresh Chinese text tower learns to say what the frozen vision tower sees. Pictures are embedded once, "
+        "so steps are cheap.")
+    call("train.py", "--stage", 1, *towers, "--lr", 4e-3, *steps(STEPS["stage1"], 10), *common, "--out", out / "stage1")
 
     act("2. Stage 2: both towers learn, in small steps, for the vision tower has something to lose.")
-    call("train.py", "--stage", 2, "--init", out / "stage1/last.pt", "--data", chinese, "--lr", 5e-4, *steps(STEPS["stage2"], 10), *common, "--out", out / "stage2")
+    call("train.py", "--stage", 2, "--init", out / "stage1/last.pt", "--data", chinese, "--lr", 5e-4, *steps(STEPS["stage2"], 10), *common,
+         "--out", out / "stage2")
 
-    act(f"2b. Does stage 1 pay? The same vision tower and a fresh text tower in stage 2 alone, for as many steps ({both}), at the rate that is best for that.")
-    call("train.py", "--stage", 2, "--vision-weights", out / "english/last.pt", "--data", chinese, "--lr", 2e-3, *steps(both, 10), *common, "--out", out / "alone")
+    act(f"2b. Does stage 1 pay? The same vision tower and a fresh text tower in stage 2 alone, for as many steps ({both}).")
+    call("train.py", "--stage", 2, *towers, "--lr", 2e-3, *steps(both, 10), *common, "--out", out / "alone")
+    # last.pt, not best.pt: these runs are validated at their two ends only, and the story is of where they end.
     call("evaluate.py", "--ckpt", out / "alone/last.pt", out / "stage2/last.pt", "--data", chinese, "--json", out / "landscapes.json")
 
-    act("3. Zero-shot (figure 2, steps 2 and 3): what is in pictures of one thing each, by names in Chinese; and which picture a poem speaks of, of which nobody told the model.")
-    call("evaluate.py", "--ckpt", out / "stage2/last.pt", "--classify", sets / "classes", "--templates", sets / "classes/templates.txt", "--json", out / "classes.json")
+    act("3. Zero-shot (figure 2, steps 2 and 3): what is in pictures of one thing each, by names in Chinese; and which picture a poem "
+        "speaks of, though nobody told the model what poems are.")
+    call("evaluate.py", "--ckpt", out / "stage2/last.pt", "--classify", sets / "classes", "--templates", sets / "classes/templates.txt",
+         "--json", out / "classes.json")
     call("evaluate.py", "--ckpt", out / "stage2/last.pt", "--data", poems, "--json", out / "zero-shot.json")
 
     act("4. Fine-tuning on 2,000 poems and their pictures (sections 3.2 and 4.1: AP-ID).")
-    call("train.py", "--stage", "finetune", "--init", out / "stage2/last.pt", "--data", poems, "--no-average", *steps(STEPS["poems"], 20), *common, "--out", out / "poems")
+    call("train.py", "--stage", "finetune", "--init", out / "stage2/last.pt", "--data", poems, "--no-average", *steps(STEPS["poems"], 20),
+         *common, "--out", out / "poems")
 
     act("5. Table 6: before and after, on poems that were never trained on.")
-    call("evaluate.py", "--ckpt", out / "poems/start.pt", out / "poems/last.pt", "--data", poems, "--json", out / "poems.json", "--report", out / "poems.html")
+    call("evaluate.py", "--ckpt", out / "poems/start.pt", out / "poems/last.pt", "--data", poems, "--json", out / "poems.json",
+         "--report", out / "poems.html")
     return figures_of(out)
 
 
@@ -115,19 +129,23 @@ def figures_of(out):
     results = lambda name: json.loads((out / name).read_text(encoding="utf-8"))["results"]
     ways = lambda r: [r["text_to_image"]["R@1"], r["image_to_text"]["R@1"], (r["text_to_image"]["MR"] + r["image_to_text"]["MR"]) / 2]
     (alone, staged), (before, after), (classes,) = results("landscapes.json"), results("poems.json"), results("classes.json")
-    return {f"landscapes: stage 1, {STEPS['stage1']} steps, and stage 2, {STEPS['stage2']}": ways(staged),
+    return {f"landscapes: stage 1, {STEPS['stage1']} steps, then stage 2, {STEPS['stage2']}": ways(staged),
             f"landscapes: stage 2 alone, {STEPS['stage1'] + STEPS['stage2']} steps": ways(alone),
+            "the difference": [a - b for a, b in zip(ways(staged), ways(alone))],
             "poems: zero-shot": ways(before),
             "poems: fine-tuned": ways(after),
-            f"classes: zero-shot top-1, of {classes['classes']}": [classes["top-1"]]}
+            f"{classes['classes']} classes, zero-shot: top-1": [classes["top-1"]]}
 
 
 def summary(figures):
     """Figures of some seeds -> a table: the one, or mean ± standard deviation."""
     lines = [f"{'test splits, %':52}  text-to-image R@1  image-to-text R@1  mean recall"]
     for row in figures[0]:
-        cells = [(f"{statistics.mean(some):5.1f}" + (f" ± {statistics.stdev(some):4.1f}" if len(some) > 1 else "")) for some in zip(*(f[row] for f in figures))]
-        lines.append(f"{row:52}  " + "".join(f"{cell:19}" for cell in cells).rstrip())
+        cells = ""
+        for some in zip(*(of_seed[row] for of_seed in figures)):
+            cell = f"{statistics.mean(some):5.1f}" + (f" ± {statistics.stdev(some):4.1f}" if len(some) > 1 else "")
+            cells += f"{cell:19}"
+        lines.append(f"{row:52}  {cells.rstrip()}")
     return "\n".join(lines)
 
 
@@ -138,9 +156,11 @@ def act(text):
 def start(script, *args):
     """Start one of our scripts as a person would, its command printed."""
     print("$ python " + shlex.join([script, *map(str, args)]), flush=True)
-    return subprocess.Popen([sys.executable, "-u", str(HERE / script), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
-                            env={**os.environ, "PYTHONIOENCODING": "utf-8"},       # whatever this terminal's is
-                            preexec_fn=functools.partial(system.end_with, os.getpid(), signal.SIGTERM))           # should this process be killed, it saves and ends
+    command = [sys.executable, "-u", str(HERE / script), *map(str, args)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}                   # whatever this terminal's is
+    ends_with_us = functools.partial(system.end_with, os.getpid(), signal.SIGTERM)                  # should we be killed, it saves and ends
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace",
+                            env=environment, preexec_fn=ends_with_us)
 
 
 def finish(process, show=True):
@@ -154,10 +174,12 @@ def finish(process, show=True):
                 last = line.strip() or last
                 if show and SHOWN.match(line):
                     print("  " + line.rstrip(), flush=True)
-        finally:                                                                # after Ctrl-C, which it gets as well: it finishes its step and saves
+        finally:                                                                # after Ctrl-C, too: it finishes its step and saves
             status = process.wait()
     if status:
-        what = last.removeprefix("error: ") if status > 0 else f"{Path(process.args[2]).name} was ended by signal {-status}"         # 9: perhaps for want of memory
+        what = last.removeprefix("error: ")
+        if status < 0:
+            what = f"{Path(process.args[2]).name} was ended by signal {-status}"                    # 9: perhaps for want of memory
         raise BadInput(f"{what} (python demo.py goes on from there, --fresh starts over; {OUT / 'log.txt'} says more)")
 
 
