@@ -85,7 +85,7 @@ CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2
 
 
 def is_single(c):
-    """Whether BERT sets this character apart from its neighbours: Chinese characters and punctuation, to which it counts the symbols of ASCII."""
+    """Whether BERT sets this character apart from its neighbours: Chinese ones and punctuation, to which it counts ASCII's symbols."""
     point = ord(c)
     chinese = any(first <= point <= last for first, last in CHINESE)
     ascii_symbol = point < 128 and c.isprintable() and not c.isalnum() and c != " "
