@@ -27,7 +27,7 @@ from evaluate import described, encode_pictures
 from processes import from_all, rank_and_world
 
 ROWS = 4096                                                                     # pictures in a part
-BATCH = 128                                                                     # pictures at a time, on any number of processes the same: parts round alike
+BATCH = 128                                                                     # pictures at a time: always these, so parts round alike
 
 
 class Features:
@@ -161,7 +161,7 @@ def is_locked(file):
     """Whether this process holds the lock on a file, now. (Not flock: readers would inherit it.)"""
     try:
         return file is not None and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
-    except (BlockingIOError, PermissionError):                                  # another process has it (which of the two: up to the system)
+    except (BlockingIOError, PermissionError):                                  # another process holds it: systems say it in two ways
         return False
 
 
