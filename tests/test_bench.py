@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import checkpoint
+import processes
 import train
 from model import CONFIGS
 
@@ -18,7 +19,7 @@ from model import CONFIGS
 def test_operations_are_those_that_torch_counts(cfg):
     """In the matrix products, convolutions and attention of a forward pass; and those of a training step are three times as many."""
     model, (pixels, ids) = build(cfg).eval(), batch(cfg)
-    picture, texts = bench.operations(cfg, bench.lengths(ids))
+    picture, texts = bench.operations(cfg, bench.token_counts(ids))
 
     def counted(call):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -63,9 +64,9 @@ def test_every_row_is_measured_and_equals_the_peer(called, small_sizes, tmp_path
         text_intermediate_size=4 * cfg.text_width, text_max_position_embeddings=cfg.text_positions, text_num_attention_heads=cfg.text_heads, text_num_hidden_layers=cfg.text_layers,
         text_type_vocab_size=2)))
     monkeypatch.setitem(checkpoint.PEER_NAMES, "small-vit", (str(tmp_path / "vision"), str(tmp_path / "text")))
-    monkeypatch.setattr(bench, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(bench, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(bench, "peak", lambda device, dtype: 1e9)
-    monkeypatch.setattr(bench.evaluate, "bf16_is_fast", lambda device: False)
+    monkeypatch.setattr(processes, "bf16_is_fast", lambda device: False)
     rows = [row for row in bench.ROWS if row != "loss"]                         # of 4,096 pairs
     output = called(bench, "--model", "small-vit", "--batch-size", 8, "--rows", ",".join(rows), "--rounds", 1, "--peer").splitlines()
     assert "default precision fp32" in output[0] and len(output) == 5 + len(rows)
@@ -82,4 +83,5 @@ def test_refusals(stopped):
     assert "cn_clip has no tiny" in stopped(bench, "--model", "tiny", "--peer")
     assert "no row 'speed'" in stopped(bench, "--rows", "speed")
     assert "out of range" in stopped(bench, "--batch-size", 1)
-    assert "for ViTs" in stopped(train, "--stage", 1, "--compile")
+    for module, *more in ((bench,), (train, "--stage", 1)):
+        assert "--compile: it is for ViTs" in stopped(module, "--model", "tiny", "--compile", *more)
