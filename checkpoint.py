@@ -283,7 +283,8 @@ CLIP_VIT = {                                                                    
     "vision.norm_post.": "visual.ln_post.",
     "vision.projection": "visual.proj",
 }
-CLIP_RESNET = {                                                                 # the same two. Layout adds vision.blocks.7. -> visual.layer3.0., …
+# The same two. Before these rules class Layout puts vision.blocks.7. -> visual.layer3.0., and so on.
+CLIP_RESNET = {
     **{f"vision.stem.{i}.{j}.": f"visual.{name}{i + 1}." for i in range(3) for j, name in enumerate(("conv", "bn"))},
     ".shortcut.1.": ".downsample.0.",
     ".shortcut.2.": ".downsample.1.",
