@@ -4,11 +4,26 @@
     python bench.py --peer                                  # beside cn_clip, with ratios (pip install --no-deps cn_clip==1.6.0 six)
     python bench.py --model vit-l-14 --batch-size 256 --rows image,stage2 --peer
 
-One table: how many pictures, captions or pairs a second; what share that is of the fastest large matrix product of this device in the same run (operations are counted from the sizes: two
-for each multiplication that the result needs); and with --peer how many times cn_clip's rate, from the same weights and the same batches in the same process, with what the two results
-differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over the rounds, ratios those of each round. The last rows are of
-processes that do nothing but stage 2 steps, ours and the peer's in turn: their peak memory, and their rate. There, on a CPU, ours keeps the memory that it frees (system.keep_freed_memory), as
-all our scripts do; in the process that both share it does not.
+One table: how many pictures, captions or pairs a second; what share that is of the fastest large matrix product of this
+device in the same run (operations are counted from the sizes: two for each multiplication that the result needs); and with
+--peer how many times cn_clip's rate, from the same weights and the same batches in the same process, with what the two
+results differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over
+the rounds, ratios those of each round. The rows:
+
+    image        pictures -> image embeddings, as in an evaluation
+    text         captions -> text embeddings, 64 at a time, as in an evaluation
+    stage1       a training step whose vision tower is frozen
+    features     the same from kept features of the pictures (features.py): the text tower alone
+    stage2       a training step of both towers
+    cached       the same in several micro-batches: gradient caching, which embeds everything twice
+    loss         the loss of a large batch, and its gradient at the embeddings
+    tokenizer    captions -> token ids
+    loading      JPEG files -> the pixels of a training batch, on one core
+    evaluation   recall in both directions, from embeddings
+    memory       in processes that do nothing but stage 2 steps, ours and the peer's in turn: peak memory, and their rate
+
+In the row `memory` ours keeps, on a CPU, the memory that it frees (system.keep_freed_memory), as all our scripts do; in the
+process that both sides share it does not.
 """
 import argparse
 import concurrent.futures
@@ -45,11 +60,14 @@ from run import memory_mib
 from tokenizer import CLS, SEP, Tokenizer
 
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
+# Measured in fp32, and in the default precision.
 BY_PRECISION = {"image", "text", "stage1", "features", "stage2", "cached", "memory"}
-CAPTIONS = 64                                                                   # at a time in the row `text`: the peer's default when it extracts features
+CAPTIONS = 64                                                                   # of the row `text`: the peer's default for extracting
 
 
 class Row(NamedTuple):
+    """What is measured in a row of the table, of both sides."""
+
     what: str
     precision: str
     count: int                                                                  # pictures, captions or pairs of one call
@@ -59,22 +77,29 @@ class Row(NamedTuple):
     difference: str = ""                                                        # how far apart the two results are
 
 
-# ---------------------------------------------------------------------------------------------------------------- operations, from the sizes
+# ---------------------------------------------------------------------------------------------------------------- operations
 
 
-def operations(cfg, lengths):
-    """Floating-point operations of encoding one picture, and of encoding captions of these lengths."""
-    vit = isinstance(cfg.vision_layers, int)
-    patches = (cfg.image_size // cfg.patch_size) ** 2 if vit else 0
-    picture = 2 * patches * 3 * cfg.patch_size**2 * cfg.vision_width + transformer([1 + patches], cfg.vision_layers, cfg.vision_width, cfg.embed_dim) if vit else resnet(cfg)
-    return picture, transformer(lengths, cfg.text_layers, cfg.text_width, cfg.embed_dim)
-
+def operations(cfg, token_counts):
+    """Floating-point operations of encoding one picture, and of encoding captions with these numbers of tokens."""
+    if isinstance(cfg.vision_layers, int):
+        patches = (cfg.image_size // cfg.patch_size) ** 2
+        picture = 2 * patches * 3 * cfg.patch_size**2 * cfg.vision_width        # the convolution that embeds the patches
+        picture += transformer([1 + patches], cfg.vision_layers, cfg.vision_width, cfg.embed_dim)
+    else:
+        picture = resnet(cfg)
+    return picture, transformer(token_counts, cfg.text_layers, cfg.text_width, cfg.embed_dim)
 
 def transformer(lengths, layers, C, D):
-    """Sequences of these lengths through transformer layers C wide, and the projection of one token each. In the last layer that token alone asks; keys and values are needed of all."""
+    """Sequences of these lengths through transformer layers C wide, and the projection of one token each to D.
+
+    In the last layer that one token alone asks; keys and values are needed of all.
+    """
     tokens, firsts = sum(lengths), len(lengths)
-    for_each_query, for_each_token = 2 * (C * C + C * C + 8 * C * C), 2 * 2 * C * C                 # query, output, MLP; key, value
-    pairs, first_pairs = sum(l * l for l in lengths), tokens                    # of query and key: 2 x 2 C each, for the score and for the sum of values
+    for_each_query = 2 * (C * C + C * C + 8 * C * C)                            # query, output, MLP
+    for_each_token = 2 * 2 * C * C                                              # key, value
+    # pairs of query and key: 2 x 2 C each, for the score and for the sum of values
+    pairs, first_pairs = sum(l * l for l in lengths), tokens
     whole = tokens * (for_each_query + for_each_token) + 4 * C * pairs
     last = firsts * for_each_query + tokens * for_each_token + 4 * C * first_pairs
     return (layers - 1) * whole + last + firsts * 2 * C * D
@@ -90,14 +115,17 @@ def resnet(cfg):
         c = C * 2**group
         for i in range(depth):
             small = side // 2 if group and i == 0 else side                     # the block's average pool comes after its 3 x 3 convolution
-            total += conv(side, 1, c_in, c) + conv(side, 3, c, c) + conv(small, 1, c, 4 * c) + (conv(small, 1, c_in, 4 * c) if i == 0 else 0)
+            total += conv(side, 1, c_in, c) + conv(side, 3, c, c) + conv(small, 1, c, 4 * c)
+            if i == 0:
+                total += conv(small, 1, c_in, 4 * c)                            # the shortcut
             side, c_in = small, 4 * c
-    places = 1 + side * side                                                    # of the attention pool: keys and values of all, the query and the output of one; and attention
+    # the attention pool: keys and values of all places, the query and the output of one; its attention; the projection
+    places = 1 + side * side
     return total + 2 * c_in * c_in * (2 * places + 1) + 4 * places * c_in + 2 * c_in * cfg.embed_dim
 
 
 def peak(device, dtype, seconds=2.0):
-    """Operations a second of the fastest large matrix product."""
+    """Operations a second of the fastest large matrix product in `dtype`, found within `seconds`."""
     best = 0.0
     for n in ((4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 4096)):
         a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -125,7 +153,10 @@ def synchronize(device):
 
 
 def measured(row, device, rounds):
-    """Ours and the peer's in turn -> seconds of one call of ours, of each round; the same of the peer's, or nothing. What takes less than a tenth of a second is called more often in a round."""
+    """Ours and the peer's in turn -> seconds of one call of ours, of each round; the same of the peer's, or nothing.
+
+    What takes less than a tenth of a second is called more often in a round.
+    """
     sides = [call for call in (row.ours, row.theirs) if call]
     often = []
     for call in sides:
@@ -150,12 +181,15 @@ class Bench:
         self.model = CLIP(self.cfg).to(device)
         self.peer = Peer(name, self.model, device) if peer else None
         generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randint(0, 256, (batch_size, 3, self.cfg.image_size, self.cfg.image_size), dtype=torch.uint8, generator=generator)
-        self.ids = captions_of(torch.randint(14, 27, (batch_size,), generator=generator), self.cfg, generator)              # 20 tokens on average, [CLS] and [SEP] among them
-        self.picture_ops, text_ops = operations(self.cfg, lengths(self.ids))
+        size = (batch_size, 3, self.cfg.image_size, self.cfg.image_size)
+        self.pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)           # (B, 3, R, R)
+        counts = torch.randint(14, 27, (batch_size,), generator=generator)      # 20 tokens on average, [CLS] and [SEP] among them
+        self.ids = captions_of(counts, self.cfg, generator)                     # (B, L)
+        self.picture_ops, text_ops = operations(self.cfg, token_counts(self.ids))
         self.text_ops = text_ops / batch_size
 
     def encoding(self, what, encode, theirs, count, ops, precision):
+        """A row from two functions that embed the same `count` pictures or captions, in the precision of an evaluation."""
         autocast, name = precision_of(precision, self.device, evaluating=True)
         peer_autocast = self.peer.autocast(precision) if self.peer else None
 
@@ -177,15 +211,21 @@ class Bench:
 
     def image(self, precision):
         pixels = data.normalize(self.pixels.to(self.device).float() / 255)
-        return self.encoding("image encoding", lambda: self.model.encode_image(pixels), lambda: self.peer.model.encode_image(pixels), len(pixels), len(pixels) * self.picture_ops, precision)
+        ours, theirs = lambda: self.model.encode_image(pixels), lambda: self.peer.model.encode_image(pixels)
+        return self.encoding("image encoding", ours, theirs, len(pixels), len(pixels) * self.picture_ops, precision)
 
     def text(self, precision):
         ids = repeated(self.ids, CAPTIONS)
         there = ids.to(self.device)
-        return self.encoding("text encoding", lambda: self.model.encode_text(ids), lambda: self.peer.model.encode_text(there), len(ids), operations(self.cfg, lengths(ids))[1], precision)
+        ours, theirs = lambda: self.model.encode_text(ids), lambda: self.peer.model.encode_text(there)
+        _, ops = operations(self.cfg, token_counts(ids))
+        return self.encoding("text encoding", ours, theirs, len(ids), ops, precision)
 
     def step(self, what, precision, frozen=False, features=False, micro_batches=1):
-        """A training step, from uint8 pictures and ids on the CPU to new weights; with a learning rate of 0, which costs the same, so that the weights of ours and the peer's stay the same."""
+        """A training step, from uint8 pictures and ids on the CPU to new weights.
+
+        With a learning rate of 0, which costs the same, so that the weights of ours and the peer's stay the same.
+        """
         autocast, name = precision_of(precision, self.device)
         model = copy.deepcopy(self.model)                                       # for the gradients' buffers stay with the parameters
         if frozen:
@@ -197,18 +237,21 @@ class Bench:
         gradients = train.GradientSum([p for p in model.parameters() if p.requires_grad])
         scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
         settings = types.SimpleNamespace(augment="none", mask_tokens=0.0)
+        on_device = lambda pixels, ids: functools.partial(train.prepare, pixels, ids, None, (None, None), settings, self.device)
         pixels = self.pixels
         if features:
             with torch.no_grad():
-                pixels = torch.cat([model.encode_image(train.prepare(p, None, None, (None, None), settings, self.device)[0]) for p in pixels.split(64)]).half().cpu()
+                pixels = torch.cat([model.encode_image(on_device(p, None)()[0]) for p in pixels.split(64)]).half().cpu()            # (B, D)
         pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
-        ready = [functools.partial(train.prepare, p, ids, None, (None, None), settings, self.device) for p, ids in zip(pixels.chunk(micro_batches), self.ids.chunk(micro_batches))]
+        ready = [on_device(p, ids) for p, ids in zip(pixels.chunk(micro_batches), self.ids.chunk(micro_batches))]
         ours = lambda: train.train_step(model, ready, [1] * len(ready), None, gradients, optimizer, scaler, autocast)
         theirs, difference = None, ""
         if self.peer and micro_batches == 1:
             theirs = self.peer.step(self.pixels, self.ids, precision, frozen)
             difference = self.peer.difference(self.model, *ready[0](), self.pixels, self.ids)
-        needed = 3 * self.text_ops + (0 if features else self.picture_ops if frozen else 3 * self.picture_ops)
+        # 3: the backward pass takes two products for each one of the forward pass. What `cached` embeds a second time does not count
+        of_picture = 0 if features else self.picture_ops if frozen else 3 * self.picture_ops
+        needed = 3 * self.text_ops + of_picture
         return Row(f"{what}, {name}", name, len(self.ids), ours, theirs, len(self.ids) * needed, difference)
 
     def stage1(self, precision):
@@ -228,27 +271,35 @@ class Bench:
     def loss(self, _):
         """The loss of a large batch, and its gradient at the embeddings; the peer's by autograd."""
         N = 32768 if self.device.type == "cuda" else 4096
-        image, text = (torch.nn.functional.normalize(torch.randn(N, self.cfg.embed_dim, device=self.device), dim=1) for _ in range(2))
+        D = self.cfg.embed_dim
+        image, text = (torch.nn.functional.normalize(torch.randn(N, D, device=self.device), dim=1) for _ in range(2))               # (N, D)
         scale = torch.tensor(100.0, device=self.device)
 
         def plain():
             """As in cn_clip: two matrices of logits, two cross-entropies."""
-            a, b, target = image.clone().requires_grad_(), text.clone().requires_grad_(), torch.arange(N, device=self.device)
-            loss = (torch.nn.functional.cross_entropy(scale * a @ b.T, target) + torch.nn.functional.cross_entropy(scale * b @ a.T, target)) / 2
+            entropy, target = torch.nn.functional.cross_entropy, torch.arange(N, device=self.device)
+            a, b = image.clone().requires_grad_(), text.clone().requires_grad_()
+            loss = (entropy(scale * a @ b.T, target) + entropy(scale * b @ a.T, target)) / 2        # of (N, N) logits
             loss.backward()
             return loss, a.grad, b.grad
 
-        apart = max(((x - y).norm() / y.norm()).item() for x, y in zip(tiled_loss(image, text, scale), plain())) if self.peer else 0.0
-        return Row(f"loss and gradient of {N:,} pairs, fp32", "fp32", N, lambda: tiled_loss(image, text, scale), plain if self.peer else None, 6 * N * N * self.cfg.embed_dim,
-                   f"relative {apart:.0e}")
+        ours = lambda: tiled_loss(image, text, scale)
+        difference = max(((x - y).norm() / y.norm()).item() for x, y in zip(ours(), plain())) if self.peer else 0.0
+        # needed are S = I Tᵀ, G T and Gᵀ I, 2 N² D each. tiled_loss makes S four times instead of keeping it, so it cannot pass 50 %
+        return Row(f"loss and gradient of {N:,} pairs, fp32", "fp32", N, ours, plain if self.peer else None, 6 * N * N * D,
+                   f"relative {difference:.0e}")
 
     def tokenizer(self, _):
+        """1,000 captions of the painted sets, one in five with letters and digits."""
         rng = random.Random(0)
-        texts = [painter.describe(painter.random_scene(rng)) for _ in range(500)] + [painter.describe_landscape(painter.random_landscape(rng)) for _ in range(500)]
-        texts = [f"{text}，共{i}个 No.{i}" if i % 5 == 0 else text for i, text in enumerate(texts)]                          # one in five with letters and digits
-        ours = lambda tokenizer=Tokenizer(): tokenizer(texts)
-        theirs = (lambda: self.peer.tokenize([text.lower().replace("“", '"').replace("”", '"') for text in texts], 52)) if self.peer else None
-        return Row("tokenizer, 1,000 captions", "", len(texts), ours, theirs, 0, "ids " + ("equal" if self.peer and torch.equal(ours(), theirs()) else "DIFFER"))
+        texts = [painter.describe(painter.random_scene(rng)) for _ in range(500)]
+        texts += [painter.describe_landscape(painter.random_landscape(rng)) for _ in range(500)]
+        texts = [f"{text}，共{i}个 No.{i}" if i % 5 == 0 else text for i, text in enumerate(texts)]
+        ours, theirs, equal = functools.partial(Tokenizer(), texts), None, False
+        if self.peer:
+            theirs = lambda: self.peer.tokenize([text.lower().replace("“", '"').replace("”", '"') for text in texts], 52)
+            equal = torch.equal(ours(), theirs())
+        return Row("tokenizer, 1,000 captions", "", len(texts), ours, theirs, 0, "ids " + ("equal" if equal else "DIFFER"))
 
     def loading(self, _):
         """JPEG files of 500 x 375 -> tensors for training, on one core; the peer's without --use-augment, as is its default."""
@@ -258,18 +309,22 @@ class Bench:
             photo(i).save(path, quality=90)
         R = self.cfg.image_size
         ours = one_core(lambda: [data.training_pixels(path.read_bytes(), R, path.name) for path in paths])
-        theirs = one_core(lambda: [self.peer.transform(Image.open(path)) for path in paths]) if self.peer else None
-        apart = statistics.mean((data.normalize(x / 255) - y).abs().mean().item() * 0.27 * 255 for x, y in zip(ours(), theirs())) if self.peer else 0
-        return Row(f"pictures 500 x 375 to {R} on a core", "", len(paths), ours, theirs, 0, f"{apart:.3f} of 255 on average")
+        theirs, difference = None, 0
+        if self.peer:
+            theirs = one_core(lambda: [self.peer.transform(Image.open(path)) for path in paths])
+            of_255 = 0.27 * 255                                                 # 0.27: CLIP's deviation, about, undone
+            difference = statistics.mean((data.normalize(x / 255) - y).abs().mean().item() * of_255 for x, y in zip(ours(), theirs()))
+        return Row(f"pictures 500 x 375 to {R} on a core", "", len(paths), ours, theirs, 0, f"{difference:.3f} of 255 on average")
 
     def evaluation(self, _):
-        """Recall of 1,000 pictures and 5,000 captions in both directions, from their embeddings. (The peer's five scripts are timed in tests/test_evaluate.py.)"""
+        """Recall of 1,000 pictures and 5,000 captions. (The peer's five scripts are timed in tests/test_evaluate.py.)"""
         image, text = (torch.nn.functional.normalize(torch.randn(n, self.cfg.embed_dim), dim=1) for n in (1000, 5000))
         positives = [[t // 5] for t in range(5000)]
         return Row("recall of 1,000 pictures, 5,000 captions", "", 5000, lambda: evaluate.retrieval_recall(image, text, positives))
 
 
-def lengths(ids):
+def token_counts(ids):
+    """(B, L) -> how many tokens each caption has, a list of B."""
     return (ids != 0).sum(dim=1).tolist()
 
 
@@ -278,32 +333,36 @@ def repeated(x, n):
     return x.repeat(-(-n // len(x)), *[1] * (x.ndim - 1))[:n]
 
 
-def captions_of(lengths, cfg, generator):
-    """Random words of so many tokens, [CLS] and [SEP] among them -> (B, L) int64."""
-    ids = torch.randint(200, cfg.vocab_size, (len(lengths), cfg.context_length), generator=generator)
+def captions_of(counts, cfg, generator):
+    """Random words of so many tokens, (B,), [CLS] and [SEP] among them -> (B, L) int64."""
+    ids = torch.randint(200, cfg.vocab_size, (len(counts), cfg.context_length), generator=generator)
     places = torch.arange(cfg.context_length)
     ids[:, 0] = CLS
-    ids[places == lengths[:, None] - 1] = SEP
-    return ids.masked_fill(places >= lengths[:, None], 0)
+    ids[places == counts[:, None] - 1] = SEP
+    return ids.masked_fill(places >= counts[:, None], 0)
 
 
 def photo(seed):
     """A picture with the smooth parts, edges and grain of a photo, 500 x 375."""
     rng = np.random.default_rng(seed)
-    layers = [np.asarray(Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)).resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32) for side in (4, 16, 60)]
-    return Image.fromarray((0.6 * layers[0] + 0.3 * layers[1] + 0.1 * layers[2] + rng.normal(0, 4, (375, 500, 3))).clip(0, 255).astype(np.uint8))
+    picture = np.zeros((375, 500, 3))
+    for side, weight in ((4, 0.6), (16, 0.3), (60, 0.1)):                       # from coarse to fine
+        noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        picture += weight * np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
+    picture += rng.normal(0, 4, picture.shape)                                  # grain
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
 
 
 def one_core(call):
     """call, with one thread."""
-    def alone():
+    def on_one():
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             return call()
         finally:
             torch.set_num_threads(threads)
-    return alone
+    return on_one
 
 
 # ---------------------------------------------------------------------------------------------------------------- the peer
@@ -319,7 +378,8 @@ class Peer:
             from cn_clip.training.train import get_loss
         except ImportError as error:
             raise system.BadInput(f"--peer: cn_clip cannot be imported ({error}); pip install --no-deps cn_clip==1.6.0 six") from None
-        self.device, self.get_loss, self.tokenize, self.transform = device, get_loss, package.tokenize, package.utils.image_transform(model.cfg.image_size)
+        self.device, self.get_loss = device, get_loss
+        self.tokenize, self.transform = package.tokenize, package.utils.image_transform(model.cfg.image_size)
         folder, sizes = Path(package.__file__).parent / "model_configs", {}
         for part in checkpoint.PEER_NAMES[name]:
             sizes |= json.loads((folder / f"{part}.json").read_text())
@@ -332,12 +392,17 @@ class Peer:
 
     def autocast(self, precision):
         """Its default, "amp", is fp16 on a GPU; on a CPU it does nothing."""
-        return functools.partial(torch.autocast, self.device.type, dtype=torch.float16, enabled=precision != "fp32" and self.device.type == "cuda")
+        on = precision != "fp32" and self.device.type == "cuda"
+        return functools.partial(torch.autocast, self.device.type, dtype=torch.float16, enabled=on)
 
     def loss_of(self, pixels, ids):
-        args = types.SimpleNamespace(accum_freq=1, mask_ratio=0, distillation=False, aggregate=False, local_device_rank=self.device.index, report_training_batch_acc=False)
-        entropy = torch.nn.CrossEntropyLoss()
-        with mock.patch.object(torch.Tensor, "cuda", lambda x, *_, **__: x) if self.device.type == "cpu" else contextlib.nullcontext():
+        """Its loss of normalised pictures (B, 3, R, R) and captions (B, L)."""
+        args = types.SimpleNamespace(accum_freq=1, mask_ratio=0, distillation=False, aggregate=False,
+                                     local_device_rank=self.device.index, report_training_batch_acc=False)
+        entropy, context = torch.nn.CrossEntropyLoss(), contextlib.nullcontext()
+        if self.device.type == "cpu":                                           # it calls .cuda() on whatever it makes
+            context = mock.patch.object(torch.Tensor, "cuda", lambda x, *_, **__: x)
+        with context:
             return self.get_loss(self.model, pixels, ids, entropy, entropy, args)[0]
 
     def step(self, pixels, ids, precision, frozen):
@@ -346,9 +411,11 @@ class Peer:
         self.model.visual.requires_grad_(not frozen)
         exempt = lambda name: any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        groups = [{"params": [p for name, p in named if exempt(name)], "weight_decay": 0.0}, {"params": [p for name, p in named if not exempt(name)], "weight_decay": 0.001}]
+        groups = [{"params": [p for name, p in named if exempt(name)], "weight_decay": 0.0},
+                  {"params": [p for name, p in named if not exempt(name)], "weight_decay": 0.001}]
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
-        autocast, scaler = self.autocast(precision), torch.amp.GradScaler(self.device.type, enabled=precision != "fp32" and self.device.type == "cuda")
+        autocast = self.autocast(precision)
+        scaler = torch.amp.GradScaler(self.device.type, enabled=precision != "fp32" and self.device.type == "cuda")
         pixels, there = data.normalize(pixels.float() / 255), self.device       # its readers normalise
 
         def step():
@@ -364,11 +431,16 @@ class Peer:
         return step
 
     def difference(self, model, pixels, ids, raw, there):
-        """Of the loss and of its gradient at the text projection, relative; in fp32, without dropout."""
+        """How far its loss, and the gradient at its text projection, are from ours, relative; in fp32, without dropout.
+
+        pixels, ids: as our model takes them; raw (B, 3, R, R) uint8, there (B, L): the same for the peer's.
+        """
         results = []
         model.eval(), self.model.eval()
-        image, text = (pixels.float() if pixels.ndim == 2 else model.encode_image(pixels)), model.encode_text(ids)
-        for loss, projection in ((contrastive_loss(image, text, model.logit_scale.exp()), model.text_projection), (self.loss_of(data.normalize(raw.float() / 255).to(self.device), there.to(self.device)), self.model.text_projection)):
+        image = pixels.float() if pixels.ndim == 2 else model.encode_image(pixels)                  # (B, D)
+        ours = contrastive_loss(image, model.encode_text(ids), model.logit_scale.exp())
+        theirs = self.loss_of(data.normalize(raw.float() / 255).to(self.device), there.to(self.device))
+        for loss, projection in ((ours, model.text_projection), (theirs, self.model.text_projection)):
             results.append([loss.detach(), *torch.autograd.grad(loss, [projection])])
         model.train(), self.model.train()
         loss, gradient = (((x - y).norm() / y.norm()).item() for x, y in zip(*results))
@@ -378,7 +450,7 @@ class Peer:
 # ---------------------------------------------------------------------------------------------------------------- memory
 
 
-def alone(who, name, batch_size, precision):
+def steps_alone(who, name, batch_size, precision):
     """In a process of its own: four stage 2 steps -> MiB that it has needed at most, seconds of a step (median of the last three)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if who == "ours":
@@ -393,7 +465,7 @@ def alone(who, name, batch_size, precision):
     return memory_mib(device), statistics.median(seconds[1:])
 
 
-def apart(function, *arguments):
+def in_own_process(function, *arguments):
     """function(*arguments) in a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -423,13 +495,21 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch_size = args.batch_size or (256 if device.type == "cuda" else 16)
     if not (2 <= batch_size <= 10**6 and 1 <= args.rounds <= 1000 and 2 <= args.micro_batches <= batch_size):
-        raise system.BadInput(f"--batch-size {batch_size} --rounds {args.rounds} --micro-batches {args.micro_batches}: out of range, 2 to 1e6, 1 to 1000 and 2 to the batch size")
+        raise system.BadInput(f"--batch-size {batch_size} --rounds {args.rounds} --micro-batches {args.micro_batches}: out of range, "
+                              "2 to 1e6, 1 to 1000 and 2 to the batch size")
+    if args.compile:
+        try:
+            checkpoint.empty_model(CONFIGS[args.model]).compile_vision()        # refused before anything is measured
+        except ValueError as error:
+            raise system.BadInput(f"--compile: {error}") from None
 
-    default = precision_of("auto", device)[1]
-    print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware(device)}, torch {torch.__version__}, {datetime.date.today()}; default precision {default}")
-    peaks = {name: peak(device, dtype) for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16))
-             if name in ("fp32", default, precision_of("auto", device, evaluating=True)[1])}
-    print("largest matrix product: " + ", ".join(f"{name} {rate / 1e9:,.0f} billion operations a second" for name, rate in peaks.items()))
+    default, of_evaluation = precision_of("auto", device)[1], precision_of("auto", device, evaluating=True)[1]
+    print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware(device)}, torch {torch.__version__}, "
+          f"{datetime.date.today()}; default precision {default}")
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    peaks = {name: peak(device, dtype) for name, dtype in dtypes.items() if name in ("fp32", default, of_evaluation)}
+    said = ", ".join(f"{name} {rate / 1e9:,.0f} billion operations a second" for name, rate in peaks.items())
+    print(f"largest matrix product: {said}")
     bench = Bench(args.model, batch_size, device, args.peer, args.micro_batches, args.compile)
     print(f"\n{'':48}{'/s':>10}  {'of the peak':>11}" + f"  {'cn_clip /s':>10}  {'ratio':>5}  {'lowest-highest':14}  equal?" * args.peer)
     for name in names:
@@ -444,11 +524,14 @@ def main():
 def line(row, ours, theirs, peaks):
     """A row of the table, from the seconds of each round."""
     rate = row.count / statistics.median(ours)
-    share = row.operations / statistics.median(ours) / peaks[row.precision] if row.operations and row.precision in peaks else None
-    text = f"{row.what:48}{rate:10,.1f}  {'' if share is None else f'{share:.0%}':>11}"
+    share = ""
+    if row.operations and row.precision in peaks:
+        share = f"{row.operations / statistics.median(ours) / peaks[row.precision]:.0%}"
+    text = f"{row.what:48}{rate:10,.1f}  {share:>11}"
     if theirs:
         ratios = [b / a for a, b in zip(ours, theirs)]
-        text += f"  {row.count / statistics.median(theirs):10,.1f}  {statistics.median(ratios):5.2f}  {f'{min(ratios):.2f}-{max(ratios):.2f}':14}  {row.difference}"
+        extremes = f"{min(ratios):.2f}-{max(ratios):.2f}"
+        text += f"  {row.count / statistics.median(theirs):10,.1f}  {statistics.median(ratios):5.2f}  {extremes:14}  {row.difference}"
     return text
 
 
@@ -457,21 +540,24 @@ def lines_alone(model, batch_size, precision, peer):
     sides = ("ours", "theirs") if peer else ("ours",)
     memory, seconds = {side: [] for side in sides}, {side: [] for side in sides}
     for side in 2 * sides:
-        mib, time_of_step = apart(alone, side, model, batch_size, precision)
+        mib, time_of_step = in_own_process(steps_alone, side, model, batch_size, precision)
         memory[side].append(mib)
         seconds[side].append(time_of_step)
     text = f"{f'  alone: peak memory, MiB, {precision}':48}{max(memory['ours']):10,.0f}  {'':11}"
     if peer:
         text += f"  {max(memory['theirs']):10,.0f}  {max(memory['ours']) / max(memory['theirs']):5.2f}"
-    return text + "\n" + line(Row(f"  alone: stage 2 step, {precision}", "", batch_size, None), *(seconds.get(side, []) for side in ("ours", "theirs")), {})
+    rate = Row(f"  alone: stage 2 step, {precision}", "", batch_size, None)
+    return text + "\n" + line(rate, seconds["ours"], seconds.get("theirs", []), {})
 
 
 def hardware(device):
     """What it runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo")
-    name = next((line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")), "") if cpu.exists() else platform.processor()
+    cpu, name = Path("/proc/cpuinfo"), platform.processor()
+    if cpu.exists():                                                            # of Linux
+        names = (line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name"))
+        name = next(names, "")
     return f"{name or 'CPU'}, {torch.get_num_threads()} threads"
 
 

@@ -1,11 +1,15 @@
-"""Embeddings of the training pictures, computed once. In stage 1 the vision tower is frozen, so without augmentation each picture has the same embedding in every epoch; with it at hand a step costs the text tower alone.
+"""Embeddings of the training pictures, computed once: with them at hand a step of stage 1 costs the text tower alone.
+
+In stage 1 the vision tower is frozen, so without augmentation each picture has the same embedding in every epoch.
 
     features = Features("runs/stage1/features", model, split, "fp32")
     features.complete(model, split, …)          # computes what is missing, by all processes together
     features[7]                                 # (D,) float16: the unit vector of picture 7 of the split, NaN when it cannot be read
 
-The folder holds parts 000000.npy, 000001.npy, … with 4,096 rows each, one row for each picture, however many captions it has: 2 D bytes. features.json says what they were made of. A part is
-written whole or not at all, so after a kill those that are there stay, and any number of processes goes on; of several runs that share a folder one computes and the others wait for it.
+The folder holds parts 000000.npy, 000001.npy, … with 4,096 rows each, one row for each picture, however many captions it has:
+2 D bytes. features.json says what they were made of. A part is written whole or not at all, so after a kill those that are
+there stay, and any number of processes goes on; of several runs that share a folder one computes and the others wait for it.
+(Not the folder of evaluate.py --features: that has the embeddings of one split's pictures and captions, for other tools.)
 """
 import fcntl
 import functools
@@ -16,55 +20,67 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import checkpoint
 import system
 from evaluate import described, encode_pictures
-from processes import from_all
+from processes import from_all, rank_and_world
 
-ROWS, BATCH = 4096, 128                                                         # pictures in a part, and at a time; the same batches on any number of processes, so that parts round alike
+ROWS = 4096                                                                     # pictures in a part
+BATCH = 128                                                                     # pictures at a time: always these, so parts round alike
 
 
 class Features:
-    """One row for each picture of a split. It holds nothing but names and sizes, so it can be sent to readers; they open the parts."""
+    """One row for each picture of a split. It holds names and sizes alone, so it can be sent to readers; they open the parts."""
 
     def __init__(self, folder, model, split, precision):
+        """`precision`: the name of what the vision tower computes in; features of another one are others."""
         sizes = {name: getattr(model.cfg, name) for name in checkpoint.TOWER_SIZES["vision"]}
         self.folder, self.count, self.dim = Path(folder), split.picture_count(), model.cfg.embed_dim
         self.parts = -(-self.count // ROWS)
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        made_of = {"vision tower": checkpoint.fingerprint(model.vision), **sizes, "data": split.fingerprint(), "pictures": self.count, "precision": precision}
+        self.rank, self.world = rank_and_world()
+        made_of = {"vision tower": checkpoint.fingerprint(model.vision), **sizes,
+                   "data": split.fingerprint(), "pictures": self.count, "precision": precision}
         self.made_of = json.loads(json.dumps(made_of))                          # as it is read again: tuples become lists
 
     def pictures(self, n):
-        """Those of part n."""
+        """The pictures of part n, a range."""
         return range(n * ROWS, min((n + 1) * ROWS, self.count))
 
     def path(self, n):
         return self.folder / f"{n:06}.npy"
 
     def __getitem__(self, i):
-        """-> (D,) float16"""
+        """Picture i -> (D,) float16"""
         n = i // ROWS
-        return torch.from_numpy(np.array(opened_part(self.path(n), len(self.pictures(n)), self.dim)[i % ROWS]))             # array: a copy
+        part = opened_part(self.path(n), len(self.pictures(n)), self.dim)                           # (rows, D), mapped
+        return torch.from_numpy(np.array(part[i % ROWS]))                                           # array: a copy
 
     def sample(self, split, k):
-        """Training pair k, as split.sample gives it, but for the features of the picture in its place. Raises the same BadInput for a pair that cannot be read."""
+        """Training pair k as split.sample gives it, but for the features of the picture, (D,) float16, in its place.
+
+        Raises the same BadInput for a pair that cannot be read.
+        """
         words, row = split.words(k), self[split.picture_of(k)]
         if row.isnan().any():
-            split.sample(0, k)                                                  # this, or the next line, raises BadInput with the reason
+            # it could not be read then; now one of these two raises BadInput with the reason: the file, or what is in it
+            split.sample(0, k)
             split.picture(split.picture_of(k))
-            raise system.BadInput(f"{self.folder}: when the features were computed, the picture could not be read; now it can. Delete the folder, it will be made again")
+            raise system.BadInput(f"{self.folder}: when the features were computed, the picture could not be read; now it can. "
+                                  "Delete the folder, it will be made again")
         return row, *words
 
     def missing(self):
-        """Numbers of the parts that are not there, or damaged. Each process looks at its share of them. Raises BadInput when the folder holds something else."""
+        """Numbers of the parts that are not there, or damaged; each process looks at its share of them.
+
+        Raises BadInput when the folder holds something else.
+        """
         own = range(self.rank, self.parts, self.world)
         if (self.folder / "features.json").exists():
             described(self.folder, self.made_of)
         elif any(self.path(n).exists() for n in own):
-            raise system.BadInput(f"--features {self.folder}: it has no features.json, so nobody knows what its parts were made of; delete it or name another folder")
+            raise system.BadInput(f"--features {self.folder}: it has no features.json, so nobody knows what its parts were made of; "
+                                  "delete it or name another folder")
         return sorted(sum(from_all([n for n in own if not self.is_sound(n)]), []))
 
     def is_sound(self, n):
@@ -76,16 +92,18 @@ class Features:
         return bool((are_unit(rows) | np.isnan(rows).all(axis=1)).all())
 
     def complete(self, model, split, device, autocast, workers, say, stop):
-        """Compute what is missing. say(line) prints once for all processes; stop() is called by all of them together, again and again: it ends them when a signal has come.
+        """Compute what is missing, all processes together; the vision tower is in evaluation mode.
 
-        The vision tower is in evaluation mode.
+        say(line) prints once for all processes. stop() is called by all of them together, again and again: it raises SystemExit
+        when a signal has come. Raises BadInput when the folder cannot be written, or embeddings are not finite.
         """
         computed = 0
         if self.missing():                                                      # else the folder may even be one that cannot be written
             lock = self.alone(say, stop)
             computed = len(todo := self.missing())                              # what another run has left of it
             if self.rank == 0:
-                system.write_text(self.folder / "features.json", json.dumps({"made_of": self.made_of}, ensure_ascii=False, indent=1) + "\n")
+                content = json.dumps({"made_of": self.made_of}, ensure_ascii=False, indent=1)
+                system.write_text(self.folder / "features.json", content + "\n")
             self.compute(todo[self.rank :: self.world], model, split, device, autocast, workers, stop)
             from_all(None)                                                      # all have written theirs
             if lock:
@@ -112,20 +130,23 @@ class Features:
         return lock
 
     def compute(self, parts, model, split, device, autocast, workers, stop):
-        """This process's share."""
-        batches = [range(a, min(a + BATCH, self.pictures(n).stop)) for n in parts for a in self.pictures(n)[::BATCH]]
+        """This process's share: whole parts, by their numbers."""
+        batches = []
+        for pictures in map(self.pictures, parts):
+            batches += [range(start, min(start + BATCH, pictures.stop)) for start in pictures[::BATCH]]
         embedded, rows = encode_pictures(model, split.picture, batches, device, autocast, workers), []
         for k in range(max(from_all(len(batches)))):                            # in step with the others, that none waits long for another
             stop()
             if k >= len(batches):
                 continue
-            numbers, embed, _ = next(embedded)
+            batch, (numbers, embed, _) = batches[k], next(embedded)                                 # embed (pictures that can be read, D)
             if not are_unit(embed.numpy()).all():
-                raise system.BadInput(f"{split.name}: the embeddings of pictures {batches[k].start} to {batches[k].stop - 1} are not finite; look at the vision tower's weights, or try --precision fp32")
-            rows.append(np.full((len(batches[k]), self.dim), np.nan, np.float16))
-            rows[-1][[i - batches[k].start for i in numbers]] = embed.numpy()
-            n = batches[k].start // ROWS
-            if batches[k].stop == self.pictures(n).stop:
+                raise system.BadInput(f"{split.name}: the embeddings of pictures {batch.start} to {batch.stop - 1} are not finite; "
+                                      "look at the vision tower's weights, or try --precision fp32")
+            rows.append(np.full((len(batch), self.dim), np.nan, np.float16))
+            rows[-1][[i - batch.start for i in numbers]] = embed.numpy()
+            n = batch.start // ROWS
+            if batch.stop == self.pictures(n).stop:                             # the part is complete
                 system.write(self.path(n), lambda f: np.save(f, np.concatenate(rows)), part=f".{os.getpid()}.part")
                 rows = []
         embedded.close()
@@ -140,19 +161,23 @@ def is_locked(file):
     """Whether this process holds the lock on a file, now. (Not flock: readers would inherit it.)"""
     try:
         return file is not None and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
-    except (BlockingIOError, PermissionError):                                  # held by another process (which of the two is up to the system)
+    except (BlockingIOError, PermissionError):                                  # another process holds it: systems say it in two ways
         return False
 
 
 def read_part(path, rows, dim):
-    """(rows, dim) float16, mapped. Raises OSError when it is anything else: BadInput would count as one more picture that cannot be read."""
+    """-> (rows, dim) float16, mapped.
+
+    Raises OSError when it is anything else: BadInput would count as one more picture that cannot be read.
+    """
     try:
         part = np.load(path, mmap_mode="r")
         if (part.shape, part.dtype) != ((rows, dim), np.float16):
             raise ValueError(f"{part.dtype} {part.shape}")
         return part
     except Exception as error:                                                  # damage comes in many kinds
-        raise OSError(f"{path}: not the features that were there ({type(error).__name__}: {error}); run the same command again, it computes them again") from None
+        raise OSError(f"{path}: not the features that were there ({type(error).__name__}: {error}); "
+                      "run the same command again, it computes them again") from None
 
 
 opened_part = functools.lru_cache(maxsize=128)(read_part)                       # each is an open file

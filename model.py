@@ -553,8 +553,12 @@ class CLIP(nn.Module):
         self.vision.grad_checkpointing = self.text.grad_checkpointing = on
 
     def compile_vision(self, backend="inductor"):
-        """torch.compile for a ViT, block by block: all but the last are alike, so one compilation serves them, and pictures come in few shapes (a micro-batch, the last one, those of validation).
-        Captions come in as many as there are sums of lengths, and a ResNet's blocks all differ: both stay as they are."""
+        """torch.compile for a ViT, block by block: all but the last are alike, so one compilation serves them, and pictures come in
+        few shapes (a micro-batch, the last one, those of validation). Captions come in as many as there are sums of lengths, so the
+        text tower stays as it is; and so does a ResNet, whose blocks all differ: ValueError.
+        """
+        if isinstance(self.cfg.vision_layers, tuple):
+            raise ValueError("it is for ViTs; the blocks of a ResNet all differ, and each would be compiled by itself")
         for block in self.vision.blocks[:-1]:
             block.compile(backend=backend)
 

@@ -3,10 +3,11 @@
     python search.py --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落"
     python search.py --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落" --html found.html        # a contact sheet for the browser
     python search.py --ckpt runs/own/best.pt --images ~/Pictures --image query.jpg                # pictures like this one
-    python search.py --ckpt runs/own/best.pt --images ~/Pictures                                  # asks for queries, again and again: the model is loaded once
+    python search.py --ckpt runs/own/best.pt --images ~/Pictures                                  # asks for queries, again and again
 
-The first call embeds every picture of the folder, at any depth; later ones only what is new or has changed. The index lies in CE_CLIP_CACHE (default ~/.cache/ce-clip); nothing is
-written among the pictures. A picture that cannot be read is skipped and counted.
+The first call embeds every picture of the folder, at any depth; later ones only what is new or has changed. The index lies in
+CE_CLIP_CACHE (default ~/.cache/ce-clip); nothing is written among the pictures. A picture that cannot be read is skipped and
+counted.
 """
 import argparse
 import contextlib
@@ -31,22 +32,24 @@ from processes import own_batches, precision_of
 from system import BadInput
 from tokenizer import Tokenizer
 
-SAVE_SECONDS = 60                                                               # between two savings of a growing index: what an interrupted call can lose
+SAVE_SECONDS = 60                                                               # between two savings of a growing index
 
 
 class Index:
-    """The embeddings of a folder's pictures. For each file: its path relative to the folder, size and time of change, and the row of its embedding, or why it could not be read.
+    """The embeddings of a folder's pictures. Which file has which row, and whether it is still the same file: `files` says it.
 
-    files    {path: [size, time of change in ns, reason or None]}, in the order of the rows
+    files    {path relative to the folder: [size, time of change in ns, why it could not be read, or None]}, in the order of the rows
     embed    (n, D) float16, zeros for what could not be read
     """
 
     def __init__(self, folder, weights):
-        self.folder = folder
-        self.place = system.cache_folder() / "search" / f"{hashlib.md5(os.fsencode(folder.resolve()) + weights.encode()).hexdigest()}.npz"     # another model, another index
+        """`weights`: checkpoint.fingerprint of the model. Another model has another index."""
+        name = hashlib.md5(os.fsencode(folder.resolve()) + weights.encode()).hexdigest()
+        self.folder, self.place = folder, system.cache_folder() / "search" / f"{name}.npz"
         self.files, self.embed = {}, None
 
     def read(self, width):
+        """What an earlier call has left, if its embeddings are `width` = D wide; else the index begins empty."""
         self.embed = np.empty((0, width), np.float16)
         try:
             with np.load(self.place) as content:
@@ -63,58 +66,74 @@ class Index:
             print(f"the index {self.place} is damaged; it is made anew", file=sys.stderr)
 
     def write(self):
+        """Keep the index for the next call. Raises BadInput when that cannot be."""
         try:
             self.place.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadInput(f"{self.place.parent}: the index cannot be kept there ({error.strerror}); name another folder in CE_CLIP_CACHE") from None
+            raise BadInput(f"{self.place.parent}: the index cannot be kept there ({error.strerror}); "
+                           "name another folder in CE_CLIP_CACHE") from None
         files = np.frombuffer(json.dumps(self.files).encode(), np.uint8)
-        system.write(self.place, lambda f: np.savez(f, files=files, embed=self.embed), part=f".{os.getpid()}.part")      # two calls on one folder: the later one counts
+        # of two calls on one folder, each with a part of its own, the later one counts
+        system.write(self.place, lambda f: np.savez(f, files=files, embed=self.embed), part=f".{os.getpid()}.part")
 
     def update(self, encode):
-        """Look at the folder again: forget what has gone, embed what is new or has changed, try again what could not be read -> (how many were new or changed, how many have gone).
+        """Look at the folder again: forget what has gone, embed what is new or has changed, try again what could not be read.
+
+        -> (how many pictures were new or changed, how many have gone). Raises BadInput when there is none.
 
         encode(paths) yields (paths, embeddings, {path: reason}).
         """
+        # 1. what lies there now: {path: [size, time of change]}
         now, (paths, unread) = {}, data.picture_files(self.folder)
         for path in paths:
             with contextlib.suppress(OSError):                                  # gone this moment, or a link to nowhere
                 status = os.stat(self.folder / path)
                 now[path] = [status.st_size, status.st_mtime_ns]
-        before, row_of = self.files, {path: row for row, path in enumerate(self.files)}
         for place, reason in unread.items():                                    # a disk that does not answer: what was there may come back
             print(f"{self.folder / place}: cannot be read ({reason}); what was indexed of it stays", file=sys.stderr)
-            now |= {path: about[:2] for path, about in self.files.items() if path.startswith(place + os.sep) and path not in now}
+            inside = place + os.sep
+            now |= {path: about[:2] for path, about in self.files.items() if path.startswith(inside) and path not in now}
         if not now:
             raise BadInput(f"{self.folder}: no picture to search in; their names end in {', '.join(sorted(data.ENDINGS))}")
+
+        # 2. what of the index stays. The rest is to do, also what could not be read: a right may have been given, a disk come back
+        before, row_of = self.files, {path: row for row, path in enumerate(self.files)}
         same = [path for path in now if self.files.get(path) == [*now[path], None]]
-        todo = [path for path in now if self.files.get(path) != [*now[path], None]]                 # what could not be read may be by now: a right given, a disk come back
+        todo = [path for path in now if self.files.get(path) != [*now[path], None]]
         fresh = sum(self.files.get(path, [])[:2] != now[path] for path in todo)
         gone = len(self.files.keys() - now.keys())
         self.embed = self.embed[[row_of[path] for path in same]]
         self.files = {path: self.files[path] for path in same}
-        rows, saved = [self.embed], time.time()
+        # 3. embed the rest, saving now and then; an interrupted call goes on from there
+        rows, saved = [self.embed], time.time()                                 # rows: to be joined, each (some, D)
         try:
             for paths, embed, unreadable in encode(todo):
                 rows += [embed.half().numpy(), np.zeros((len(unreadable), embed.shape[1]), np.float16)]
-                self.files |= {path: [*now[path], None] for path in paths} | {path: [*now[path], reason] for path, reason in unreadable.items()}
+                self.files |= {path: [*now[path], None] for path in paths}
+                self.files |= {path: [*now[path], reason] for path, reason in unreadable.items()}
                 if time.time() > saved + SAVE_SECONDS:
                     rows = [np.concatenate(rows)]
                     self.embed = rows[0]
                     self.write()
                     saved = time.time()
-        finally:                                                                # an interrupted call goes on from here
-            self.embed = np.concatenate(rows)[: len(self.files)]                # Ctrl-C may have come between the two
+        finally:
+            self.embed = np.concatenate(rows)[: len(self.files)]                # Ctrl-C may have come after rows grew and before files did
             if self.files != before:
                 self.write()
         return fresh, gone
 
     def unreadable(self):
+        """{path: reason}"""
         return {path: reason for path, (*_, reason) in self.files.items() if reason}
 
 
 def best(query, embed, readable, count):
-    """query (D,), embed (n, D) float32, readable (n,) bool -> rows and similarities of the `count` most similar, best first; equal ones in the order of the rows."""
-    similarity, rows = torch.where(readable, embed @ query, -torch.inf).sort(descending=True, stable=True)                          # (n,)
+    """The `count` most similar pictures of a query -> [(row, cosine similarity), …], best first; equal ones in the order of the rows.
+
+    query (D,), embed (n, D) float32, readable (n,) bool.
+    """
+    similarity = torch.where(readable, embed @ query, -torch.inf)               # (n,)
+    similarity, rows = similarity.sort(descending=True, stable=True)
     count = min(count, int(readable.sum()))
     return list(zip(rows[:count].tolist(), similarity[:count].tolist()))
 
@@ -137,7 +156,8 @@ def main():
         raise BadInput(f"{args.query!r} and --image {args.image}: ask with a sentence or with a picture")
     if args.query is not None and not (args.query.strip() and data.is_text(args.query)):
         raise BadInput("the query is empty or not UTF-8; write a sentence, or leave it out and be asked for one")
-    for flag, value, low, high in (("--top", args.top, 1, 1000), ("--batch-size", args.batch_size, 1, 100_000), ("--workers", args.workers, 0, 512)):
+    limits = (("--top", args.top, 1, 1000), ("--batch-size", args.batch_size, 1, 100_000), ("--workers", args.workers, 0, 512))
+    for flag, value, low, high in limits:
         if not low <= value <= high:
             raise BadInput(f"{flag} {value}: out of range, {low} to {high:,}")
     system.check_place("--html", args.html)
@@ -151,7 +171,8 @@ def main():
 
     def encode(paths):
         read = functools.partial(data.picture_at, paths, folder=folder)
-        for numbers, embed, unreadable in encode_pictures(model, read, own_batches(len(paths), args.batch_size), device, autocast, args.workers):
+        batches = own_batches(len(paths), args.batch_size)
+        for numbers, embed, unreadable in encode_pictures(model, read, batches, device, autocast, args.workers):
             if not embed.isfinite().all():
                 raise BadInput(f"{args.ckpt}: its embeddings hold NaN or infinity: the weights are damaged, or too large for {precision}")
             yield [paths[i] for i in numbers], embed, {paths[i]: reason for i, reason in unreadable.items()}
@@ -161,23 +182,29 @@ def main():
     fresh, gone = index.update(encode)
     bad = index.unreadable()
     if len(bad) == len(index.files):
-        raise BadInput(f"{folder}: no picture to search in, for none of the {len(bad):,} can be read; the first: {next(iter(bad.values()))}")
+        raise BadInput(f"{folder}: no picture to search in, for none of the {len(bad):,} can be read; "
+                       f"the first: {next(iter(bad.values()))}")
     unread = f" and {len(bad):,} that cannot be read (the first: {next(iter(bad.values()))})" if bad else ""
     print(f"{folder}: {len(index.files) - len(bad):,} pictures{unread}; {fresh:,} new or changed, {gone:,} gone", file=sys.stderr)
-    embed, readable = torch.from_numpy(index.embed).float(), torch.tensor([about[2] is None for about in index.files.values()])
+    embed = torch.from_numpy(index.embed).float()                               # (n, D)
+    readable = torch.tensor([about[2] is None for about in index.files.values()])                   # (n,)
     paths = list(index.files)
 
-    def show(query, title):
+    def show(query, title):                                                     # query (D,)
         found = [(paths[row], similarity) for row, similarity in best(query, embed, readable, args.top)]
         for place, (path, similarity) in enumerate(found, 1):
             print(f"{place:3}  {similarity:.3f}  {system.printable(folder / path)}")
         if args.html is not None:
-            note = f"{len(index.files) - len(bad):,} pictures in {folder.resolve()}, searched by {args.ckpt}. The figures are cosine similarities."
-            report.write_sheet(args.html, title, note, found, lambda path: data.decoded((folder / path).read_bytes, path), lambda path: (folder / path).resolve().as_uri(), asked)
+            note = (f"{len(index.files) - len(bad):,} pictures in {folder.resolve()}, searched by {args.ckpt}. "
+                    "The figures are cosine similarities.")
+            read = lambda path: data.decoded((folder / path).read_bytes, path)
+            address = lambda path: (folder / path).resolve().as_uri()
+            report.write_sheet(args.html, title, note, found, read, address, asked)
             print(f"wrote {args.html}", file=sys.stderr)
 
     def by_text(sentence):
-        show(embed_texts(model, tokenizer([sentence], model.cfg.context_length).numpy(), device, autocast)[0], sentence)
+        ids = tokenizer([sentence], model.cfg.context_length).numpy()           # (1, L)
+        show(embed_texts(model, ids, device, autocast)[0], sentence)
 
     if asked is not None:
         with torch.no_grad(), autocast():

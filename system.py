@@ -1,6 +1,6 @@
 """What every script needs of the system it runs on: errors of one line, whole files or none, downloads, progress, memory.
 
-    system.run(main)                                    # run a script's main: what a person can mend ends it with one line instead of a traceback
+    system.run(main)                                    # run a script's main: what a person can mend ends it with one line, no traceback
     raise BadInput("a.csv, line 3: …; do this")         # such a line
     system.write_text("settings.json", text)            # the old file or the whole new one, at every moment
 
@@ -43,10 +43,11 @@ class BadInput(Exception):
 
 
 def write(path, fill, shown=None, part=".part"):
-    """At every moment `path` is the old file or the whole new one: `fill` writes it beside its place, under its name + `part`, it is flushed to the disk, then renamed.
+    """At every moment `path` is the old file or the whole new one.
 
-    `shown`: its name in a message. Of processes that write the same file at the same time each needs a `part` of its own. A link stays, what it points to is written; into a device or
-    a pipe (/dev/stdout) it is written directly.
+    fill(f) writes it beside its place, under its name + `part`; it is flushed to the disk, then renamed. `shown`: its name in a
+    message. Of processes that write the same file at the same time each needs a `part` of its own. A link stays, what it points
+    to is written; into a device or a pipe (/dev/stdout) it is written directly. BadInput when it cannot be written.
     """
     if is_device(path):
         with open(path, "wb") as f:
@@ -60,14 +61,15 @@ def write(path, fill, shown=None, part=".part"):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:                                    # torch.save turns "disk full" into a RuntimeError about its archive
+    except (OSError, RuntimeError) as error:                                    # RuntimeError: torch.save says so that the disk is full
         with contextlib.suppress(OSError):
             part.unlink()                                                       # a full disk needs the room
         raise BadInput(f"{shown}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
 
 
 def write_text(path, text, **options):
-    write(path, lambda f: f.write(text.encode(errors="backslashreplace")), **options)       # names of files need not be text
+    # names of files need not be text
+    write(path, lambda f: f.write(text.encode(errors="backslashreplace")), **options)
 
 
 def is_device(path):
@@ -87,12 +89,15 @@ def cache_folder():
 
 
 def utf8_lines(path):
+    """(number from 1, text) of every line. Raises BadInput for one that is not UTF-8."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
+            coding = "utf-8-sig" if number == 1 else "utf-8"                    # spreadsheets put a byte-order mark first
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")                  # spreadsheets put a byte-order mark first
+                yield number, line.decode(coding)
             except UnicodeDecodeError as error:
-                raise BadInput(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file as UTF-8 (in a spreadsheet: CSV UTF-8)") from None
+                raise BadInput(f"{path}, line {number}: not UTF-8 ({error.reason}); "
+                               "save the file as UTF-8 (in a spreadsheet: CSV UTF-8)") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- a terminal
@@ -104,7 +109,9 @@ def printable(text):
 
 
 class Progress:
-    """How much of a long piece of work is done (by this process), and the time left: one line on stderr, from the third second on; only in a terminal, and only of the first process.
+    """How much of a long piece of work is done (by this process), and the time left: one line on stderr, from the third second on.
+
+    Only in a terminal, and only of the first process.
 
         with Progress("pictures embedded", 10_000) as progress:
             progress.add(128)
@@ -119,7 +126,8 @@ class Progress:
         self.done, now = self.done + n, time.time()
         if not self.quiet and n > 0 and now > max(self.begin + 2, self.shown + 0.5):
             left = (now - self.begin) / (self.done - self.first) * max(0, self.total - self.done)
-            print(f"\r{self.what}: {self.done:,.0f} of {self.total:,.0f}, {timedelta(seconds=int(left))} left\x1b[K", end="", file=sys.stderr, flush=True)          # [K clears what was there
+            line = f"{self.what}: {self.done:,.0f} of {self.total:,.0f}, {timedelta(seconds=int(left))} left"
+            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)       # [K clears what was there
             self.shown = now
 
     def __enter__(self):
@@ -142,10 +150,11 @@ def hub_url(place):
 
 
 def download(url, path, tries=5):
-    """A file from the web, whole or not at all -> path. Its size is verified, and its SHA-256 where the server tells it (the hub does). A file that is there is not asked for again.
+    """A file from the web, whole or not at all -> path. A file that is there is not asked for again.
 
-    A download that was cut goes on where it stopped: up to `tries` times in one call, and when called again. Of several processes that ask, one loads and the others wait.
-    Raises BadInput when the file cannot be had.
+    Its size is verified, and its SHA-256 where the server tells it (the hub does). A download that was cut goes on where it
+    stopped: up to `tries` times in one call, and when called again. Of several processes that ask, one loads and the others
+    wait. Raises BadInput when the file cannot be had.
     """
     path = Path(path)
     if path.exists():
@@ -162,21 +171,25 @@ def download(url, path, tries=5):
         for attempt in range(1, tries + 1):
             try:
                 place, size, tag = remote_file(url)
-                part = path.with_name(f"{path.name}.{hashlib.md5(f'{tag} {size}'.encode()).hexdigest()[:8]}.part")     # of this version of the file
+                version = hashlib.md5(f"{tag} {size}".encode()).hexdigest()[:8]                     # of the file: another one begins anew
+                part = path.with_name(f"{path.name}.{version}.part")
                 have = part.stat().st_size if part.exists() else 0
                 if have < size:
-                    print(f"downloading {url} to {path}: {(size - have) / 2**20:,.0f}{f' of {size / 2**20:,.0f}' * bool(have)} MiB", file=sys.stderr, flush=True)
+                    amount = f"{(size - have) / 2**20:,.0f}" + (f" of {size / 2**20:,.0f}" if have else "")
+                    print(f"downloading {url} to {path}: {amount} MiB", file=sys.stderr, flush=True)
                     fetch_rest(place, part, have, size)
             except urllib.error.HTTPError as error:
                 problem, passing = error, error.code >= 500 or error.code in (408, 429)             # timeout, too many requests
             except (OSError, http.client.HTTPException) as error:               # of the network; a full disk is BadInput already
-                problem, passing = " ".join(str(getattr(error, "reason", None) or error).split()) or type(error).__name__, True
+                reason = " ".join(str(getattr(error, "reason", None) or error).split())
+                problem, passing = reason or type(error).__name__, True
             except ValueError as error:                                         # an address that is none
                 problem, passing = error, False
             else:
                 break
             if attempt == tries or not passing:
-                raise BadInput(f"{url}: cannot be downloaded ({problem}). {'Run it again to go on from there; ' * passing}HF_ENDPOINT names a mirror, https_proxy a proxy; "
+                again = "Run it again to go on from there; " * passing
+                raise BadInput(f"{url}: cannot be downloaded ({problem}). {again}HF_ENDPOINT names a mirror, https_proxy a proxy; "
                                "or load the file by other means and pass its path")
             print(f"{url}: {problem}; trying again in {2**attempt} s", file=sys.stderr, flush=True)
             time.sleep(2**attempt)
@@ -195,7 +208,10 @@ class _StayHere(urllib.request.HTTPRedirectHandler):
 
 
 def remote_file(url):
-    """-> (address, size in bytes, tag of this version: for large files of the hub their SHA-256). The hub tells both where it redirects to its storage."""
+    """-> (address, size in bytes, tag of this version: for large files of the hub their SHA-256), asked for without the file.
+
+    The hub tells size and tag where it redirects to its storage. BadInput when the server does not tell the size.
+    """
     opener = urllib.request.build_opener(_StayHere)
     for _ in range(6):
         try:
@@ -210,17 +226,22 @@ def remote_file(url):
         size = headers["X-Linked-Size"] or headers["Content-Length"] or "0"
         if not size.isdecimal() or not int(size):
             raise BadInput(f"{url}: the server does not say how large the file is, so it could not be verified")
-        return url, int(size), (headers["X-Linked-ETag"] or headers["ETag"] or "").removeprefix("W/").strip('"').lower()
+        tag = headers["X-Linked-ETag"] or headers["ETag"] or ""
+        return url, int(size), tag.removeprefix("W/").strip('"').lower()
     raise BadInput(f"{url}: redirected without end")
 
 
 def fetch_rest(url, part, have, size):
-    """Append to `part` what comes after its first `have` bytes. Raises ConnectionError when the connection ends too early."""
+    """Append to `part` what comes after its first `have` bytes, of `size` in all.
+
+    Raises ConnectionError when the connection ends too early, BadInput when the disk does not take it.
+    """
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         if answer.status != 206 or not (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
             have = 0                                                            # not what was asked for: take it as the whole file
-        with open(part, "ab" if have else "wb") as f, Progress(f"{part.name.rsplit('.', 2)[0]}: MiB", size / 2**20, have / 2**20) as progress:
+        progress = Progress(f"{part.name.rsplit('.', 2)[0]}: MiB", size / 2**20, have / 2**20)
+        with open(part, "ab" if have else "wb") as f, progress:
             while have < size and (block := answer.read1(min(2**20, size - have))):
                 try:
                     f.write(block)
@@ -246,12 +267,17 @@ def sha256_of(path):
 # ---------------------------------------------------------------------------------------------------------------- helper processes
 
 
-READER_SECONDS = 900                                                            # to wait for one batch: a full /dev/shm, for one, makes a reader wait for ever, without a word
+# How long to wait for one batch: a full /dev/shm, for one, makes a reader wait for ever, without a word.
+READER_SECONDS = 900
 
 
 def reader_start():
-    """For DataLoader's worker_init_fn. Ctrl-C and torchrun's SIGTERM go to whole process groups. Readers leave it: the process they read for still needs them to finish its step. But they end
-    with it: DataLoader's own watch misses a process that is killed while its readers start, and then they would stay for ever."""
+    """For DataLoader's worker_init_fn: readers get a session of their own, and end with the process that they read for.
+
+    Why: Ctrl-C and torchrun's SIGTERM go to whole process groups. Readers leave it, for the process they read for still needs them
+    to finish its step. But they end with it: DataLoader's own watch misses a process that is killed while its readers start, and
+    then they would stay for ever.
+    """
     return functools.partial(_start_reader, os.getpid())
 
 
@@ -272,8 +298,11 @@ def end_with(parent, number=signal.SIGKILL):
 
 
 def keep_freed_memory():
-    """What is freed stays with the process and is used again. Else the C library gives each large tensor back to the system and asks for the next one, whose pages the system first must find
-    and clear: a quarter of the time of a training step on a CPU. (Linux with glibc; elsewhere nothing is done.)"""
+    """What is freed stays with the process and is used again. (Linux with glibc; elsewhere nothing is done.)
+
+    Else the C library gives each large tensor back to the system and asks for the next one, whose pages the system first must
+    find and clear: a quarter of the time of a training step on a CPU.
+    """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(-4, 0)                                                  # M_MMAP_MAX: how many tensors may have a block of their own
@@ -281,7 +310,10 @@ def keep_freed_memory():
 
 
 def free_memory():
-    """As it is without, for the benchmark: tensors of 32 MiB or more go back to the system (a limit that the C library soon comes to by itself), and twice that at the end."""
+    """As it is without keep_freed_memory, for the benchmark: tensors of 32 MiB or more go back to the system, and twice that at the end.
+
+    (32 MiB is a limit that the C library soon comes to by itself.)
+    """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(-4, 65536)
@@ -293,14 +325,17 @@ def free_memory():
 
 
 def run(main):
-    """Run a script's main. Warnings become one line each, without Python's source line; BadInput, failed reads or writes, and lost readers or partners become one line and
-    exit status 1. Under torchrun a mistake that all processes meet is told by the first alone.
+    """Run a script's main, then end the process: with 0, or with one line and exit status 1 for what a person can mend.
+
+    That is BadInput, failed reads or writes, lost readers or partners, and too little memory. Warnings become one line each,
+    without Python's source line. Under torchrun a mistake that all processes meet is told by the first alone.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:                                          # closed by the caller
             setattr(sys, name, open(os.devnull, mode))
     keep_freed_memory()
-    sys.stdout.reconfigure(errors="backslashreplace")                           # a terminal that knows no Chinese shows \u732b, and the run goes on
+    # a terminal that knows no Chinese shows \u732b, and the run goes on
+    sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print("warning:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
     status = 0
     try:
@@ -319,19 +354,22 @@ def run(main):
         status = f"error: {str(error).strip().splitlines()[-1]}"                # an OSError of a reader comes with a traceback before it
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
-            status = "error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. A training run continues with the same command"
+            status = ("error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. "
+                      "A training run continues with the same command")
         elif str(error).startswith("DataLoader timed out"):
-            status = f"error: no picture came from its readers within {READER_SECONDS} s: is /dev/shm full, or the disk gone? --workers 0 does without them"
+            status = (f"error: no picture came from its readers within {READER_SECONDS} s: is /dev/shm full, or the disk gone? "
+                      "--workers 0 does without them")
         elif "out of memory" in str(error) or "can't allocate memory" in str(error):                # of a GPU, of the CPU
-            status = f"error: there is not enough memory ({str(error).splitlines()[0][:200]}); in training a smaller --micro-batch or --grad-checkpointing needs less"
+            status = (f"error: there is not enough memory ({str(error).splitlines()[0][:200]}); "
+                      "in training a smaller --micro-batch or --grad-checkpointing needs less")
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             status = f"error: torch.compile failed ({str(error).strip().splitlines()[0][:200]}); without --compile the run goes on"
-        elif "onnection" in str(error):                                         # gloo: "Connection closed by peer", "Connection reset by peer", …
+        elif "onnection" in str(error):                                         # gloo: "Connection closed by peer", "… reset by peer", …
             status = "error: the connection to another process of this run broke; the error line of that process says why"
         else:
             raise
     if isinstance(status, str) and int(os.environ.get("RANK", 0)):
-        time.sleep(3)                                                           # if the first process failed too, torchrun ends this one meanwhile
+        time.sleep(3)                                                           # had the first process failed too, torchrun ends this one
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(status)
     if isinstance(status, str):
@@ -339,4 +377,5 @@ def run(main):
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status or 0)                                                       # at once: threads of torch.distributed that are still there can crash a Python that ends in the usual way
+    # at once: threads of torch.distributed that are still there can crash a Python that ends in the usual way
+    os._exit(status or 0)

@@ -113,7 +113,10 @@ def main():
         model.freeze_vision()
     model.set_grad_checkpointing(settings.grad_checkpointing)
     if settings.compile:
-        model.compile_vision()
+        try:
+            model.compile_vision()
+        except ValueError as error:
+            raise BadInput(f"--compile: {error}") from None
     model.vision.patch_dropout = settings.patch_dropout                         # of a ViT; resolve refuses it for others
     model.to(device).train()
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # not enabled, it passes everything through
@@ -598,8 +601,6 @@ def resolve(args, config, train_split, valid_split, precision, world):
     if settings.patch_dropout and (args.stage == "1" or resnet):
         why = "the vision tower is frozen" if args.stage == "1" else "a ResNet has none"
         raise BadInput(f"--patch-dropout {settings.patch_dropout}: there are no patches to leave out, for {why}")
-    if settings.compile and resnet:
-        raise BadInput("--compile: it is for ViTs; the blocks of a ResNet all differ, and each would be compiled by itself")
     if not pairs:
         raise BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
     settings.model, settings.precision = checkpoint.name_of(config), precision

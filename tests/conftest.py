@@ -101,7 +101,7 @@ def small_bench(small_sizes, tmp_path, monkeypatch):
         text_intermediate_size=4 * cfg.text_width, text_max_position_embeddings=cfg.text_positions, text_num_attention_heads=cfg.text_heads, text_num_hidden_layers=cfg.text_layers,
         text_type_vocab_size=2)))
     monkeypatch.setitem(checkpoint.PEER_NAMES, "small-vit", (str(tmp_path / "vision"), str(tmp_path / "text")))
-    monkeypatch.setattr(bench, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(bench, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(bench, "peak", lambda device, dtype: 1e9)
     monkeypatch.setattr("processes.bf16_is_fast", lambda device: False)
 

@@ -16,7 +16,7 @@ from model import CONFIGS
 def test_operations_are_those_that_torch_counts(cfg):
     """In the matrix products, convolutions and attention of a forward pass; and those of a training step are three times as many."""
     model, (pixels, ids) = build(cfg).eval(), batch(cfg)
-    picture, texts = bench.operations(cfg, bench.lengths(ids))
+    picture, texts = bench.operations(cfg, bench.token_counts(ids))
 
     def counted(call):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -69,4 +69,5 @@ def test_refusals(stopped):
     assert "cn_clip has no tiny" in stopped(bench, "--model", "tiny", "--peer")
     assert "no row 'speed'" in stopped(bench, "--rows", "speed")
     assert "out of range" in stopped(bench, "--batch-size", 1)
-    assert "for ViTs" in stopped(train, "--stage", 1, "--compile")
+    for module, *more in ((bench,), (train, "--stage", 1)):
+        assert "--compile: it is for ViTs" in stopped(module, "--model", "tiny", "--compile", *more)

@@ -20,6 +20,12 @@ def test_layout_of_the_ids():
     assert Tokenizer()("一只猫").shape == (1, 52) and Tokenizer()([]).shape == (0, 52)
 
 
+def test_no_room_for_a_token_is_refused():
+    assert Tokenizer()("猫", 3).tolist() == [[CLS, 4344, SEP]]
+    with pytest.raises(ValueError, match="context_length 2: .* need 3"):
+        Tokenizer()("猫", 2)
+
+
 def test_case_and_quotes():
     tokenizer = Tokenizer()
     assert tokenizer("“Cat”").equal(tokenizer('"cat"'))
@@ -43,7 +49,7 @@ def test_cut_captions_are_counted_once():
 def test_characters_that_are_looked_up_are_the_tokens_that_the_library_finds_alone_and_among_others():
     tokenizer = Tokenizer()
     by_library = lambda texts: [encoding.ids for encoding in tokenizer.wordpiece.encode_batch_fast(texts)]
-    characters, ids = tokenizer.alone.keys(), tokenizer.alone.values()
+    characters, ids = tokenizer.id_of_single.keys(), tokenizer.id_of_single.values()
     assert len(characters) > 7000 and {"猫", "，", "《", "·", "!", "$"} <= characters and not {"a", "1", " ", "é", "…", "の"} & characters
     assert by_library(list(characters)) == [[i] for i in ids]
     cat, letter = by_library(["猫", "x"])

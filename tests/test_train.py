@@ -451,6 +451,17 @@ def test_the_best_of_start_end_and_their_averages_is_kept(tsv_folder, tmp_path, 
     assert same(last, plain := tensors(tmp_path / "plain/last.pt")) == set(plain)
 
 
+def test_a_run_killed_among_its_averages_says_what_its_best_weights_are(tsv_folder, tmp_path, trained, called, scores, monkeypatch):
+    """last.pt does not know yet of an average that became best.pt; without --average nothing more is to do."""
+    scores += [50, 40, 30, 20, 10, 1, 2, 60]
+    load = Run.load_average
+    monkeypatch.setattr(Run, "load_average", lambda run, share: load(run, share) if share < 0.4 else sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        trained(*finetune(tsv_folder, tmp_path / "run", "--lr", 0.01))
+    output = called(train, *finetune(tsv_folder, tmp_path / "run", "--lr", 0.01, "--no-average")[1:])
+    assert "nothing to do: finished. " in output and "0.7 x the start + 0.3 x the end" in output
+
+
 def test_lost_or_foreign_weights_in_the_folder_are_told(tsv_folder, tmp_path, trained, stops):
     out = tmp_path / "run"
     trained(*finetune(tsv_folder, out, "--keep", 9))
