@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import checkpoint
 import system
-from evaluate import described, encode_pictures
+from evaluate import encode_pictures, read_about
 from processes import from_all
 
 ROWS, BATCH = 4096, 128                                                         # pictures in a part, and at a time; the same batches on any number of processes, so that parts round alike
@@ -62,7 +62,7 @@ class Features:
         """Numbers of the parts that are not there, or damaged. Each process looks at its share of them. Raises BadInput when the folder holds something else."""
         own = range(self.rank, self.parts, self.world)
         if (self.folder / "features.json").exists():
-            described(self.folder, self.made_of)
+            read_about(self.folder, self.made_of)
         elif any(self.path(n).exists() for n in own):
             raise system.BadInput(f"--features {self.folder}: it has no features.json, so nobody knows what its parts were made of; delete it or name another folder")
         return sorted(sum(from_all([n for n in own if not self.is_sound(n)]), []))

@@ -177,7 +177,7 @@ def main():
             print(f"wrote {args.html}", file=sys.stderr)
 
     def by_text(sentence):
-        show(embed_texts(model, tokenizer([sentence], model.cfg.context_length).numpy(), device, autocast)[0], sentence)
+        show(embed_texts(model, tokenizer([sentence], model.cfg.context_length).numpy(), autocast)[0], sentence)
 
     if asked is not None:
         with torch.no_grad(), autocast():
