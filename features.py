@@ -23,7 +23,7 @@ import torch
 
 import checkpoint
 import system
-from evaluate import described, encode_pictures
+from evaluate import encode_pictures, read_about
 from processes import from_all, rank_and_world
 
 ROWS = 4096                                                                     # pictures in a part
@@ -77,7 +77,7 @@ class Features:
         """
         own = range(self.rank, self.parts, self.world)
         if (self.folder / "features.json").exists():
-            described(self.folder, self.made_of)
+            read_about(self.folder, self.made_of)
         elif any(self.path(n).exists() for n in own):
             raise system.BadInput(f"--features {self.folder}: it has no features.json, so nobody knows what its parts were made of; "
                                   "delete it or name another folder")

@@ -1,7 +1,16 @@
 """What the painted data sets show, and what their captions say: pure drawing.
 
-Three kinds: scenes of coloured things in the quarters of a picture (`demo`), Chinese landscapes with plain captions (`landscapes`), and landscapes that show what two lines of
-classical verse speak of (`poems`). Each has a function that draws one at random, one that says it in words, and one that paints it. Every draw comes from a random.Random.
+A data set that needs no download is made here: what a picture shows is drawn at random first, then said in words, then painted, so a
+caption is true of its picture. Three kinds: scenes of coloured things in the quarters of a picture (`demo`), Chinese landscapes with plain
+captions, and landscapes that show what two lines of classical verse speak of (`poems`). Each kind has four functions, which data.py's
+table `PAINTED` puts together: random_… draws what a picture shows, describe… (or poem_caption) says it, paint… paints it, split_of_… tells
+to which split it belongs.
+
+A scene is the frozenset of what a picture shows. Whatever is random comes from the random.Random that is passed (`rng`), so the same seed
+paints the same picture for ever; therefore the order of its calls must not change.
+
+Reading: the first section is the whole idea in a hundred lines. The two sections on landscapes are tables, and one small function for each
+thing that is painted: read `paint_landscape` at the end, and of the others as many as you like.
 """
 import colorsys
 import hashlib
@@ -10,7 +19,7 @@ from typing import Callable, NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw
 
-# ---------------------------------------------------------------------------------------------------------------- things in the quarters of a picture
+# ---------------------------------------------------------------------------------------------------------------- coloured things
 
 
 def _circle(r=1.0, x=0.0, y=0.0, start=0.0, end=2 * math.pi, n=24):
@@ -30,7 +39,7 @@ def _heart():
 _STAR = [(r * math.sin(math.pi * k / 5), -r * math.cos(math.pi * k / 5)) for k, r in enumerate([1, 0.42] * 5)]
 _BROWN, _YELLOW, _PALE = (110, 75, 45), (250, 215, 70), (250, 250, 250)
 
-# noun -> (measure word, polygons in the square -1..1 with y downwards; fill None is the object's own colour)
+# noun -> (measure word, [(fill, polygon), …] in the square -1..1 with y downwards; fill None is the object's own colour)
 THINGS = {
     "圆形": ("个", [(None, _circle())]),
     "方块": ("个", [(None, [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)])]),
@@ -47,11 +56,11 @@ THINGS = {
     "雨伞": ("把", [(None, _circle(1, 0, 0.1, math.pi, 2 * math.pi)), (_BROWN, [(-0.07, 0.1), (0.07, 0.1), (0.07, 1), (-0.07, 1)])]),
     "旗子": ("面", [(_BROWN, [(-0.9, -1), (-0.72, -1), (-0.72, 1), (-0.9, 1)]), (None, [(-0.72, -1), (1, -1), (1, 0.15), (-0.72, 0.15)])]),
 }
-COLOURS = {"红色": (0.0, 0.85, 0.9), "橙色": (0.08, 0.9, 1.0), "黄色": (0.15, 0.85, 0.95), "绿色": (0.35, 0.8, 0.65), "蓝色": (0.6, 0.85, 0.9), "紫色": (0.77, 0.7, 0.7),
-           "粉色": (0.93, 0.35, 1.0), "黑色": (0.0, 0.0, 0.15)}                                     # hue, saturation, value
+COLOURS = {"红色": (0.0, 0.85, 0.9), "橙色": (0.08, 0.9, 1.0), "黄色": (0.15, 0.85, 0.95), "绿色": (0.35, 0.8, 0.65),
+           "蓝色": (0.6, 0.85, 0.9), "紫色": (0.77, 0.7, 0.7), "粉色": (0.93, 0.35, 1.0), "黑色": (0.0, 0.0, 0.15)}       # hue, saturation, value
 PLACES = {"左上角": (-1, -1), "右上角": (1, -1), "左下角": (-1, 1), "右下角": (1, 1)}
 COUNTS = {1: "一", 2: "两", 3: "三"}
-LAYOUTS = {1: [(0, 0)], 2: [(-0.5, 0), (0.5, 0)], 3: [(-0.5, 0.45), (0.5, 0.45), (0, -0.45)]}       # where 1, 2, 3 things stand in their quarter
+LAYOUTS = {1: [(0, 0)], 2: [(-0.5, 0), (0.5, 0)], 3: [(-0.5, 0.45), (0.5, 0.45), (0, -0.45)]}       # where 1, 2, 3 things stand
 
 
 def random_scene(rng):
@@ -80,15 +89,25 @@ def paint(scene, rng, size=128):
     for place, count, colour, thing in sorted(scene):
         hue, saturation, value = COLOURS[colour]
         jitter = lambda x, most: min(1.0, max(0.0, x + rng.uniform(-most, most)))
-        own = tuple(int(255 * c) for c in colorsys.hsv_to_rgb((hue + rng.uniform(-0.02, 0.02)) % 1, jitter(saturation, 0.08) if saturation else 0, jitter(value, 0.08)))
+        hue = (hue + rng.uniform(-0.02, 0.02)) % 1
+        saturation = jitter(saturation, 0.08) if saturation else 0              # black stays without a colour
+        own = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, jitter(value, 0.08)))
         quarter_x, quarter_y = (size / 2 + sign * size / 4 + rng.uniform(-0.03, 0.03) * size for sign in PLACES[place])
         radius = size * (0.19 if count == 1 else 0.1) * rng.uniform(0.8, 1.1)
         for dx, dy in LAYOUTS[count]:
             x, y, angle = quarter_x + dx * size * 0.22, quarter_y + dy * size * 0.22, math.radians(rng.uniform(-12, 12))
             for fill, points in THINGS[thing][1]:
-                turned = [(x + radius * (u * math.cos(angle) - v * math.sin(angle)), y + radius * (u * math.sin(angle) + v * math.cos(angle))) for u, v in points]
-                draw.polygon(turned, fill=fill or own)
+                _shape(draw, x, y, radius, fill or own, *_turn(points, angle))
     return picture
+
+
+def _shape(draw, x, y, s, fill, *points):
+    """A polygon around (x, y), s times as large as its points say."""
+    draw.polygon([(x + s * u, y + s * v) for u, v in points], fill=fill)
+
+
+def _turn(points, angle):
+    return [(u * math.cos(angle) - v * math.sin(angle), u * math.sin(angle) + v * math.cos(angle)) for u, v in points]
 
 
 def split_of_scene(scene):
@@ -97,13 +116,15 @@ def split_of_scene(scene):
 
 
 def _split_of(text, parts):
-    """One part of `parts` is valid, one is test."""
+    """By the text's hash, of all `parts` one is valid, one is test, the others are train."""
     return {0: "valid", 1: "test"}.get(hashlib.md5(text.encode()).digest()[0] % parts, "train")
 
 
-# ---------------------------------------------------------------------------------------------------------------- landscapes: how each element is painted
+# ---------------------------------------------------------------------------------------------------------------- landscapes: how to paint
 
-# On 256 x 256 points, x to the right, y downwards; far land ends at y = 152, water lies from 168 to 228, trees stand at 240.
+# An element is something that a landscape can show. Those in STAMPS are some polygons, printed once or several times; the others have a
+# function below: (draw, rng, x: its middle, s: its scale, …). All on 256 x 256 points, x to the right, y downwards; far
+# land ends at y = 152, water lies from 168 to 228, trees stand at 240.
 
 
 def _oval(x, y, rx, ry):
@@ -112,8 +133,8 @@ def _oval(x, y, rx, ry):
 
 def _roof(half, y, height):
     """Of a hall or a pagoda, its corners turned up."""
-    return [(-half - 9, y - 5), (-half, y), (half, y), (half + 9, y - 5), (half * 0.6, y - height * 0.6), (half * 0.45, y - height), (-half * 0.45, y - height),
-            (-half * 0.6, y - height * 0.6)]
+    eaves = [(-half - 9, y - 5), (-half, y), (half, y), (half + 9, y - 5)]
+    return eaves + [(half * 0.6, y - height * 0.6), (half * 0.45, y - height), (-half * 0.45, y - height), (-half * 0.6, y - height * 0.6)]
 
 
 def _box(left, top, right, bottom):
@@ -127,7 +148,7 @@ def _arc(r):
 _INK, _WHITE, _RED, _ROOF, _STONE = (26, 26, 32), (251, 251, 250), (178, 44, 36), (64, 66, 76), (140, 136, 130)
 _HULL = [((84, 54, 36), [(-44, -12), (-30, -5), (30, -5), (44, -12), (33, 8), (-33, 8)]), ((80, 128, 156), _box(-36, 10, 36, 13))]
 
-# element -> (y, smallest scale, where there is one of it, its polygons with their colours)
+# element -> (y, smallest scale, [(dx, dy) of each one of it, …], [(fill, polygon), …])
 STAMPS = {
     "朝阳": (104, 1, [(0, 0)], [((255, 205, 70), [(r * math.cos(math.pi * k / 6 + a), r * math.sin(math.pi * k / 6 + a)) for r, a in ((30, -0.12), (50, 0), (30, 0.12))]) for k in range(12)]
            + [((255, 168, 40), _oval(0, 0, 25, 25))]),
@@ -171,14 +192,11 @@ STAMPS = {
 
 
 def _stamp(draw, rng, x, s, y, smallest, spots, parts):
+    """Print an element of STAMPS, looking to the left or to the right."""
     s, y, side = max(s, smallest), y + rng.uniform(-4, 4), rng.choice([-1, 1])
     for dx, dy in spots:
         for colour, points in parts:
             _shape(draw, x + side * s * dx, y + s * dy, s, _shade(rng, colour, 5), *((side * u, v) for u, v in points))
-
-
-def _shape(draw, x, y, s, fill, *points):
-    draw.polygon([(x + s * u, y + s * v) for u, v in points], fill=fill)
 
 
 def _dot(draw, x, y, rx, ry, fill):
@@ -186,6 +204,7 @@ def _dot(draw, x, y, rx, ry, fill):
 
 
 def _shade(rng, colour, most=12):
+    """A colour like this one: each channel up to `most` lighter or darker."""
     return tuple(min(255, c + rng.randint(-most, most)) for c in colour)
 
 
@@ -204,20 +223,24 @@ def _branches(draw, rng, x, y, length, angle, width, colour, tips):
         tips.append(end)
         return tips
     for turn in (-0.5, 0.45):
-        _branches(draw, rng, *end, length * rng.uniform(0.62, 0.76), angle + turn + rng.uniform(-0.2, 0.2), max(2, width * 0.62), colour, tips)
+        shorter, bent = length * rng.uniform(0.62, 0.76), angle + turn + rng.uniform(-0.2, 0.2)
+        _branches(draw, rng, *end, shorter, bent, max(2, width * 0.62), colour, tips)
     return tips
 
 
 def _mountains(draw, rng, x, s, colour, snow=None):
-    for dx, height, pale in ((-0.5, rng.uniform(55, 75), 40), (0.5, rng.uniform(50, 70), 25), (rng.uniform(-0.12, 0.12), rng.uniform(76, 88), 0)):
+    """Three of them: two behind, which are paler, and a higher one in front; with `snow`, their upper halves in this colour."""
+    behind = [(-0.5, rng.uniform(55, 75), 40), (0.5, rng.uniform(50, 70), 25)]
+    for dx, height, pale in (*behind, (rng.uniform(-0.12, 0.12), rng.uniform(76, 88), 0)):
         middle, half, top = x + 125 * s * dx, 85 * s, 152 - height * (0.4 + 0.6 * s)
         fill = tuple(min(255, c + pale) for c in _shade(rng, colour, 8))
-        left, right = (-half, 152), (half, 152)
-        _shape(draw, middle, 0, 1, fill, left, (-half * 0.5, 0.45 * top + 84), (-half * 0.22, 0.8 * top + 30), (0, top), (half * 0.2, 0.78 * top + 33), (half * 0.55, 0.4 * top + 91), right)
+        left_shoulder, peak, right_shoulder = (-half * 0.22, 0.8 * top + 30), (0, top), (half * 0.2, 0.78 * top + 33)
+        _shape(draw, middle, 0, 1, fill, (-half, 152), (-half * 0.5, 0.45 * top + 84), left_shoulder, peak, right_shoulder,
+               (half * 0.55, 0.4 * top + 91), (half, 152))
         if snow:
             foot = top + 0.5 * (152 - top)
-            _shape(draw, middle, 0, 1, snow, (0, top), (half * 0.2, 0.78 * top + 33), (half * 0.47, foot), (half * 0.25, foot - 12), (half * 0.08, foot + 6), (-half * 0.12, foot - 12),
-                   (-half * 0.3, foot + 4), (-half * 0.45, foot - 4), (-half * 0.22, 0.8 * top + 30))
+            zigzag = [(0.47, 0), (0.25, -12), (0.08, 6), (-0.12, -12), (-0.3, 4), (-0.45, -4)]
+            _shape(draw, middle, 0, 1, snow, peak, right_shoulder, *((half * u, foot + v) for u, v in zigzag), left_shoulder)
 
 
 def _setting_sun(draw, rng, x, s):
@@ -250,7 +273,8 @@ def _pine(draw, rng, x, s):
     for k, (width, y) in enumerate(((44, -62), (50, -84), (38, -106), (26, -126), (13, -142))):
         side = rng.uniform(4, 12) * (-1) ** k
         middle = x + s * (side + lean * -y / 130)
-        _shape(draw, middle, 238 + s * y, s, _shade(rng, (32, 84, 62), 8), (-width, 9), (-width * 0.6, -5), (0, -12), (width * 0.6, -5), (width, 9), (0, 5))
+        needles = [(-width, 9), (-width * 0.6, -5), (0, -12), (width * 0.6, -5), (width, 9), (0, 5)]
+        _shape(draw, middle, 238 + s * y, s, _shade(rng, (32, 84, 62), 8), *needles)
 
 
 def _willow(draw, rng, x, s):
@@ -259,7 +283,8 @@ def _willow(draw, rng, x, s):
     for k in range(21):
         u = (k - 10) * 5.2
         top, length = -124 + 0.02 * u * u, rng.uniform(66, 96)
-        draw.line([(x + s * u * 0.7, 238 + s * top), (x + s * u, 238 + s * (top + 26)), (x + s * u * 1.12, 238 + s * (top + length))], fill=_shade(rng, (122, 170, 66), 18), width=2)
+        twig = [(x + s * u * out, 238 + s * (top + down)) for out, down in ((0.7, 0), (1, 26), (1.12, length))]
+        draw.line(twig, fill=_shade(rng, (122, 170, 66), 18), width=2)
 
 
 def _plum(draw, rng, x, s):
@@ -279,12 +304,12 @@ def _leafy(draw, rng, x, s, colour):
 def _bamboo(draw, rng, x, s):
     for dx in (-36, -18, 0, 17, 35):
         height, lean, colour = rng.uniform(125, 165), rng.uniform(-6, 6), _shade(rng, (92, 150, 72), 12)
+        at = lambda up: (x + s * (dx + lean * up), 240 - s * height * up)       # up: 0 at the ground, 1 at the top
         for k in range(7):
-            a, b = k / 7, (k + 0.86) / 7
-            draw.line([(x + s * (dx + lean * a), 240 - s * height * a), (x + s * (dx + lean * b), 240 - s * height * b)], fill=colour, width=max(3, round(6 * s)))
+            draw.line([at(k / 7), at((k + 0.86) / 7)], fill=colour, width=max(3, round(6 * s)))
         for _ in range(9):
-            a, side = rng.uniform(0.45, 1), rng.choice([-1, 1])
-            _shape(draw, x + s * (dx + lean * a), 240 - s * height * a, s, _shade(rng, (48, 112, 56), 14), (0, 0), (side * 10, -3), (side * 23, 9), (side * 9, 5))
+            up, side = rng.uniform(0.45, 1), rng.choice([-1, 1])
+            _shape(draw, *at(up), s, _shade(rng, (48, 112, 56), 14), (0, 0), (side * 10, -3), (side * 23, 9), (side * 9, 5))
 
 
 def _crows(draw, rng, x, s):
@@ -299,7 +324,8 @@ def _crows(draw, rng, x, s):
 def _smoke(draw, rng, x, s):
     sway = rng.uniform(0, 6)
     for k in range(37):
-        _dot(draw, x + 0.1 * k * math.sin(0.2 * k + sway) + rng.uniform(-0.17, 0.17) * k, 178 - 4 * k, 3 + 0.25 * k, 4 + 0.15 * k, _shade(rng, (168, 168, 174), 10))
+        u = x + 0.1 * k * math.sin(0.2 * k + sway) + rng.uniform(-0.17, 0.17) * k
+        _dot(draw, u, 178 - 4 * k, 3 + 0.25 * k, 4 + 0.15 * k, _shade(rng, (168, 168, 174), 10))
 
 
 def _lotus(draw, rng, x, s):
@@ -310,7 +336,8 @@ def _lotus(draw, rng, x, s):
         u, v = 52 * k + rng.uniform(10, 40), rng.uniform(180, 206)
         draw.line([(u, v), (u, v + 20)], fill=(60, 120, 70), width=3)
         for tip in (-15, 15, -8, 8, 0):
-            _shape(draw, u, v, 1, _shade(rng, (240, 112 + 3 * (15 - abs(tip)), 158), 8), (-4, 2), (tip - 3, -10), (tip, -19 + abs(tip) // 2), (tip + 3, -10), (4, 2))
+            petal = [(-4, 2), (tip - 3, -10), (tip, -19 + abs(tip) // 2), (tip + 3, -10), (4, 2)]
+            _shape(draw, u, v, 1, _shade(rng, (240, 112 + 3 * (15 - abs(tip)), 158), 8), *petal)
 
 
 def _grass(draw, rng, x, s):
@@ -343,14 +370,15 @@ def _full_moon(draw, rng, x, s):
 
 
 def _new_moon(draw, rng, x, s):
-    y, a = rng.uniform(30, 36), rng.uniform(-0.5, 0.1)
-    _shape(draw, x, y, 25, (255, 246, 206), *((u * math.cos(a) - v * math.sin(a), u * math.sin(a) + v * math.cos(a)) for u, v in _crescent()))
+    y, angle = rng.uniform(30, 36), rng.uniform(-0.5, 0.1)
+    _shape(draw, x, y, 25, (255, 246, 206), *_turn(_crescent(), angle))
 
 
 def _stars(draw, rng, x, s):
+    four_points = [(r * math.sin(math.pi * k / 4), r * math.cos(math.pi * k / 4)) for k, r in enumerate([1, 0.32] * 4)]
     for k in range(14):
         u, v = (k % 7) * 38 + rng.uniform(2, 30), (k // 7) * 42 + rng.uniform(8, 34)
-        _shape(draw, u, v, rng.uniform(5, 8), (255, 250, 225), *((r * math.sin(math.pi * j / 4), r * math.cos(math.pi * j / 4)) for j, r in enumerate([1, 0.32] * 4)))
+        _shape(draw, u, v, rng.uniform(5, 8), (255, 250, 225), *four_points)
 
 
 def _fires(draw, rng, x, s):
@@ -382,10 +410,10 @@ def _rain(draw, rng, x, s):
         draw.line([(u, v), (u + slant, v + 22)], fill=(240, 246, 254, 235), width=3)
 
 
-# ---------------------------------------------------------------------------------------------------------------- landscapes: what can be in one, what goes together, how it is said
+# ---------------------------------------------------------------------------------------------------------------- landscapes: the elements
 
-# The elements of a row share the width of the picture. Rows are painted in this order; what shines by night, the birds and the weather after the evening or the night has
-# darkened everything else.
+# The elements of a row share the width of the picture. Rows are painted in this order; what shines by night, the birds and the weather come
+# after the evening or the night has darkened everything else.
 ROWS = ("far", "ground", "water", "things", "near", "sky", "weather")
 
 
@@ -411,7 +439,8 @@ ELEMENTS = {
     "夕阳": Element("far", ["天边", "远处"], ["一轮夕阳", "落山的太阳"], "a setting sun", _setting_sun),
     "朝阳": Element("far", ["天边", "远处"], ["一轮朝阳", "初升的太阳"], "a rising sun", None),
     "青山": Element("far", ["远处", "远方"], ["几座青山", "青色的山"], "green mountains", lambda *place: _mountains(*place, (92, 140, 116))),
-    "雪山": Element("far", ["远处", "远方"], ["几座雪山", "白雪高山"], "snow mountains", lambda *place: _mountains(*place, (104, 118, 146), (250, 252, 255))),
+    "雪山": Element("far", ["远处", "远方"], ["几座雪山", "白雪高山"], "snow mountains",
+                   lambda *place: _mountains(*place, (104, 118, 146), (250, 252, 255))),
     "瀑布": Element("far", ["远处", "远方"], ["一道瀑布", "白色的瀑布"], "a waterfall", None),
     "沙漠": Element("ground", ["地上", "近处"], ["一片沙漠", "黄色的沙丘"], "a desert", _dunes),
     "水": Element("water", ["近处", "地上"], ["一片水", "宽阔的水面"], "water", _water),
@@ -444,11 +473,14 @@ ELEMENTS = {
 }
 ON_WATER = frozenset("桥 小船 帆船 渔翁 鸭子 荷花 渔火".split())                                   # where one of these is, there is water
 RIVALS = [frozenset(line.split()) for line in (                                 # of these at most one
-    "圆月 弯月 夕阳 朝阳 雨", "星星 夕阳 朝阳 雨", "渔火 夕阳 朝阳", "圆月 弯月 燕子", "圆月 弯月 黄鹂", "星星 燕子", "雪 雨 夕阳 朝阳", "雪 荷花", "雪 燕子", "沙漠 荷花", "沙漠 青草")]
-# what a scene has of these -> the sky above, the sky at the horizon, and what darkens the land
-LIGHTS = [("圆月 弯月 星星 渔火", (88, 104, 156), (176, 184, 212), (158, 166, 208)), ("夕阳", (196, 158, 168), (252, 196, 132), (255, 224, 204)),
-          ("朝阳", (176, 202, 226), (255, 218, 190), (255, 242, 226)), ("雪 雨", (138, 150, 164), (196, 204, 210), (226, 230, 236)),
-          ("", (118, 172, 210), (232, 240, 234), (255, 255, 255))]
+    "圆月 弯月 夕阳 朝阳 雨", "星星 夕阳 朝阳 雨", "渔火 夕阳 朝阳", "圆月 弯月 燕子", "圆月 弯月 黄鹂", "星星 燕子",
+    "雪 雨 夕阳 朝阳", "雪 荷花", "雪 燕子", "沙漠 荷花", "沙漠 青草")]
+# The first of these of which a scene has something -> the sky above, the sky at the horizon, and what darkens the land.
+LIGHTS = [("圆月 弯月 星星 渔火", (88, 104, 156), (176, 184, 212), (158, 166, 208)),
+          ("夕阳", (196, 158, 168), (252, 196, 132), (255, 224, 204)),
+          ("朝阳", (176, 202, 226), (255, 218, 190), (255, 242, 226)),
+          ("雪 雨", (138, 150, 164), (196, 204, 210), (226, 230, 236)),
+          ("", (118, 172, 210), (232, 240, 234), (255, 255, 255))]              # plain day
 
 
 def with_water(elements):
@@ -459,7 +491,8 @@ def with_water(elements):
 def goes_together(scene):
     """Whether a scene can be painted: no rivals, no more than four things side by side, two in the sky, two far away."""
     most = {"things": 4, "sky": 2, "far": 2, "near": 2}
-    return all(len(scene & rivals) <= 1 for rivals in RIVALS) and all(sum(ELEMENTS[e].row == row for e in scene) <= n for row, n in most.items())
+    in_row = lambda row: sum(ELEMENTS[element].row == row for element in scene)
+    return all(len(scene & rivals) <= 1 for rivals in RIVALS) and all(in_row(row) <= n for row, n in most.items())
 
 
 # Lines of classical verse, most of them of the Tang and the Song: poet -> line -> the elements it speaks of.
@@ -528,6 +561,7 @@ POETS = {
     "曾几": {"添得黄鹂四五声": "黄鹂"},
     "卢梅坡": {"梅雪争春未肯降": "梅花 雪"},
 }
+# line -> (its poet, the scene that it speaks of)
 VERSES = {verse: (poet, with_water(elements.split())) for poet, verses in POETS.items() for verse, elements in verses.items()}
 
 
@@ -564,7 +598,7 @@ def describe_in_english(scene, rng=None):
 def paint_landscape(scene, rng, size=128):
     """Draw a landscape; what its caption does not say (places, sizes, shades) is random."""
     picture = Image.new("RGB", (256, 256))
-    draw = ImageDraw.Draw(picture, "RGBA")                                      # a fourth number of a colour lets what is behind it shine through
+    draw = ImageDraw.Draw(picture, "RGBA")                                      # a colour's fourth number: how much it hides
     above, horizon, tint = next(light for names, *light in LIGHTS if not names or scene & set(names.split()))
     sky = Image.new("RGB", (1, 152))
     sky.putdata([tuple(round(a + (b - a) * y / 151) for a, b in zip(above, horizon)) for y in range(152)])
@@ -572,8 +606,9 @@ def paint_landscape(scene, rng, size=128):
     aside = dict(zip(("far", "things"), rng.sample([-40, 40], 2)))              # one thing alone does not stand in front of what is far
     for row in ROWS:
         if row == "ground":
-            _shape(draw, 0, 0, 1, _shade(rng, (238, 242, 246) if "雪" in scene else (206, 206, 164), 6), (0, 152), (64, 149), (150, 152), (256, 150), (256, 256), (0, 256))
-        if row == "sky":
+            earth = _shade(rng, (238, 242, 246) if "雪" in scene else (206, 206, 164), 6)
+            _shape(draw, 0, 0, 1, earth, (0, 152), (64, 149), (150, 152), (256, 150), (256, 256), (0, 256))
+        if row == "sky":                                                        # all land is painted: now it gets dark, or not
             picture = ImageChops.multiply(picture, Image.new("RGB", picture.size, tint))
             draw = ImageDraw.Draw(picture, "RGBA")
         here = [element for element in ELEMENTS if element in scene and ELEMENTS[element].row == row]
@@ -588,7 +623,7 @@ def paint_landscape(scene, rng, size=128):
 
 
 def split_of_landscape(scene):
-    """As split_of_scene."""
+    """Every landscape belongs to one split for ever, as in split_of_scene."""
     return _split_of(describe_landscape(scene), 10)
 
 
@@ -612,5 +647,5 @@ def poem_caption(pair, rng=None):
 
 
 def split_of_poem(pair):
-    """Of two verses, in either order."""
+    """Every pair of verses belongs to one split for ever, in either order: test's lines stand in train too, with other partners."""
     return _split_of("，".join(sorted(pair)), 4)

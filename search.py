@@ -204,7 +204,7 @@ def main():
 
     def by_text(sentence):
         ids = tokenizer([sentence], model.cfg.context_length).numpy()           # (1, L)
-        show(embed_texts(model, ids, device, autocast)[0], sentence)
+        show(embed_texts(model, ids, autocast)[0], sentence)
 
     if asked is not None:
         with torch.no_grad(), autocast():

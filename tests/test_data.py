@@ -258,7 +258,7 @@ def test_a_picture_knows_all_its_sentences_and_the_same_sentence_has_one_key(tmp
     (tmp_path / "d/train_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     split = open_split(tmp_path / "d", "train")
     cat, dog = data.sentence_key("猫"), data.sentence_key("狗")
-    assert split.text_keys == [cat, dog, cat] and split.captions_of == [[cat, dog], [dog], [cat]]
+    assert split.text_keys == [cat, dog, cat] and split.image_keys == [[cat, dog], [dog], [cat]]
     assert split.pairs == [(0, 0), (1, 1), (1, 0), (2, 2)]
     _, _, image_keys, text_keys, _ = next(iter(training_loader(split, 32, [[(0, 1), (0, 2), (0, 3)]], 0)))
     assert image_keys.tolist() == [[dog, -1], [cat, dog], [cat, -1]] and text_keys.tolist() == [dog, dog, cat]

@@ -20,7 +20,7 @@ import checkpoint
 import data
 import evaluate
 import system
-from evaluate import best_ranks, recall_of, retrieval_recall, table
+from evaluate import Ranking, best_ranks, retrieval_recall, table
 from processes import precision_of
 from model import CLIP, CONFIGS
 
@@ -58,7 +58,8 @@ def test_hand_worked_several_captions_per_picture_and_pictures_per_caption():
 def test_what_guessing_gives():
     """Against 12,000 random orders of 30 candidates, of which 1, 2 or 5 are right."""
     correct = [[0], [1, 2], [3, 4, 5, 6, 7]] * 4000
-    result = recall_of(best_ranks(torch.rand(12_000, 30, generator=torch.Generator().manual_seed(0)), torch.eye(30), correct), correct, 30)
+    ranks = best_ranks(torch.rand(12_000, 30, generator=torch.Generator().manual_seed(0)), torch.eye(30), correct)
+    result = Ranking(ranks, correct, 30).recall()
     assert result["R@1"] == pytest.approx(result["chance_R@1"], abs=1) and result["MR"] == pytest.approx(result["chance_MR"], abs=1) and 35 < result["MR"] < 36
 
 
@@ -84,7 +85,7 @@ def test_queries_without_an_answer_are_left_out_and_counted():
 
 
 def test_memory_of_recall_does_not_grow_with_the_queries():
-    """CE_CLIP_RECALL=100000 asks for 100,000 x 100,000 at width 512 (3 minutes on two cores); the matrix alone would take 40 GB."""
+    """CE_CLIP_RECALL=100000 asks for 100,000 x 100,000 at width 512 (minutes on two cores); the matrix alone would take 40 GB."""
     n, width = int(os.environ.get("CE_CLIP_RECALL", 20_000)), 512 if "CE_CLIP_RECALL" in os.environ else 32
     probe = f"""
 import resource, torch, evaluate
@@ -134,10 +135,11 @@ def test_equals_the_published_evaluation(tmp_path):
 
 def a_record(image, text, positives, **more):
     """What evaluate.py knows of a checkpoint, from embeddings."""
-    ranked = evaluate.both_ways(image, text, positives)
-    pictures = evaluate.pictures_asked(ranked)
+    rankings = evaluate.rank_both_ways(image, text, positives)
+    pictures = evaluate.pictures_asked(rankings)
     record = {"model": "vit-b-16", "ckpt": "some.pt", "setting": "zero-shot", "precision": "fp32", "pairs": sum(map(len, positives))} | more
-    return record | {way: recall_of(*r) | {"R@1_interval": evaluate.interval(r.hits_at_1(), pictures[way])} for way, r in ranked.items()}
+    interval = lambda way: evaluate.bootstrap_interval(rankings[way].hits_at_1(), pictures[way])
+    return record | {way: rankings[way].recall() | {"R@1_interval": interval(way)} for way in rankings}
 
 
 EYE = torch.eye(3), torch.eye(3), [[0], [1], [2]]
@@ -181,16 +183,16 @@ def test_interval_holds_what_other_samples_give():
     rng = np.random.default_rng(0)
     sample = lambda: np.repeat(rng.random(200) < 0.3, 5).astype(float)
     groups = np.repeat(np.arange(200), 5)
-    low, high = evaluate.interval(sample(), groups)
+    low, high = evaluate.bootstrap_interval(sample(), groups)
     truth = np.quantile([100 * sample().mean() for _ in range(300)], (0.025, 0.975))
     assert high - low == pytest.approx(truth[1] - truth[0], rel=0.2)
-    alone = evaluate.interval(sample(), np.arange(1000))                        # as if captions were independent: much too narrow
+    alone = evaluate.bootstrap_interval(sample(), np.arange(1000))                        # as if captions were independent: much too narrow
     assert (alone[1] - alone[0]) < 0.6 * (high - low)
 
 
 def test_resampled_mean_by_hand():
-    assert evaluate.interval(np.ones(4), np.arange(4)) == [100.0, 100.0]
-    means = evaluate.resampled(np.array([1.0, 1.0, 0.0]), np.array([7, 7, 9]))  # two pictures: drawn 7 7, 7 9 or 9 9
+    assert evaluate.bootstrap_interval(np.ones(4), np.arange(4)) == [100.0, 100.0]
+    means = evaluate.bootstrap_means(np.array([1.0, 1.0, 0.0]), np.array([7, 7, 9]))  # two pictures: drawn 7 7, 7 9 or 9 9
     assert set(means.round(3)) == {100.0, 66.667, 0.0}
 
 
@@ -322,7 +324,7 @@ def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, ti
 @pytest.mark.parametrize("arguments, message", [
     (["--ckpt", "nowhere.pt", "--data", "demo"], "nowhere.pt: there is no such checkpoint"),
     (["--ckpt", "CKPT", "nowhere.pt", "--data", "LITTLE"], "nowhere.pt: there is no such checkpoint"),
-    (["--ckpt", "CKPT", "--data", "imagenet"], "neither a folder, nor a pattern of tar shards, nor a known data set (coco-cn, flickr30k-cn, muge, ap-id, demo, landscapes, poems)"),
+    (["--ckpt", "CKPT", "--data", "imagenet"], "neither a folder, nor a pattern of tar shards, nor a known data set (coco-cn, flickr30k-cn, muge, ap-id, demo, landscapes, english-landscapes, poems)"),
     (["--ckpt", "CKPT", "--data", "coco-cn", "--data-root", "nowhere"], "there is no folder nowhere/COCO-CN"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "dev"], "no split 'dev'; it has train, valid, test"),
     (["--ckpt", "CKPT", "--data", "demo", "--split", "train"], "endless"),
@@ -403,7 +405,7 @@ def test_classes_that_look_alike_to_the_model_are_named(tiny_checkpoint):
     model, _ = checkpoint.load(tiny_checkpoint)
     autocast, _ = precision_of("fp32", torch.device("cpu"))
     with pytest.warns(UserWarning, match="the prompts of 龘龘龘 are those of 靐靐靐"):                   # rare characters: the vocabulary has none of them
-        evaluate.class_embeddings(model, ["猫", "靐靐靐", "龘龘龘"], ["一张{}的照片"], torch.device("cpu"), autocast)
+        evaluate.class_embeddings(model, ["猫", "靐靐靐", "龘龘龘"], ["一张{}的照片"], autocast)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -454,7 +456,7 @@ def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
     model, _ = checkpoint.load(elevater / "peer.pt")
     names, pictures, labels = data.open_classes(data.class_root(elevater))
     autocast, _ = precision_of("fp32", torch.device("cpu"))
-    classes = evaluate.class_embeddings(model, names, [template("{}") for template in templates], torch.device("cpu"), autocast)
+    classes = evaluate.class_embeddings(model, names, [template("{}") for template in templates], autocast)
     image_embed = evaluate.embed_pictures(model, lambda i: data.decoded(pictures[i].read_bytes, "it"), len(pictures), torch.device("cpu"), autocast, batch_size=4)
     assert torch.allclose(classes, classifier.T, atol=1e-6)
     assert torch.allclose(evaluate.class_probabilities(image_embed, classes, 100.0), expected, atol=1e-5)

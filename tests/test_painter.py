@@ -22,7 +22,7 @@ def scenes(n, seed=0):
     return [painter.random_landscape(rng) for _ in range(n)]
 
 
-# ---------------------------------------------------------------------------------------------------------------- things in the quarters of a picture
+# ---------------------------------------------------------------------------------------------------------------- coloured things
 
 
 def test_the_demo_says_what_it_said():
