@@ -69,7 +69,7 @@ def paint_sets(folder):
 
 
 def paint_classes(folder, each=8):
-    """Pictures with one thing in each (and the water it needs), in a folder for each thing, as --classify takes them. Whole, or not at all."""
+    """Pictures with one thing in each (and the water it needs), in a folder for each thing, as --classify takes them. All, or none."""
     part = folder.with_name("classes.part")
     shutil.rmtree(part, ignore_errors=True)
     for name, element in painter.ELEMENTS.items():

@@ -44,7 +44,7 @@ def matches(image_keys, text_keys):
     """
     N, M = image_keys.shape
     keys, order = text_keys.sort()
-    wanted = image_keys.flatten()                                               # (NM,): each to be found among the keys, perhaps several times
+    wanted = image_keys.flatten()                                               # (NM,): each may be found several times among the keys
     first, end = torch.searchsorted(keys, wanted), torch.searchsorted(keys, wanted, right=True)
     count = end - first
     found = torch.arange(N * M).repeat_interleave(count)                        # (E',): which of `wanted`
