@@ -109,10 +109,10 @@ def test_an_interrupted_demo_goes_on(small, called, tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="the power fails"):
         called(demo)
     made = (tmp_path / "runs/demo/seed-0/stage1/last.pt").stat().st_mtime_ns
-    monkeypatch.setattr(demo, "call", lambda script, *args: story(script, *args) if script == "train.py" else None)
+    monkeypatch.setattr(demo, "call", lambda script, *args: story(script, *args) if str(args[-1]).endswith(("english", "stage1")) else None)
     monkeypatch.setattr(demo, "figures_of", lambda out: {"row": [1.0]})
     said = called(demo)
-    assert said.count("nothing to do: ") == 2 and said.count("  finished. ") == 3 and (tmp_path / "runs/demo/seed-0/stage1/last.pt").stat().st_mtime_ns == made
+    assert said.count("nothing to do: ") == 2 and "  finished. " not in said and (tmp_path / "runs/demo/seed-0/stage1/last.pt").stat().st_mtime_ns == made
 
 
 def test_figures_are_those_of_the_right_rows(small, tmp_path):
@@ -131,6 +131,7 @@ def test_each_seed_is_a_story_and_the_summary_their_mean(small, called, monkeypa
         asked.append((str(out), seed))
         return {"a row": [10.0 + 4 * seed, 50.0], "top-1": [7.25]}
     monkeypatch.setattr(demo, "story", story)
+    monkeypatch.setattr(demo, "paint_sets", lambda folder: None)
     said = called(demo, "--seeds", 0, 1)
     assert asked == [("runs/demo/seed-0", 0), ("runs/demo/seed-1", 1)]
     assert table(said) == {"a row": "12.0 ± 2.8 50.0 ± 0.0".split(), "top-1": "7.2 ± 0.0".split()}            # sqrt(((10 - 12)² + (14 - 12)²) / 1)

@@ -381,7 +381,7 @@ def slugs(text):
     return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-LINKS = [(name, link) for name, text in READMES.items() for link in sorted(set(re.findall(r"\]\(([^)\s]+)\)|src(?:set)?=\"([^\"]+)\"", text))) for link in link if link and not link.startswith("http")]
+LINKS = [(name, link) for name, text in READMES.items() for link in sorted(set(re.findall(r"(?:\]\(|src=\"|srcset=\")([^)\s\"]+)", text))) if not link.startswith("http")]
 
 
 @pytest.mark.parametrize("name, link", LINKS, ids=[" ".join(pair) for pair in LINKS])
