@@ -7,6 +7,7 @@ import ast
 import functools
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -347,6 +348,13 @@ def has(thing, name):
             return False
         thing = getattr(thing, part)
     return True
+
+
+def test_what_is_to_be_read_has_about_a_thousand_lines():
+    """As the READMEs say of model.py, loss.py and three definitions of train.py."""
+    whole = sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in ("model.py", "loss.py"))
+    parts = [inspect.getsource(part) for part in (train.main, train.train_step, train.GradientSum)]
+    assert "about 1,000 lines" in READMES["README.md"] and "约一千行" in READMES["README.zh.md"] and 900 < whole + sum(part.count("\n") for part in parts) < 1050
 
 
 @each_readme
