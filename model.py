@@ -564,5 +564,6 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self):
-        """After every optimizer step: exp(logit_scale) stays between 1 and 100."""
+        """After every optimizer step: exp(logit_scale) stays between 1 and 100. Below 1 the softmax would be flat, above 100 training becomes
+        unstable; the released models were trained with both bounds."""
         self.logit_scale.clamp_(0, self.MAX_LOGIT_SCALE)
