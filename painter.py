@@ -13,6 +13,7 @@ Reading: the first section is the whole idea in a hundred lines. The two section
 thing that is painted: read `paint_landscape` at the end, and of the others as many as you like.
 """
 import colorsys
+import functools
 import hashlib
 import math
 from typing import Callable, NamedTuple
@@ -595,20 +596,25 @@ def describe_in_english(scene, rng=None):
     return f"{', '.join(most)} and {last}" if most else last
 
 
+@functools.cache
+def _sky(above, horizon):
+    """From one colour to another, on 256 x 256 points."""
+    sky = Image.new("RGB", (1, 256))
+    sky.putdata([tuple(round(a + (b - a) * min(y, 151) / 151) for a, b in zip(above, horizon)) for y in range(256)])
+    return sky.resize((256, 256), Image.NEAREST)
+
+
 def paint_landscape(scene, rng, size=128):
     """Draw a landscape; what its caption does not say (places, sizes, shades) is random."""
-    picture = Image.new("RGB", (256, 256))
-    draw = ImageDraw.Draw(picture, "RGBA")                                      # a colour's fourth number: how much it hides
     above, horizon, tint = next(light for names, *light in LIGHTS if not names or scene & set(names.split()))
-    sky = Image.new("RGB", (1, 152))
-    sky.putdata([tuple(round(a + (b - a) * y / 151) for a, b in zip(above, horizon)) for y in range(152)])
-    picture.paste(sky.resize((256, 152), Image.NEAREST))
+    picture = _sky(above, horizon).copy()
+    draw = ImageDraw.Draw(picture, "RGBA")                                      # a colour's fourth number: how much it hides
     aside = dict(zip(("far", "things"), rng.sample([-40, 40], 2)))              # one thing alone does not stand in front of what is far
     for row in ROWS:
         if row == "ground":
             earth = _shade(rng, (238, 242, 246) if "雪" in scene else (206, 206, 164), 6)
             _shape(draw, 0, 0, 1, earth, (0, 152), (64, 149), (150, 152), (256, 150), (256, 256), (0, 256))
-        if row == "sky":                                                        # all land is painted: now it gets dark, or not
+        if row == "sky" and tint != (255, 255, 255):                            # all land is painted: now it gets dark, or not
             picture = ImageChops.multiply(picture, Image.new("RGB", picture.size, tint))
             draw = ImageDraw.Draw(picture, "RGBA")
         here = [element for element in ELEMENTS if element in scene and ELEMENTS[element].row == row]
