@@ -30,7 +30,7 @@ from system import BadInput
 HERE = Path(__file__).resolve().parent
 OUT = Path("runs/demo")
 SETS = ("english-landscapes", "landscapes", "poems")
-STEPS = {"english": 120, "stage1": 60, "stage2": 30, "poems": 70}               # of 128 pairs
+STEPS = {"english": 110, "stage1": 60, "stage2": 30, "poems": 60}               # of 128 pairs
 TEMPLATES = ("{}", "远处有{}", "近处有{}", "地上有{}", "天上有{}")                  # for zero-shot classification: sentences as this world has them
 # Of what train.py and evaluate.py print, the lines that tell the story.
 SHOWN = re.compile(r"stage |step .* valid |finished|nothing to do|note:|warning:|scale |tiny |model |> |R@1 of|top-1 of|most often|"
