@@ -84,7 +84,7 @@ def paint_classes(folder, each=8):
 def story(out, sets, seed):
     """The acts, from one seed -> their figures: name -> percent, from the test splits."""
     english, chinese, poems = (sets / name for name in SETS)
-    common = ["--batch-size", 128, "--log-every", 1000, "--seed", seed]
+    common = ["--batch-size", 128, "--log-every", 10, "--seed", seed]
     steps = lambda n, warmup: ["--max-steps", n, "--warmup", min(warmup, n // 2), "--valid-every", n]
     both = STEPS["stage1"] + STEPS["stage2"]
     out.mkdir(parents=True, exist_ok=True)

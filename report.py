@@ -41,6 +41,7 @@ p { margin: .4rem 0; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 td, th { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
+td:nth-child(2) { white-space: normal; min-width: 9rem; }
 td.n, th.n { text-align: right; }
 thead th { color: var(--soft); font-weight: 600; font-size: .875rem; }
 thead th[colspan] { text-align: center; }
@@ -84,7 +85,6 @@ svg polyline { fill: none; stroke-width: 2.25; stroke-linejoin: round; }
   body { padding: 1rem .8rem 3rem; }
   table { font-size: .8125rem; }
   td, th { padding: .25rem .35rem; }
-  td:nth-child(2) { white-space: normal; min-width: 9rem; }
   .card { width: calc(33.3% - .45rem); }
   .pair { grid-template-columns: 5.5rem 1fr; }
   .pair .card { width: 100%; }
