@@ -88,6 +88,15 @@ def model_of(state, source):
     return model.eval()
 
 
+def seen_by(state):
+    """What `read` gives -> [(a value of --data, its stage), …] that these weights were trained on, in order, as far as the file tells."""
+    settings = state.get("settings")
+    if not isinstance(settings, dict):                                          # released weights
+        return []
+    earlier = [tuple(map(str, one)) for one in settings.get("seen") or []]      # by the runs that this one started from
+    return earlier + ([(str(settings.get("data")), settings.get("stage"))] if state.get("step") else [])
+
+
 def fingerprint(model):
     """16 letters that are the same for the same weights, whatever file they come from, and others for others (about 1 s a GB)."""
     digest = hashlib.sha256()

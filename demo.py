@@ -9,6 +9,7 @@ What they say in full stands in runs/demo/log.txt. The figures are small ones of
 order of things, and that each step does what the paper says it does.
 """
 import argparse
+import fcntl
 import functools
 import json
 import os
@@ -34,7 +35,7 @@ STEPS = {"english": 110, "stage1": 60, "stage2": 30, "poems": 60}               
 TEMPLATES = ("{}", "远处有{}", "近处有{}", "地上有{}", "天上有{}")                  # for zero-shot classification: sentences as this world has them
 # Of what train.py and evaluate.py print, the lines that tell the story.
 SHOWN = re.compile(r"stage |step .* valid |finished|nothing to do|note:|warning:|scale |tiny |model |> |R@1 of|top-1 of|most often|"
-                   r" +Text-to-Image|stopped|error:")
+                   r" +Text-to-Image|stopped")
 
 
 def main():
@@ -45,27 +46,46 @@ def main():
     args = parser.parse_args()
     if min(args.seeds) < 0 or max(args.seeds) >= 2**31 - 1 or len(set(args.seeds)) < len(args.seeds):
         raise BadInput(f"--seeds {' '.join(map(str, args.seeds))}: different whole numbers, at least 0 and below {2**31 - 1}")
-    if args.fresh:
-        for folder in [OUT / "data", *(OUT / f"seed-{seed}" for seed in args.seeds)]:
-            shutil.rmtree(folder, ignore_errors=True)
-        (OUT / "log.txt").unlink(missing_ok=True)
-    OUT.mkdir(parents=True, exist_ok=True)
-    begin = time.time()
+    begin, lock = time.time(), open_folder(["data", *(f"seed-{seed}" for seed in args.seeds)] if args.fresh else [])
     paint_sets(OUT / "data")
     figures = [story(OUT / f"seed-{seed}", OUT / "data", seed) for seed in args.seeds]
     print("\n" + summary(figures))
     page = OUT / f"seed-{args.seeds[-1]}" / "poems.html"
     print(f"\nWith pictures: {page} (open it in a browser). All that the commands said: {OUT / 'log.txt'}. "
           f"This took {time.time() - begin:.0f} s.")
+    lock.close()
+
+
+def open_folder(old):
+    """Make OUT, keep other demos out of it, delete the folders `old` in it and the log with them -> the lock, held as long as it is open."""
+    try:
+        OUT.mkdir(parents=True, exist_ok=True)
+        if old and any(OUT.iterdir()) and not (OUT / "lock").exists():
+            raise BadInput(f"--fresh: {OUT} was not made by demo.py, so nothing is deleted there; move it away")
+        lock = open(OUT / "lock", "a")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                        # also what tells that the folder is ours
+        for name in old:
+            if (OUT / name).exists():
+                shutil.rmtree(OUT / name)                                       # refuses links
+        open(OUT / "log.txt", "w" if old else "a").close()
+    except BlockingIOError:
+        raise BadInput(f"{OUT}: another demo.py is at work there; wait for it, or end it") from None
+    except OSError as error:
+        where, why = error.filename or OUT, error.strerror or error
+        raise BadInput(f"{where}: {why}; make room, or move away what is in its place") from None
+    return lock
 
 
 def paint_sets(folder):
     act("Painting landscapes with English captions, others with Chinese captions, and some whose captions are lines of classical verse.")
-    running = [start("data.py", "convert", name, folder / name) for name in SETS if not (folder / name).exists()]
-    for process in running:
+    missing = [name for name in SETS if not any((folder / name).glob("*"))]     # each is made whole or not at all
+    for process in [start("data.py", "convert", name, folder / name) for name in missing]:
         finish(process, show=False)
     if not (folder / "classes").exists():
-        paint_classes(folder / "classes")
+        try:
+            paint_classes(folder / "classes")
+        except OSError as error:
+            raise BadInput(f"{folder / 'classes'}: {error.strerror}; make room and run python demo.py again") from None
 
 
 def paint_classes(folder, each=8):
@@ -175,14 +195,19 @@ def finish(process, show=True):
                 last = line.strip() or last
                 if show and SHOWN.match(line):
                     print("  " + line.rstrip(), flush=True)
-        finally:                                                                # after Ctrl-C, too: it finishes its step and saves
+        except KeyboardInterrupt:
+            print("  stopping; python demo.py goes on from there", flush=True)
+            raise
+        finally:                                                                # after Ctrl-C it finishes its step and saves
             log.write(process.stdout.read())
             status = process.wait()
     if status:
-        what = last.removeprefix("error: ")
+        what, then = last.removeprefix("error: "), "when that is mended, python demo.py goes on; --fresh starts over"
         if status < 0:
             what = f"{Path(process.args[2]).name} was ended by signal {-status}"                    # 9: perhaps for want of memory
-        raise BadInput(f"{what} (python demo.py goes on from there, --fresh starts over; {OUT / 'log.txt'} says more)")
+        if status < 0 or status > 128:
+            then = "python demo.py goes on from there"
+        raise BadInput(f"{what} ({then}; {OUT / 'log.txt'} says more)")
 
 
 def call(script, *args):

@@ -465,16 +465,11 @@ def data_name(name):
 def setting_of(state, name):
     """What a checkpoint has seen of the data set `name` (a value of --data), as far as its file tells:
     "fine-tuned" or "trained" on it, else "zero-shot"."""
-    settings = state.get("settings")
-    if not isinstance(settings, dict) or not state.get("step"):                 # released weights, or a run that has taken no step
-        return "zero-shot"
-    seen = str(settings.get("data"))
-    is_known = data_name(name) in [*data.NAMES, *data.PAINTED]
-    if data_name(seen) != data_name(name):
-        return "zero-shot"
-    if not is_known and Path(seen).resolve() != Path(name).resolve():           # another folder of that name
-        return "zero-shot"
-    return "fine-tuned" if settings.get("stage") == "finetune" else "trained"
+    known = data_name(name) in [*data.NAMES, *data.PAINTED]                     # else another folder of that name is another data set
+    for seen, stage in reversed(checkpoint.seen_by(state)):
+        if data_name(seen) == data_name(name) and (known or Path(seen).resolve() == Path(name).resolve()):
+            return "fine-tuned" if stage == "finetune" else "trained"
+    return "zero-shot"
 
 
 def compare_rows(records, name, split):

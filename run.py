@@ -30,7 +30,7 @@ from system import BadInput
 # picture names, or of the shards' names and sizes.)
 FREE = {
     "recipe", "out", "data", "data_root", "valid_data", "features", "workers", "processes", "max_bad", "grad_checkpointing", "compile",
-    "log_every", "save_every", "save_minutes", "keep", "patience", "average",
+    "log_every", "save_every", "save_minutes", "keep", "patience", "average", "seen",
 }
 
 

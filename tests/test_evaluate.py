@@ -265,6 +265,13 @@ def test_zero_shot_and_fine_tuned_are_told_apart(stage, step, trained_on, evalua
     assert evaluate.setting_of(state, evaluated_on) == setting
 
 
+def test_what_earlier_runs_have_seen_counts():
+    """A fine-tune on muge of weights that were trained on COCO-CN: the start, before its first step, and the end."""
+    settings = {"stage": "finetune", "data": "muge", "seen": [["coco-cn", "2"]]}
+    assert [evaluate.setting_of({"step": 0, "settings": settings}, name) for name in ("coco-cn", "muge")] == ["trained", "zero-shot"]
+    assert [evaluate.setting_of({"step": 9, "settings": settings}, name) for name in ("coco-cn", "muge")] == ["trained", "fine-tuned"]
+
+
 def test_several_checkpoints_give_one_table_with_their_difference(called, tiny_checkpoint, little, tmp_path):
     other = tmp_path / "other.pt"
     torch.manual_seed(1)
