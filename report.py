@@ -320,8 +320,8 @@ def training_curves(records):
             # a line that a crash has cut, or that is none of ours
             except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
-        pieces += [chart(f"{folder}: training loss", {"loss": loss}, "step", low=0)] if loss else []
-        pieces += [chart(f"{folder}: recall on the valid split (%)", valid, "step", low=0)] if valid["mean recall"] else []
+        pieces += [chart(f"{folder}: training loss", {"loss": loss}, "step", low=0)] if len(loss) > 1 else []
+        pieces += [chart(f"{folder}: recall on the valid split (%)", valid, "step", low=0)] if len(valid["mean recall"]) > 1 else []
     return pieces
 
 

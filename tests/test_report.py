@@ -55,7 +55,7 @@ def page(called, tmp_path):
     torch.manual_seed(0)
     checkpoint.save(run / "best.pt", CLIP(CONFIGS["tiny"]))
     recall = {"text_to_image": {"R@1": 1.0}, "image_to_text": {"R@1": 2.0}}
-    metrics = [{"step": 0, "valid": recall, "score": 1.5}, {"step": 10, "loss": 3.5, "lr": 1}, {"step": 20, "loss": None}, {"step": 20, "valid": recall, "score": 2.5}]
+    metrics = [{"step": 0, "valid": recall, "score": 1.5}, {"step": 10, "loss": 3.5, "lr": 1}, {"step": 15, "loss": 3.0}, {"step": 20, "loss": None}, {"step": 20, "valid": recall, "score": 2.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in metrics) + '{"step": 30, "loss": 1e999}\n{"step": "x", "loss": 1}\n{"step": 30, "loss": NaN}\n[]\n{"step": 30, "lo')
     called(evaluate, "--ckpt", run / "best.pt", "--data", folder, "--workers", 0, "--precision", "fp32", "--report", tmp_path / "out.html", "--json", tmp_path / "out.json")
     return (tmp_path / "out.html").read_text(encoding="utf-8"), json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["results"][0]
