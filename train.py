@@ -104,7 +104,7 @@ def main():
     valid_split = data.open_split(valid_data, "valid", args.data_root, config.context_length) if valid_data else None
     autocast, precision = precision_of(args.precision, device)
     settings = resolve(args, config, train_split, valid_split, precision, world)
-    settings.seen = state["settings"].get("seen") if source == last and isinstance(state.get("settings"), dict) else checkpoint.seen_by(state)
+    settings.seen = checkpoint.seen_by(state | {"step": 0} if source == last else state)            # what the weights had seen before this run
     total = settings.total_steps
 
     # model: the same weights on every process
