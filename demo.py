@@ -9,7 +9,6 @@ What they say in full stands in runs/demo/log.txt. The figures are small ones of
 order of things, and that each step does what the paper says it does.
 """
 import argparse
-import fcntl
 import functools
 import json
 import os
@@ -62,14 +61,13 @@ def open_folder(old):
         OUT.mkdir(parents=True, exist_ok=True)
         if old and any(OUT.iterdir()) and not (OUT / "lock").exists():
             raise BadInput(f"--fresh: {OUT} was not made by demo.py, so nothing is deleted there; move it away")
-        lock = open(OUT / "lock", "a")
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)                        # also what tells that the folder is ours
+        lock = open(OUT / "lock", "a")                                          # also what tells that the folder is ours
+        if not system.is_locked(lock):
+            raise BadInput(f"{OUT}: another demo.py is at work there; wait for it, or end it")
         for name in old:
             if (OUT / name).exists():
                 shutil.rmtree(OUT / name)                                       # refuses links
         open(OUT / "log.txt", "w" if old else "a").close()
-    except BlockingIOError:
-        raise BadInput(f"{OUT}: another demo.py is at work there; wait for it, or end it") from None
     except OSError as error:
         where, why = error.filename or OUT, error.strerror or error
         raise BadInput(f"{where}: {why}; make room, or move away what is in its place") from None

@@ -33,7 +33,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,7 +40,7 @@ import checkpoint
 import data
 import report
 import system
-from processes import from_all, from_shares, own_batches, precision_of, start_processes
+from processes import from_all, from_shares, own_batches, precision_of, rank_and_world, start_processes
 from system import BadInput
 from tokenizer import Tokenizer
 
@@ -189,7 +188,7 @@ def load_or_compute(folder, made_of, rows_of, compute):
     (`rows_of`: {"image_ids": names of the pictures, "texts": captions}). Raises BadInput when they are of something else.
     """
     folder = Path(folder)
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    is_main = rank_and_world()[0] == 0
     if any(from_all((folder / "features.json").exists())):                      # any: all processes must go the same way
         embeds = _load(folder, made_of, rows_of)
         if is_main:

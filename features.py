@@ -11,7 +11,6 @@ The folder holds parts 000000.npy, 000001.npy, … with 4,096 rows each, one row
 there stay, and any number of processes goes on; of several runs that share a folder one computes and the others wait for it.
 (Not the folder of evaluate.py --features: that has the embeddings of one split's pictures and captions, for other tools.)
 """
-import fcntl
 import functools
 import json
 import os
@@ -25,6 +24,7 @@ import checkpoint
 import system
 from evaluate import encode_pictures, read_about
 from processes import from_all, rank_and_world
+from system import is_locked
 
 ROWS = 4096                                                                     # pictures in a part
 BATCH = 128                                                                     # pictures at a time: always these, so parts round alike
@@ -155,14 +155,6 @@ class Features:
 def are_unit(rows):
     """(N, D) -> (N,): whether a row is a unit vector, but for rounding."""
     return abs(np.linalg.norm(rows.astype(np.float32), axis=1) - 1) < 1e-2
-
-
-def is_locked(file):
-    """Whether this process holds the lock on a file, now. (Not flock: readers would inherit it.)"""
-    try:
-        return file is not None and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
-    except (BlockingIOError, PermissionError):                                  # another process holds it: systems say it in two ways
-        return False
 
 
 def read_part(path, rows, dim):

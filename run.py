@@ -7,7 +7,6 @@
 The loop in train.py calls all this; how to continue, and which settings may change then, stands here.
 """
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -130,11 +129,8 @@ class Run:
             return
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.out / "lock", "w")                                # held until this process ends, however it ends
-        try:
-            # not flock: the readers would inherit the lock, and may outlive a killed run
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):                              # another process holds it: systems say it in two ways
-            raise BadInput(f"{self.out}: another run is writing there; choose another --out") from None
+        if not system.is_locked(self.lock):
+            raise BadInput(f"{self.out}: another run is writing there; choose another --out")
         with contextlib.suppress(OSError, ValueError, AttributeError):         # not there, or none of ours
             before = json.loads((self.out / "settings.json").read_bytes())
             if step == 0 and (self.out / "best.pt").exists() and differing(before, self.settings, FREE):

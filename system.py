@@ -67,6 +67,17 @@ def write(path, fill, shown=None, part=".part"):
         raise BadInput(f"{shown}: cannot be written ({error.__context__ or error}); nothing there was changed") from None
 
 
+def is_locked(file):
+    """Whether this process holds the lock on an open file, now; False for None. It is held until the process ends or closes the file.
+
+    Not flock: readers would inherit the lock, and may outlive a process that is killed.
+    """
+    try:
+        return file is not None and fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+    except (BlockingIOError, PermissionError):                                  # another process holds it: systems say it in two ways
+        return False
+
+
 def write_text(path, text, **options):
     # names of files need not be text
     write(path, lambda f: f.write(text.encode(errors="backslashreplace")), **options)

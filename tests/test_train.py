@@ -340,6 +340,16 @@ def test_the_latest_snapshots_are_kept_and_the_run_goes_on_from_any(tsv_folder, 
     assert same(tensors(tmp_path / "run/last.pt"), tensors(undisturbed / "last.pt")) == set(tensors(undisturbed / "last.pt"))
 
 
+def test_a_second_run_keeps_out_of_a_folder(tsv_folder, tmp_path, stops):
+    """Another process holds the lock."""
+    (tmp_path / "out").mkdir()
+    hold = "import fcntl, sys; f = open('out/lock', 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert "another run is writing there" in stops("train.py", "--stage", 2, "--data", tsv_folder, "--batch-size", 4, "--max-steps", 1, "--workers", 0, "--out", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
+
+
 def test_snapshots_by_the_clock(tsv_folder, tmp_path, trained, monkeypatch):
     steps = []
     monkeypatch.setattr(Run, "snapshot", lambda self, step, snapshot=Run.snapshot: steps.append(step) or snapshot(self, step))
