@@ -17,8 +17,8 @@ import warnings
 import torch
 import torch.distributed as dist
 
-import system
-from system import BadInput
+from support import system
+from support.system import BadInput
 
 
 # ---------------------------------------------------------------------------------------------------------------- together

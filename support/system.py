@@ -12,6 +12,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import json
 import os
 import re
 import select
@@ -19,8 +20,6 @@ import signal
 import sys
 import time
 import unicodedata
-import urllib.error
-import urllib.parse
 import urllib.request
 import warnings
 from datetime import timedelta
@@ -35,7 +34,7 @@ class BadInput(Exception):
 
     def __init__(self, message):
         if message.startswith("Caught BadInput in DataLoader worker"):
-            message = message.strip().splitlines()[-1].removeprefix("system.BadInput: ")
+            message = message.strip().splitlines()[-1].removeprefix("support.system.BadInput: ")
         super().__init__(" ".join(message.splitlines()))
 
 
@@ -390,3 +389,9 @@ def run(main):
     sys.stderr.flush()
     # at once: threads of torch.distributed that are still there can crash a Python that ends in the usual way
     os._exit(status or 0)
+
+
+def write_json(path, content):
+    if path is not None:
+        write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        print(f"wrote {path}")

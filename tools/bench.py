@@ -1,8 +1,8 @@
 """How fast it is: against the limit that the hardware sets, and against the peer.
 
-    python bench.py                                         # vit-b-16 on this device, fp32 and the default precision
-    python bench.py --peer                                  # beside cn_clip, with ratios (pip install --no-deps cn_clip==1.6.0 six)
-    python bench.py --model vit-l-14 --batch-size 256 --rows image,stage2 --peer
+    python -m tools.bench                                         # vit-b-16 on this device, fp32 and the default precision
+    python -m tools.bench --peer                                  # beside cn_clip, with ratios (pip install --no-deps cn_clip==1.6.0 six)
+    python -m tools.bench --model vit-l-14 --batch-size 256 --rows image,stage2 --peer
 
 One table: how many pictures, captions or pairs a second; what share that is of the fastest large matrix product of this
 device in the same run (operations are counted from the sizes: two for each multiplication that the result needs); and with
@@ -48,18 +48,18 @@ import torch
 from PIL import Image
 
 import checkpoint
-import data
 import evaluate
-import painter
-import system
 import train
 from loss import contrastive_loss, tiled_loss
 from model import CLIP, CONFIGS
-from processes import precision_of
-from run import memory_mib
+from support import painter, system
+from support.images import normalize, training_pixels
+from support.processes import precision_of
+from support.run import memory_mib
 from tokenizer import CLS, SEP, Tokenizer
 
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
+
 # Measured in fp32, and in the default precision.
 BY_PRECISION = {"image", "text", "stage1", "features", "stage2", "cached", "memory"}
 CAPTIONS = 64                                                                   # of the row `text`: the peer's default for extracting
@@ -89,6 +89,7 @@ def operations(cfg, token_counts):
     else:
         picture = resnet(cfg)
     return picture, transformer(token_counts, cfg.text_layers, cfg.text_width, cfg.embed_dim)
+
 
 def transformer(lengths, layers, C, D):
     """Sequences of these lengths through transformer layers C wide, and the projection of one token each to D.
@@ -210,7 +211,7 @@ class Bench:
         return Row(f"{what}, {name}", name, count, ours, peers if self.peer else None, ops, difference)
 
     def image(self, precision):
-        pixels = data.normalize(self.pixels.to(self.device).float() / 255)
+        pixels = normalize(self.pixels.to(self.device).float() / 255)
         ours, theirs = lambda: self.model.encode_image(pixels), lambda: self.peer.model.encode_image(pixels)
         return self.encoding("image encoding", ours, theirs, len(pixels), len(pixels) * self.picture_ops, precision)
 
@@ -308,12 +309,12 @@ class Bench:
         for i, path in enumerate(paths):
             photo(i).save(path, quality=90)
         R = self.cfg.image_size
-        ours = one_core(lambda: [data.training_pixels(path.read_bytes(), R, path.name) for path in paths])
+        ours = one_core(lambda: [training_pixels(path.read_bytes(), R, path.name) for path in paths])
         theirs, difference = None, 0
         if self.peer:
             theirs = one_core(lambda: [self.peer.transform(Image.open(path)) for path in paths])
             of_255 = 0.27 * 255                                                 # 0.27: CLIP's deviation, about, undone
-            difference = statistics.mean((data.normalize(x / 255) - y).abs().mean().item() * of_255 for x, y in zip(ours(), theirs()))
+            difference = statistics.mean((normalize(x / 255) - y).abs().mean().item() * of_255 for x, y in zip(ours(), theirs()))
         return Row(f"pictures 500 x 375 to {R} on a core", "", len(paths), ours, theirs, 0, f"{difference:.3f} of 255 on average")
 
     def evaluation(self, _):
@@ -416,7 +417,7 @@ class Peer:
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
         autocast = self.autocast(precision)
         scaler = torch.amp.GradScaler(self.device.type, enabled=precision != "fp32" and self.device.type == "cuda")
-        pixels, there = data.normalize(pixels.float() / 255), self.device       # its readers normalise
+        pixels, there = normalize(pixels.float() / 255), self.device       # its readers normalise
 
         def step():
             optimizer.zero_grad()
@@ -439,7 +440,7 @@ class Peer:
         model.eval(), self.model.eval()
         image = pixels.float() if pixels.ndim == 2 else model.encode_image(pixels)                  # (B, D)
         ours = contrastive_loss(image, model.encode_text(ids), model.logit_scale.exp())
-        theirs = self.loss_of(data.normalize(raw.float() / 255).to(self.device), there.to(self.device))
+        theirs = self.loss_of(normalize(raw.float() / 255).to(self.device), there.to(self.device))
         for loss, projection in ((ours, model.text_projection), (theirs, self.model.text_projection)):
             results.append([loss.detach(), *torch.autograd.grad(loss, [projection])])
         model.train(), self.model.train()

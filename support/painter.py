@@ -20,6 +20,7 @@ from typing import Callable, NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw
 
+
 # ---------------------------------------------------------------------------------------------------------------- coloured things
 
 
@@ -126,8 +127,6 @@ def _split_of(text, parts):
 # An element is something that a landscape can show. Those in STAMPS are some polygons, printed once or several times; the others have a
 # function below: (draw, rng, x: its middle, s: its scale, …). All on 256 x 256 points, x to the right, y downwards; far
 # land ends at y = 152, water lies from 168 to 228, trees stand at 240.
-
-
 def _oval(x, y, rx, ry):
     return [(x + rx * u, y + ry * v) for u, v in _circle()]
 
@@ -476,6 +475,7 @@ ON_WATER = frozenset("桥 小船 帆船 渔翁 鸭子 荷花 渔火".split())   
 RIVALS = [frozenset(line.split()) for line in (                                 # of these at most one
     "圆月 弯月 夕阳 朝阳 雨", "星星 夕阳 朝阳 雨", "渔火 夕阳 朝阳", "圆月 弯月 燕子", "圆月 弯月 黄鹂", "星星 燕子",
     "雪 雨 夕阳 朝阳", "雪 荷花", "雪 燕子", "沙漠 荷花", "沙漠 青草")]
+
 # The first of these of which a scene has something -> the sky above, the sky at the horizon, and what darkens the land.
 LIGHTS = [("圆月 弯月 星星 渔火", (88, 104, 156), (176, 184, 212), (158, 166, 208)),
           ("夕阳", (196, 158, 168), (252, 196, 132), (255, 224, 204)),
@@ -562,6 +562,7 @@ POETS = {
     "曾几": {"添得黄鹂四五声": "黄鹂"},
     "卢梅坡": {"梅雪争春未肯降": "梅花 雪"},
 }
+
 # line -> (its poet, the scene that it speaks of)
 VERSES = {verse: (poet, with_water(elements.split())) for poet, verses in POETS.items() for verse, elements in verses.items()}
 

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import system
+from support import system
 
 SAMPLE, BEST = 8, 5                                                             # queries shown of each kind; candidates shown of each query
 LONGEST = 160                                                                   # characters shown of a text
 WAYS = {"text_to_image": "Text-to-Image", "image_to_text": "Image-to-Text"}
-
 STYLE = """
 :root { color-scheme: light dark;
   --paper: #fff; --ink: #1c2128; --soft: #646c77; --line: #d9dee4; --band: #f4f6f8; --right: #15803d;

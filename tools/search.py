@@ -1,9 +1,9 @@
 """Find your own pictures by a Chinese sentence, or by another picture: the trained model put to use.
 
-    python search.py --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落"
-    python search.py --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落" --html found.html        # a contact sheet for the browser
-    python search.py --ckpt runs/own/best.pt --images ~/Pictures --image query.jpg                # pictures like this one
-    python search.py --ckpt runs/own/best.pt --images ~/Pictures                                  # asks for queries, again and again
+    python -m tools.search --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落"
+    python -m tools.search --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落" --html found.html        # a contact sheet for the browser
+    python -m tools.search --ckpt runs/own/best.pt --images ~/Pictures --image query.jpg                # pictures like this one
+    python -m tools.search --ckpt runs/own/best.pt --images ~/Pictures                                  # asks for queries, again and again
 
 The first call embeds every picture of the folder, at any depth; later ones only what is new or has changed. The index lies in
 CE_CLIP_CACHE (default ~/.cache/ce-clip); nothing is written among the pictures. A picture that cannot be read is skipped and
@@ -24,12 +24,12 @@ import numpy as np
 import torch
 
 import checkpoint
-import data
-import report
-import system
 from evaluate import embed_texts, encode_pictures
-from processes import own_batches, precision_of
-from system import BadInput
+from support import report, system
+from support.captions import is_text
+from support.images import ENDINGS, decoded, picture_at, picture_files
+from support.processes import own_batches, precision_of
+from support.system import BadInput
 from tokenizer import Tokenizer
 
 SAVE_SECONDS = 60                                                               # between two savings of a growing index
@@ -84,7 +84,7 @@ class Index:
         encode(paths) yields (paths, embeddings, {path: reason}).
         """
         # 1. what lies there now: {path: [size, time of change]}
-        now, (paths, unread) = {}, data.picture_files(self.folder)
+        now, (paths, unread) = {}, picture_files(self.folder)
         for path in paths:
             with contextlib.suppress(OSError):                                  # gone this moment, or a link to nowhere
                 status = os.stat(self.folder / path)
@@ -94,7 +94,7 @@ class Index:
             inside = place + os.sep
             now |= {path: about[:2] for path, about in self.files.items() if path.startswith(inside) and path not in now}
         if not now:
-            raise BadInput(f"{self.folder}: no picture to search in; their names end in {', '.join(sorted(data.ENDINGS))}")
+            raise BadInput(f"{self.folder}: no picture to search in; their names end in {', '.join(sorted(ENDINGS))}")
 
         # 2. what of the index stays. The rest is to do, also what could not be read: a right may have been given, a disk come back
         before, row_of = self.files, {path: row for row, path in enumerate(self.files)}
@@ -154,14 +154,14 @@ def main():
         raise BadInput(f"--images {args.images}: there is no such folder")
     if args.query is not None and args.image is not None:
         raise BadInput(f"{args.query!r} and --image {args.image}: ask with a sentence or with a picture")
-    if args.query is not None and not (args.query.strip() and data.is_text(args.query)):
+    if args.query is not None and not (args.query.strip() and is_text(args.query)):
         raise BadInput("the query is empty or not UTF-8; write a sentence, or leave it out and be asked for one")
     limits = (("--top", args.top, 1, 1000), ("--batch-size", args.batch_size, 1, 100_000), ("--workers", args.workers, 0, 512))
     for flag, value, low, high in limits:
         if not low <= value <= high:
             raise BadInput(f"{flag} {value}: out of range, {low} to {high:,}")
     system.check_place("--html", args.html)
-    asked = data.decoded(Path(args.image).read_bytes, args.image) if args.image is not None else None
+    asked = decoded(Path(args.image).read_bytes, args.image) if args.image is not None else None
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, transform = checkpoint.load(args.ckpt, device)
@@ -170,7 +170,7 @@ def main():
     tokenizer = Tokenizer("the query")
 
     def encode(paths):
-        read = functools.partial(data.picture_at, paths, folder=folder)
+        read = functools.partial(picture_at, paths, folder=folder)
         batches = own_batches(len(paths), args.batch_size)
         for numbers, embed, unreadable in encode_pictures(model, read, batches, device, autocast, args.workers):
             if not embed.isfinite().all():
@@ -197,7 +197,7 @@ def main():
         if args.html is not None:
             note = (f"{len(index.files) - len(bad):,} pictures in {folder.resolve()}, searched by {args.ckpt}. "
                     "The figures are cosine similarities.")
-            read = lambda path: data.decoded((folder / path).read_bytes, path)
+            read = lambda path: decoded((folder / path).read_bytes, path)
             address = lambda path: (folder / path).resolve().as_uri()
             report.write_sheet(args.html, title, note, found, read, address, asked)
             print(f"wrote {args.html}", file=sys.stderr)
@@ -223,7 +223,7 @@ def main():
             sentence = input("find: " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
-        if not data.is_text(sentence):
+        if not is_text(sentence):
             print("this is not UTF-8", file=sys.stderr)
         elif sentence:
             by_text(sentence)

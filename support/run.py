@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
-import system
-from processes import largest, wait_for_all
-from system import BadInput
+from support import system, weights
+from support.formats import compare
+from support.processes import largest, wait_for_all
+from support.system import BadInput
 
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
 # picture names, or of the shards' names and sizes.)
@@ -233,21 +233,21 @@ class Run:
         self._append({"step": step, "valid": recall, "score": score} | ({} if share is None else {"average": share}))
         if score > self.best:
             if self.first:
-                checkpoint.save(self.out / "best.pt", self.model, step=step, average=share, recall=recall, settings=self.settings)
+                weights.save(self.out / "best.pt", self.model, step=step, average=share, recall=recall, settings=self.settings)
             self.best = score
             self.best_step = step if share is None else self.best_step          # --patience counts from here
 
     def keep_start(self):
         """start.pt: the weights before the first step, for --average and to compare with."""
         if self.first and (self.settings["average"] or self.settings["stage"] == "finetune"):
-            checkpoint.save(self.out / "start.pt", self.model, step=0, settings=self.settings)
+            weights.save(self.out / "start.pt", self.model, step=0, settings=self.settings)
 
     def start_weights(self):
         """-> the tensors of start.pt, left on the disk and read as they are used. BadInput when it is not the start of this run."""
         path = self.out / "start.pt"
         try:
-            state = checkpoint.read(path)
-            checkpoint.compare(state["model"], self.model.state_dict(), "its tensors do not fit")
+            state = weights.read(path)
+            compare(state["model"], self.model.state_dict(), "its tensors do not fit")
             if state.get("step") != 0:
                 raise BadInput(f"it holds the weights after step {state.get('step')}")
         except BadInput as error:
@@ -266,7 +266,7 @@ class Run:
         The model gets (1 - share) start.pt + share last.pt.
         """
         wait_for_all()                                                          # both have been written
-        start, end = self.start_weights(), checkpoint.read(self.out / "last.pt")["model"]
+        start, end = self.start_weights(), weights.read(self.out / "last.pt")["model"]
         average = {key: x.lerp(end[key], share) if x.is_floating_point() else end[key] for key, x in start.items()}
         self.model.load_state_dict(average)
 
@@ -292,12 +292,12 @@ class Run:
             early = f" (early: no higher recall in {self.settings['patience']} validations)"
         if self.best < 0:
             return f"finished{early}. {last} (nothing was validated)"
-        best = checkpoint.read(self.out / "best.pt")
+        best = weights.read(self.out / "best.pt")
         share = best.get("average")
-        weights = f"after step {best.get('step')} of {step}" if share is None else f"{1 - share:.1f} x the start + {share:.1f} x the end"
+        which = f"after step {best.get('step')} of {step}" if share is None else f"{1 - share:.1f} x the start + {share:.1f} x the end"
         if share is None and not best.get("step"):
-            weights += " (that is the START: training did not raise the recall)"
-        return f"finished{early}. {self.out / 'best.pt'}: highest recall on the valid split, {weights}; {last}"
+            which += " (that is the START: training did not raise the recall)"
+        return f"finished{early}. {self.out / 'best.pt'}: highest recall on the valid split, {which}; {last}"
 
     def snapshot(self, step):
         """Write last.pt; never with weights that are not numbers, so what is there can always be continued."""
@@ -307,7 +307,7 @@ class Run:
                 raise BadInput(f"step {step}: the weights are no longer finite; {self.out / 'last.pt'} holds the run before it. "
                                "A lower --lr or --precision fp32 may help")
             last = self.out / "last.pt"
-            checkpoint.save(last, self.model, step=step, settings=self.settings,
+            weights.save(last, self.model, step=step, settings=self.settings,
                             optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                             best=self.best, best_step=self.best_step, averaged=self.averaged,
                             losses=self.losses, skipped_steps=self.skipped)

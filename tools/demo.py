@@ -1,8 +1,8 @@
 """The whole paper in miniature: on painted landscapes, in minutes on a laptop's CPU, with nothing to download.
 
-    python demo.py                   # six acts; run again it continues where it stopped, and when all is done it shows the figures again
-    python demo.py --fresh           # starts over
-    python demo.py --seeds 0 1 2     # the same from three random starts: mean ± standard deviation of each figure
+    python -m tools.demo                   # six acts; run again it continues where it stopped, and when all is done it shows the figures again
+    python -m tools.demo --fresh           # starts over
+    python -m tools.demo --seeds 0 1 2     # the same from three random starts: mean ± standard deviation of each figure
 
 Every act is one to three commands of train.py and evaluate.py, printed before they run: type them yourself to look closer, or change them.
 What they say in full stands in runs/demo/log.txt. The figures are small ones of a small world. What carries over to the real one is the
@@ -23,15 +23,14 @@ import sys
 import time
 from pathlib import Path
 
-import painter
-import system
-from system import BadInput
+from support import painter, system
+from support.system import BadInput
 
-HERE = Path(__file__).resolve().parent
 OUT = Path("runs/demo")
 SETS = ("english-landscapes", "landscapes", "poems")
 STEPS = {"english": 110, "stage1": 60, "stage2": 30, "poems": 60}               # of 128 pairs
 TEMPLATES = ("{}", "远处有{}", "近处有{}", "地上有{}", "天上有{}")                  # for zero-shot classification: sentences as this world has them
+
 # Of what train.py and evaluate.py print, the lines that tell the story.
 SHOWN = re.compile(r"stage |step .* valid |finished|nothing to do|note:|warning:|scale |tiny |model |> |R@1 of|top-1 of|most often|"
                    r" +Text-to-Image|stopped")
@@ -77,13 +76,13 @@ def open_folder(old):
 def paint_sets(folder):
     act("Painting landscapes with English captions, others with Chinese captions, and some whose captions are lines of classical verse.")
     missing = [name for name in SETS if not any((folder / name).glob("*"))]     # each is made whole or not at all
-    for process in [start("data.py", "convert", name, folder / name) for name in missing]:
+    for process in [start("-m", "tools.prepare", "convert", name, folder / name) for name in missing]:
         finish(process, show=False)
     if not (folder / "classes").exists():
         try:
             paint_classes(folder / "classes")
         except OSError as error:
-            raise BadInput(f"{folder / 'classes'}: {error.strerror}; make room and run python demo.py again") from None
+            raise BadInput(f"{folder / 'classes'}: {error.strerror}; make room and run python -m tools.demo again") from None
 
 
 def paint_classes(folder, each=8):
@@ -174,7 +173,7 @@ def act(text):
 def start(script, *args):
     """Start one of our scripts as a person would, its command printed."""
     print("$ python " + shlex.join([script, *map(str, args)]), flush=True)
-    command = [sys.executable, "-u", str(HERE / script), *map(str, args)]
+    command = [sys.executable, "-u", script, *map(str, args)]
     # Threads that wait should sleep, not spin: where other programs share the cores, that is three times as fast.
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONIOENCODING": "utf-8"}
     ends_with_us = functools.partial(system.end_with, os.getpid(), signal.SIGTERM)                  # should we be killed, it saves and ends
@@ -194,17 +193,17 @@ def finish(process, show=True):
                 if show and SHOWN.match(line):
                     print("  " + line.rstrip(), flush=True)
         except KeyboardInterrupt:
-            print("  stopping; python demo.py goes on from there", flush=True)
+            print("  stopping; python -m tools.demo goes on from there", flush=True)
             raise
         finally:                                                                # after Ctrl-C it finishes its step and saves
             log.write(process.stdout.read())
             status = process.wait()
     if status:
-        what, then = last.removeprefix("error: "), "when that is mended, python demo.py goes on; --fresh starts over"
+        what, then = last.removeprefix("error: "), "when that is mended, python -m tools.demo goes on; --fresh starts over"
         if status < 0:
             what = f"{Path(process.args[2]).name} was ended by signal {-status}"                    # 9: perhaps for want of memory
         if status < 0 or status > 128:
-            then = "python demo.py goes on from there"
+            then = "python -m tools.demo goes on from there"
         raise BadInput(f"{what} ({then}; {OUT / 'log.txt'} says more)")
 
 

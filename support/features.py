@@ -12,6 +12,7 @@ there stay, and any number of processes goes on; of several runs that share a fo
 (Not the folder of evaluate.py --features: that has the embeddings of one split's pictures and captions, for other tools.)
 """
 import functools
+import hashlib
 import json
 import os
 import time
@@ -20,11 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import system
-from evaluate import encode_pictures, read_about
-from processes import from_all, rank_and_world
-from system import is_locked
+from support import system, weights
+from support.formats import TOWER_SIZES
+from support.processes import from_all, rank_and_world
+from support.system import BadInput, is_locked
 
 ROWS = 4096                                                                     # pictures in a part
 BATCH = 128                                                                     # pictures at a time: always these, so parts round alike
@@ -35,11 +35,11 @@ class Features:
 
     def __init__(self, folder, model, split, precision):
         """`precision`: the name of what the vision tower computes in; features of another one are others."""
-        sizes = {name: getattr(model.cfg, name) for name in checkpoint.TOWER_SIZES["vision"]}
+        sizes = {name: getattr(model.cfg, name) for name in TOWER_SIZES["vision"]}
         self.folder, self.count, self.dim = Path(folder), split.picture_count(), model.cfg.embed_dim
         self.parts = -(-self.count // ROWS)
         self.rank, self.world = rank_and_world()
-        made_of = {"vision tower": checkpoint.fingerprint(model.vision), **sizes,
+        made_of = {"vision tower": weights.fingerprint(model.vision), **sizes,
                    "data": split.fingerprint(), "pictures": self.count, "precision": precision}
         self.made_of = json.loads(json.dumps(made_of))                          # as it is read again: tuples become lists
 
@@ -91,7 +91,7 @@ class Features:
             return False
         return bool((are_unit(rows) | np.isnan(rows).all(axis=1)).all())
 
-    def complete(self, model, split, device, autocast, workers, say, stop):
+    def complete(self, encode, split, say, stop):
         """Compute what is missing, all processes together; the vision tower is in evaluation mode.
 
         say(line) prints once for all processes. stop() is called by all of them together, again and again: it raises SystemExit
@@ -104,7 +104,7 @@ class Features:
             if self.rank == 0:
                 content = json.dumps({"made_of": self.made_of}, ensure_ascii=False, indent=1)
                 system.write_text(self.folder / "features.json", content + "\n")
-            self.compute(todo[self.rank :: self.world], model, split, device, autocast, workers, stop)
+            self.compute(todo[self.rank :: self.world], encode, split, stop)
             from_all(None)                                                      # all have written theirs
             if lock:
                 lock.close()
@@ -129,12 +129,12 @@ class Features:
             stop()
         return lock
 
-    def compute(self, parts, model, split, device, autocast, workers, stop):
+    def compute(self, parts, encode, split, stop):
         """This process's share: whole parts, by their numbers."""
         batches = []
         for pictures in map(self.pictures, parts):
             batches += [range(start, min(start + BATCH, pictures.stop)) for start in pictures[::BATCH]]
-        embedded, rows = encode_pictures(model, split.picture, batches, device, autocast, workers), []
+        embedded, rows = encode(batches), []
         for k in range(max(from_all(len(batches)))):                            # in step with the others, that none waits long for another
             stop()
             if k >= len(batches):
@@ -173,3 +173,74 @@ def read_part(path, rows, dim):
 
 
 opened_part = functools.lru_cache(maxsize=128)(read_part)                       # each is an open file
+
+# evaluate.py --features. (That of train.py is another thing: features.py's folder has the pictures of the train split alone, in parts.)
+FILES = ("image_embed.npy", "text_embed.npy")
+
+
+def read_about(folder, made_of):
+    """-> what features.json says about a folder of embeddings. Raises BadInput when they were made of something else than `made_of`."""
+    try:
+        about = json.loads((folder / "features.json").read_text(encoding="utf-8"))
+        before = about["made_of"]
+        changed = [f"{key} {before.get(key)}, now it is {made_of[key]}" for key in made_of if before.get(key) != made_of[key]]
+    except Exception as error:                                                  # damage comes in many kinds
+        raise _unusable(folder, error) from None
+    if changed:
+        raise BadInput(f"--features {folder}: made of {'; '.join(changed)}. Delete it or name another folder")
+    return about
+
+
+def _unusable(folder, error):
+    return BadInput(f"--features {folder}: cannot be read ({type(error).__name__}: {error}); delete it or name another folder")
+
+
+def load_or_compute(folder, made_of, rows_of, compute):
+    """What an earlier call has left in `folder`, or else compute(), which is kept there -> (image_embed (I, D), text_embed (T, D)).
+
+    The folder holds the two .npy files and features.json, which says what they were made of (`made_of`) and whose rows they are
+    (`rows_of`: {"image_ids": names of the pictures, "texts": captions}). Raises BadInput when they are of something else.
+    """
+    folder = Path(folder)
+    is_main = rank_and_world()[0] == 0
+    if any(from_all((folder / "features.json").exists())):                      # any: all processes must go the same way
+        embeds = _load(folder, made_of, rows_of)
+        if is_main:
+            print(f"embeddings of {folder} used again")
+        return embeds
+    embeds = compute()
+    if is_main:
+        _keep(folder, made_of, rows_of, embeds)
+        print(f"embeddings kept in {folder}")
+    from_all(None)                                                              # all wait until they are there
+    return embeds
+
+
+def _sha256_of(embeds):
+    return {name: hashlib.sha256(x.contiguous().numpy()).hexdigest() for name, x in zip(FILES, embeds)}
+
+
+def _load(folder, made_of, rows_of):
+    about = read_about(folder, made_of)
+    try:
+        embeds = [torch.from_numpy(np.load(folder / name)) for name in FILES]
+        as_described = about["sha256"] == _sha256_of(embeds) and all(about[key] == rows_of[key] for key in rows_of)
+    except Exception as error:                                                  # damage comes in many kinds
+        raise _unusable(folder, error) from None
+    if not as_described:
+        raise BadInput(f"--features {folder}: the .npy files are not those that features.json describes; "
+                       f"delete it or name another folder")
+    return embeds
+
+
+def _keep(folder, made_of, rows_of, embeds):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--features {folder}: {error.strerror}; name another folder") from None
+    part = f".{os.getpid()}.part"                                               # two calls at the same time do not write into one file
+    for name, x in zip(FILES, embeds):
+        system.write(folder / name, lambda f: np.save(f, x.numpy()), part=part)
+    about = {"made_of": made_of, "sha256": _sha256_of(embeds), **rows_of}
+    text = json.dumps(about, ensure_ascii=False, indent=1) + "\n"
+    system.write_text(folder / "features.json", text, part=part)                # last: with it the folder is whole

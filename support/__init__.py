@@ -1,0 +1,19 @@
+"""What the paper's five files call and a student need not open. Each module imports only modules above it:
+
+system           errors of one line, whole files or none, locks, helper processes, a script's main
+processes        the processes of one run, their devices, the precision
+images           an image file -> pixels
+captions         caption files: csv and jsonl
+shards           tar shards: the layout for more pairs than memory holds
+shard_writer     any split -> tar shards
+weight_files     .pt, .bin, .safetensors, TorchScript -> tensors
+formats          how other projects name our tensors
+exports          our weights -> files for other projects
+weights          checkpoints: load, save, read, export
+features         embeddings kept on disk
+settings         stages, recipes, flags
+tables           published rows, intervals, aligned columns
+report           pages for a browser
+run              the folder and the log of a training run
+painter          painted images, for a first try without a download
+"""

@@ -1,0 +1,111 @@
+"""support.shard_writer"""
+import fcntl
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from support import system
+from support.shards import shard_index, split_shards
+from support.system import BadInput
+
+
+def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False):
+    """Write a split as tar shards folder/name-000000.tar, …: each picture once, its bytes as they are, with all its captions.
+
+    Killed, it goes on where it stopped. What cannot be read from the old files is named and left out, or with `whole` refused; whether a
+    picture decodes is not looked at. The pictures come in a fixed random order, so that every shard is a fair sample of the whole.
+    """
+    folder = Path(folder)
+    if split.endless:
+        raise BadInput(f"{split.name} is endless; write valid or test")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise BadInput(f"{split.name}: the split's name becomes a part of file names; give it one of letters and digits")
+    texts_of = [[] for _ in split.image_ids]
+    for text, images in zip(split.texts, split.positives):
+        for i in images:
+            texts_of[i].append(text)
+    pictures = [i for i in np.random.default_rng(0).permutation(len(texts_of)).tolist() if texts_of[i]]
+    shards = [(folder / f"{name}-{number:06}.tar", pictures[a : a + per_shard])
+              for number, a in enumerate(range(0, len(pictures), per_shard))]
+    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "per_shard": per_shard})
+
+    lock = _reserve(folder, name, plan)
+    jobs = [shards[p::processes] for p in range(min(processes, len(shards)))]
+    to_write = sum(len(some) for path, some in shards if not path.exists())
+    done = multiprocessing.Value("q")                                           # pictures written, of all helpers
+    helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job, done, os.getpid(), whole)) for job in jobs]
+    for helper in helpers:
+        helper.start()
+    with system.Progress(f"{folder}: pictures written", to_write) as progress:
+        for helper in helpers:
+            while helper.is_alive():
+                helper.join(timeout=0.5)
+                progress.add(done.value - progress.done)
+    os.close(lock)
+    if any(helper.exitcode for helper in helpers):
+        raise BadInput(f"{folder}: not all shards were written; the line above says why. Run it again to go on")
+    captions = sum(map(len, texts_of))
+    print(f"{folder}: {name}: {len(pictures):,} pictures with {captions:,} captions in {len(shards):,} shard{'s' * (len(shards) > 1)}")
+
+
+def _reserve(folder, name, plan):
+    """Note in folder/name.json what its shards are made of -> a lock on the folder. Raises BadInput when other shards are there."""
+    marker = folder / f"{name}.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        is_ours = marker.exists() and marker.read_bytes() == plan.encode()
+        if (marker.exists() or name in split_shards(folder)) and not is_ours:
+            raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or delete them and {marker.name}")
+        lock = os.open(folder, os.O_RDONLY)                                     # inherited by the helpers: held until the last one ends
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.write_text(marker, plan)
+    except BlockingIOError:
+        raise BadInput(f"{folder}: another process is writing shards there") from None
+    except OSError as error:
+        raise BadInput(f"{folder}: shards cannot be written there ({error}); make room or name another folder") from None
+    return lock
+
+
+def _write_some(split, texts_of, shards, done, parent, whole):
+    """What one helper process does: its shards, one after the other."""
+    system.end_with(parent)
+    try:
+        for path, pictures in shards:
+            if not path.exists():
+                system.write(path, lambda f: _fill_shard(f, split, texts_of, pictures, done, whole))
+                shard_index(path)
+                print(f"{path}: {len(pictures):,} pictures", flush=True)
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fill_shard(f, split, texts_of, pictures, done, whole):
+    kind_of = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}          # first bytes -> kind
+    with tarfile.open(fileobj=f, mode="w") as tar:
+        for i in pictures:
+            with done.get_lock():
+                done.value += 1
+            try:
+                encoded = split.picture_bytes(i)
+            except (BadInput, OSError, ValueError) as error:                    # ValueError: base64
+                name = f"{split.name}: picture {split.image_ids[i]}"
+                if whole:
+                    raise BadInput(f"{name} cannot be read ({error}); replace or remove it") from None
+                warnings.warn(f"{name} is left out: it cannot be read ({error})")
+                continue
+            kind = next((kind for start, kind in kind_of.items() if encoded.startswith(start)), "tif")
+            record = json.dumps({"id": split.image_ids[i], "texts": texts_of[i]}, ensure_ascii=False).encode()
+            for extension, content in ((kind, encoded), ("json", record)):
+                member = tarfile.TarInfo(f"{i:09}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
