@@ -20,13 +20,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
 
-import bench
 import checkpoint
-import peers
-import system
 import train
 from model import CONFIGS
-from system import BadInput
+from support import system
+from support.system import BadInput
+from tools import bench
+import peers
 
 ROOT = Path(__file__).resolve().parent.parent
 

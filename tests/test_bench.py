@@ -7,9 +7,9 @@ from test_model import RESNET, VIT, batch, build
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
 import train
 from model import CONFIGS
+from tools import bench
 
 
 @pytest.mark.parametrize("cfg", [VIT, RESNET], ids=["vit", "resnet"])

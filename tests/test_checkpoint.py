@@ -25,7 +25,10 @@ from test_system import finished
 import checkpoint
 import data
 from model import CLIP, CONFIGS
-from system import BadInput
+from support.formats import SKIPPED, layout_of
+from support.images import Transform
+from support.system import BadInput
+from support.weights import FORMAT
 from tokenizer import Tokenizer
 
 
@@ -89,7 +92,7 @@ class Code:
 
 def test_code_in_a_file_is_never_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": checkpoint.FORMAT, "model": Code()}, "a.pt")
+    torch.save({"format": FORMAT, "model": Code()}, "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Code()))
     for name, message in (("a.pt", "could run code: refused"), ("b.pt", "could run code: refused"), ("c.pt", "not a readable checkpoint")):
@@ -205,7 +208,7 @@ def test_other_heads_are_another_architecture(tmp_path):
 
 def test_files_that_are_no_checkpoints(tmp_path):
     for content, message in (({"state_dict": {}}, "its tensors are not those of"), ({"a": 1}, "its tensors are not those of"), ([1, 2], "it holds a list"),
-                             ({"format": checkpoint.FORMAT}, "not a checkpoint of this project"), ({"state_dict": 3}, "no table of named tensors"), ({3: torch.ones(1)}, "no table of named")):
+                             ({"format": FORMAT}, "not a checkpoint of this project"), ({"state_dict": 3}, "no table of named tensors"), ({3: torch.ones(1)}, "no table of named")):
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(BadInput, match=f"a.pt: .*{message}"):
             checkpoint.load(tmp_path / "a.pt")
@@ -237,8 +240,8 @@ def test_whole_models_of_others_load(make, write, tmp_path, small_sizes):
     model, transform = checkpoint.load(write(tensors, tmp_path))
     cfg = peers.VIT if model.cfg.patch_size else peers.RESNET
     assert model.cfg == cfg and transform.size == cfg.image_size and not model.training and all(p.dtype == torch.float32 for p in model.parameters())
-    theirs = {k: v for k, v in tensors.items() if not k.startswith(checkpoint.SKIPPED[None])}
-    back = checkpoint.layout_of(tensors).to_theirs(model.state_dict())
+    theirs = {k: v for k, v in tensors.items() if not k.startswith(SKIPPED[None])}
+    back = layout_of(tensors).to_theirs(model.state_dict())
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in back)
 
 
@@ -250,7 +253,7 @@ PICKLES = (peers.cn_clip_file, peers.bare_file, peers.old_bare_file)            
 def test_one_wrong_tensor_in_any_format_is_named(name, how, tmp_path, small_sizes):
     make, write, tower = peers.FILES[name]
     tensors, rng = dict(make()), random.Random(how)
-    used = sorted(k for k in tensors if not k.startswith(checkpoint.SKIPPED[tower]))
+    used = sorted(k for k in tensors if not k.startswith(SKIPPED[tower]))
     for key in {used[0], used[-1], *rng.sample(used, 5)}:
         changed, named = dict(tensors), key
         if how == "missing":
@@ -522,7 +525,7 @@ def test_transformers_opens_its_export_with_processor(tmp_path, small_sizes):
     inputs = processor(text=texts, images=picture, return_tensors="pt", padding=True)
     ids = Tokenizer()(texts)
     assert torch.equal(F.pad(inputs["input_ids"], (0, 52 - inputs["input_ids"].shape[1])), ids)
-    torch.testing.assert_close(inputs["pixel_values"][0], data.Transform(32)(picture), rtol=0, atol=0.02)      # torchvision resizes there, Pillow here: a grey level
+    torch.testing.assert_close(inputs["pixel_values"][0], Transform(32)(picture), rtol=0, atol=0.02)      # torchvision resizes there, Pillow here: a grey level
     with torch.no_grad():
         out = hub(**inputs)
         torch.testing.assert_close(out.image_embeds, model.encode_image(inputs["pixel_values"]), rtol=1e-5, atol=1e-5)

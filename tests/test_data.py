@@ -17,7 +17,11 @@ from torch.utils.data import DataLoader
 
 import data
 from data import Batches, open_split, training_loader
-from system import BadInput
+from support.captions import sentence_key
+from support.images import decoded, jpeg_decoder, jpeg_pixels, resized, to_rgb, to_uint8, training_pixels
+from support.shard_writer import write_shards
+from support.shards import ShardOrder, opened_index, scan, shards_of
+from support.system import BadInput
 
 
 # ---------------------------------------------------------------------------------------------------------------- layouts
@@ -257,7 +261,7 @@ def test_a_picture_knows_all_its_sentences_and_the_same_sentence_has_one_key(tmp
     texts = [{"text_id": i, "text": text, "image_ids": images} for i, text, images in ((1, "猫", [1]), (2, "狗", [2, 1]), (3, "猫", [3]))]
     (tmp_path / "d/train_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     split = open_split(tmp_path / "d", "train")
-    cat, dog = data.sentence_key("猫"), data.sentence_key("狗")
+    cat, dog = sentence_key("猫"), sentence_key("狗")
     assert split.text_keys == [cat, dog, cat] and split.image_keys == [[cat, dog], [dog], [cat]]
     assert split.pairs == [(0, 0), (1, 1), (1, 0), (2, 2)]
     _, _, image_keys, text_keys, _ = next(iter(training_loader(split, 32, [[(0, 1), (0, 2), (0, 3)]], 0)))
@@ -292,14 +296,14 @@ def test_shards_in_all_their_forms(tmp_path):
     for k, seed in enumerate([1, 2, 3, 4, 4, 5]):
         picture, ids, sentences, sentence = split.sample(0, k)
         assert picture == png(seed=seed) and np.array_equal(ids, split.ids[k])
-        assert sentence == data.sentence_key(split.texts[k]) and sentences == ([data.sentence_key("甲"), data.sentence_key("乙")] if k in (3, 4) else [sentence])
+        assert sentence == sentence_key(split.texts[k]) and sentences == ([sentence_key("甲"), sentence_key("乙")] if k in (3, 4) else [sentence])
 
 
 def test_patterns_of_shards(tmp_path):
     for n in (8, 9, 10):
         shard(tmp_path / f"s-{n:03}.tar", range(n * 10, n * 10 + 5))
     assert len(open_split(f"{tmp_path}/s-{{008..010}}.tar", "train")) == 15 and len(open_split(f"{tmp_path}/s-*.tar", "train")) == 15
-    assert data.shards_of(f"{tmp_path}/s-0{{08..09}}.tar")[1].name == "s-009.tar"
+    assert shards_of(f"{tmp_path}/s-0{{08..09}}.tar")[1].name == "s-009.tar"
     shard(tmp_path / "br[1]/train-000.tar", range(3))
     shard(tmp_path / "br[1]/train-hidden-000.tar", range(4))
     assert len(open_split(f"{tmp_path}/br[1]/train-000.tar", "train")) == len(open_split(tmp_path / "br[1]", "train")) == 3
@@ -331,16 +335,16 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(called, stopped,
     assert {p: p.read_bytes() for p in whole} == whole
     assert "it holds other shards of 'train'; name another folder, or delete them and train.json" in stopped(*command[:4], "--split", "train", "--per-shard", 6)
     with pytest.raises(BadInput, match="the split's name becomes a part of file names"):
-        data.write_shards(before, tmp_path / "shards", "../train")
+        write_shards(before, tmp_path / "shards", "../train")
     again = tmp_path / "again"                                                  # shards as shards of another size
-    data.write_shards(after, again, "train", per_shard=7)
+    write_shards(after, again, "train", per_shard=7)
     assert seen(open_split(again, "train")) == seen(before) and len(list(again.glob("*.tar"))) == 2
     assert "train           3 shards         15 pairs, 0 of them without picture or caption" in called(data, tmp_path / "shards")
 
 
 def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
     path, scans = shard(tmp_path / "a.tar", range(4)), []
-    monkeypatch.setattr(data, "scan", lambda path, scan=data.scan: scans.append(path) or scan(path))
+    monkeypatch.setattr(data, "scan", lambda path, scan=scan: scans.append(path) or scan(path))
     for _ in range(2):
         assert len(open_split(path, "train")) == 4
     assert len(scans) == 1 and (tmp_path / "a.tar.index").is_file()
@@ -353,7 +357,7 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
         assert len(open_split(path, "train")) == 7 and len(scans) == n
     scans.clear()
     (tmp_path / "a.tar.index").write_bytes(whole[:-48] + (-5).to_bytes(8, "little", signed=True) + whole[-40:])    # an offset that cannot be
-    data.opened_index.cache_clear()
+    opened_index.cache_clear()
     assert open_split(path, "train").sample(0, 6)[0] == png(seed=6) and len(scans) == 1
     scans += [0, 0]
     monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
@@ -413,7 +417,7 @@ def test_bad_samples_are_replaced_by_the_next_one_and_reported_with_file_and_off
     split = open_split(path, "train")
     assert len(split) == 4
     pixels, ids, _, text_keys, bad = next(iter(training_loader(split, 16, [[(0, k) for k in range(4)]], 0)))
-    assert [key for key in text_keys.tolist()] == [data.sentence_key(text) for text in ("好", "第1张", "第1张", "第2张")] and torch.equal(pixels[1], pixels[2])
+    assert [key for key in text_keys.tolist()] == [sentence_key(text) for text in ("好", "第1张", "第1张", "第2张")] and torch.equal(pixels[1], pixels[2])
     (report,) = bad
     assert report["pair"] == 1 and report["file"] == str(path) and message in report["reason"] and "\n" not in report["reason"]
     name, first = next(iter(files.items()))
@@ -432,13 +436,13 @@ def test_shard_order_takes_every_pair_once_and_reads_nearly_from_front_to_back()
     n, starts = counts.sum(), np.cumsum(counts) - counts
     epochs = []
     for seed, epoch in ((0, 0), (0, 1), (1, 0)):
-        order = data.ShardOrder(counts, seed, epoch)
+        order = ShardOrder(counts, seed, epoch)
         pairs = np.array([order[place] for place in range(n)])
-        assert np.array_equal(np.sort(pairs), np.arange(n)) and np.array_equal([data.ShardOrder(counts, seed, epoch)[p] for p in (0, 5000, n - 1)], pairs[[0, 5000, n - 1]])
+        assert np.array_equal(np.sort(pairs), np.arange(n)) and np.array_equal([ShardOrder(counts, seed, epoch)[p] for p in (0, 5000, n - 1)], pairs[[0, 5000, n - 1]])
         shards = np.searchsorted(starts, pairs, side="right") - 1
         for a in range(0, n - 2000, 500):                                       # what 2,000 pairs in a row touch: a few stretches of files
             here = shards[a : a + 2000]
-            assert len(set(here)) <= 2 * data.ShardOrder.TOGETHER
+            assert len(set(here)) <= 2 * ShardOrder.TOGETHER
         for s in (0, 3, 30):                                                    # each shard is read forwards: a pair never comes more than a window's stretch too early
             rows = (pairs - starts[s])[shards == s]
             lag = np.maximum.accumulate(rows) - rows
@@ -459,7 +463,7 @@ def test_every_sample_of_the_shards_once_per_epoch_also_across_a_stop(tmp_path, 
         for first, last in ((0, 3), (3, n // 60)):
             loader = training_loader(split, 16, Batches(split, 60, seed, first, last, rank, 2, micro_batch=14), 4)
             keys += [key for batch in loader for key in batch[3].tolist()]
-    assert sorted(keys) == sorted(data.sentence_key(f"第{i}张") for i in range(n))
+    assert sorted(keys) == sorted(sentence_key(f"第{i}张") for i in range(n))
 
 
 # ---------------------------------------------------------------------------------------------------------------- pictures
@@ -472,19 +476,19 @@ def test_pictures_are_seen_as_a_person_sees_them():
     exif[0x0112] = 6                                                            # "turn by 90 degrees to see it upright"
     file = io.BytesIO()
     upright.rotate(90, expand=True).save(file, "PNG", exif=exif)
-    assert np.array_equal(np.array(data.to_rgb(Image.open(file))), np.array(upright))
+    assert np.array_equal(np.array(to_rgb(Image.open(file))), np.array(upright))
     for mode in ("RGBA", "LA"):
         clear = Image.new(mode, (4, 4), 0)
         clear.paste(Image.new(mode, (2, 4), (0, 0, 0, 255) if mode == "RGBA" else (0, 255)))
-        assert np.array(data.to_rgb(clear))[0, :, 0].tolist() == [0, 0, 255, 255]
+        assert np.array(to_rgb(clear))[0, :, 0].tolist() == [0, 0, 255, 255]
     grey = Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16))
-    assert np.array(data.to_rgb(grey))[0, :, 0].tolist() == [0, 100, 255]
-    assert all(data.to_rgb(upright.convert(mode)).mode == "RGB" for mode in ("1", "L", "P", "CMYK", "YCbCr"))
+    assert np.array(to_rgb(grey))[0, :, 0].tolist() == [0, 100, 255]
+    assert all(to_rgb(upright.convert(mode)).mode == "RGB" for mode in ("1", "L", "P", "CMYK", "YCbCr"))
 
 
 def test_palette_pictures_become_rgb_before_they_are_resized():
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).convert("P")
-    assert torch.equal(data.to_uint8(colours, 24), data.to_uint8(colours.convert("RGB"), 24))
+    assert torch.equal(to_uint8(colours, 24), to_uint8(colours.convert("RGB"), 24))
 
 
 # ---------------------------------------------------------------------------------------------------------------- pixels of training
@@ -512,7 +516,7 @@ def turned(picture):
 
 def apart(encoded, size):
     """By how much the pixels of training differ from those of evaluation: at most, on average."""
-    ours, exact = data.training_pixels(encoded, size, "it"), data.to_uint8(data.decoded(lambda: encoded, "it"), size)
+    ours, exact = training_pixels(encoded, size, "it"), to_uint8(decoded(lambda: encoded, "it"), size)
     assert ours.shape == (3, size, size) and ours.dtype == torch.uint8 and ours.is_contiguous()
     difference = (ours.int() - exact.int()).abs()
     return difference.max().item(), difference.float().mean().item()
@@ -524,21 +528,21 @@ JPEGS = {"RGB": saved(photo(250, 187), quality=90), "grey": saved(photo(200, 230
 
 @pytest.mark.parametrize("encoded", JPEGS.values(), ids=JPEGS)
 def test_jpegs_train_on_what_pillow_sees_but_for_rounding(encoded, monkeypatch):
-    decoded = data.jpeg_pixels(encoded)
+    decoded = jpeg_pixels(encoded)
     assert decoded is not None                                                  # else torchvision has no decoder of JPEGs any more: then training is right, but reads at a third of the speed
-    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.array(data.decoded(lambda: encoded, "it")))
+    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.array(decoded(lambda: encoded, "it")))
     monkeypatch.setattr(Image.Image, "resize", None) if torch.backends.cpu.get_cpu_capability().startswith("AVX") else None
-    ours = data.training_pixels(encoded, 112, "it")                             # without Pillow's resize
+    ours = training_pixels(encoded, 112, "it")                             # without Pillow's resize
     monkeypatch.undo()
     most, mean = apart(encoded, 112)
-    assert most <= 3 and mean < 0.03 and torch.equal(ours, data.training_pixels(encoded, 112, "it"))
+    assert most <= 3 and mean < 0.03 and torch.equal(ours, training_pixels(encoded, 112, "it"))
 
 
 @pytest.mark.parametrize("encode", [lambda p: saved(p, quality=90), lambda p: saved(p.convert("L")), lambda p: saved(p.convert("CMYK"), quality=90), turned],
                          ids=["RGB", "grey", "CMYK", "turned"])
 def test_a_jpeg_much_larger_than_needed_is_decoded_at_a_reduced_scale_and_looks_the_same(encode, monkeypatch):
     seen = []
-    monkeypatch.setattr(data, "resized", lambda pixels, size, resized=data.resized: seen.append(tuple(pixels.shape[1:])) or resized(pixels, size))
+    monkeypatch.setattr(data, "resized", lambda pixels, size, resized=resized: seen.append(tuple(pixels.shape[1:])) or resized(pixels, size))
     for detail, most, mean in ((False, 4, 0.6), (True, 9, 1.0)):                # measured: 3 and 0.40, 7 and 0.79; of sizes that can be halved twice 2 and 0.21, 1 and 0.24
         found = apart(encode(photo(900, 650, detail)), 80)
         assert found[0] <= most and found[1] <= mean, found
@@ -549,7 +553,7 @@ def test_a_reduced_scale_leaves_twice_what_is_needed(monkeypatch):
     seen = []
     monkeypatch.setattr(data, "resized", lambda pixels, size: seen.append(tuple(pixels.shape[1:])))
     for width, height, size in ((319, 500, 80), (320, 320, 80), (639, 2000, 80), (1280, 1300, 80), (3000, 40, 16), (2000, 1, 16)):
-        data.training_pixels(saved(Image.new("RGB", (width, height))), size, "it")
+        training_pixels(saved(Image.new("RGB", (width, height))), size, "it")
         reduced = seen[-1] != (height, width)
         assert reduced == (min(width, height) >= 4 * size) and (not reduced or min(seen[-1]) >= 2 * size), seen
 
@@ -573,7 +577,7 @@ def test_pictures_that_are_no_upright_rgb_or_grey_jpegs_train_on_what_pillow_see
 
 
 def test_painted_pictures_train_on_the_pixels_of_evaluation():
-    assert torch.equal(data.training_pixels(PLAIN, 48, "it"), data.to_uint8(PLAIN, 48))
+    assert torch.equal(training_pixels(PLAIN, 48, "it"), to_uint8(PLAIN, 48))
 
 
 @pytest.mark.parametrize("missing", ["no torchvision", "no library", "a library that does not load", "no operator"])
@@ -585,19 +589,19 @@ def test_training_needs_neither_torchvisions_decoder_nor_avx2(missing, monkeypat
         monkeypatch.setattr(torch.ops, "image", None)
     else:
         monkeypatch.setattr(torch.ops, "load_library", lambda path: (_ for _ in ()).throw(OSError("undefined symbol")))
-    monkeypatch.setattr(data, "jpeg_decoder", data.jpeg_decoder.__wrapped__)
-    assert data.jpeg_pixels(JPEGS["RGB"]) is None and apart(JPEGS["RGB"], 112)[0] <= 3
+    monkeypatch.setattr(data, "jpeg_decoder", jpeg_decoder.__wrapped__)
+    assert jpeg_pixels(JPEGS["RGB"]) is None and apart(JPEGS["RGB"], 112)[0] <= 3
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert data.jpeg_pixels(JPEGS["RGB"]) is not None and apart(JPEGS["RGB"], 112) == (0, 0)
+    assert jpeg_pixels(JPEGS["RGB"]) is not None and apart(JPEGS["RGB"], 112) == (0, 0)
 
 
 def test_the_decoder_warns_of_nothing_and_costs_no_import_of_torchvision(monkeypatch):
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)              # another test may need it
-    monkeypatch.setattr(data, "jpeg_decoder", data.jpeg_decoder.__wrapped__)
+    monkeypatch.setattr(data, "jpeg_decoder", jpeg_decoder.__wrapped__)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert data.jpeg_pixels(jpeg()).shape == (3, 30, 40) and "torchvision" not in sys.modules
+        assert jpeg_pixels(jpeg()).shape == (3, 30, 40) and "torchvision" not in sys.modules
 
 
 @pytest.mark.parametrize("size", [64, 16], ids=["whole", "reduced"])
@@ -613,14 +617,14 @@ def test_training_refuses_the_same_files_as_evaluation_in_the_same_words(size):
         files.append(bytes(file))
     for file in files:
         try:
-            picture = data.to_uint8(data.decoded(lambda: file, "a.jpg"), size)
+            picture = to_uint8(decoded(lambda: file, "a.jpg"), size)
         except BadInput as error:
             refused += 1
             with pytest.raises(BadInput) as caught:
-                data.training_pixels(file, size, "a.jpg")
+                training_pixels(file, size, "a.jpg")
             assert str(caught.value) == str(error)
         else:
-            difference = (data.training_pixels(file, size, "a.jpg").int() - picture.int()).abs().float().mean()
+            difference = (training_pixels(file, size, "a.jpg").int() - picture.int()).abs().float().mean()
             assert difference < 1 or size == 16                                 # wild coefficients, of a picture that is none any more, are cut off elsewhere at another scale
     assert len(files) - 110 < refused < len(files)
 

@@ -16,8 +16,8 @@ import pytest
 from conftest import BadInput
 
 import data
-import demo
 from model import CONFIGS
+from tools import demo
 
 
 class InThisProcess:

@@ -19,10 +19,13 @@ from conftest import ROOT, png, refused, script, write_tsv_split
 import checkpoint
 import data
 import evaluate
-import system
-from evaluate import Ranking, best_ranks, retrieval_recall, table
-from processes import precision_of
+from evaluate import Ranking, best_ranks, retrieval_recall
 from model import CLIP, CONFIGS
+from support import system
+from support.images import decoded
+from support.processes import precision_of
+from support.tables import PUBLISHED, bootstrap_interval, bootstrap_means, pictures_asked, table
+from tools.classify import class_root, classification_of, open_classes
 
 
 def by_loops(image, text, positives):
@@ -121,7 +124,7 @@ def test_equals_the_published_evaluation(tmp_path):
     start = time.perf_counter()
     image, text = (torch.from_numpy(np.load(tmp_path / f"{name}.npy")) for name in ("image", "text"))
     record = a_record(image, text, positives)
-    evaluate.table([record], "random", "test")
+    table([record], "random", "test")
     ours = time.perf_counter() - start
     captions_of = [[t for t, right in enumerate(positives) if i in right] for i in range(len(image))]
     for way, similarity, correct in (("text_to_image", text @ image.T, positives), ("image_to_text", image @ text.T, captions_of)):
@@ -136,9 +139,9 @@ def test_equals_the_published_evaluation(tmp_path):
 def a_record(image, text, positives, **more):
     """What evaluate.py knows of a checkpoint, from embeddings."""
     rankings = evaluate.rank_both_ways(image, text, positives)
-    pictures = evaluate.pictures_asked(rankings)
+    pictures = pictures_asked(rankings)
     record = {"model": "vit-b-16", "ckpt": "some.pt", "setting": "zero-shot", "precision": "fp32", "pairs": sum(map(len, positives))} | more
-    interval = lambda way: evaluate.bootstrap_interval(rankings[way].hits_at_1(), pictures[way])
+    interval = lambda way: bootstrap_interval(rankings[way].hits_at_1(), pictures[way])
     return record | {way: rankings[way].recall() | {"R@1_interval": interval(way)} for way in rankings}
 
 
@@ -152,10 +155,10 @@ def test_embeddings_that_are_not_finite_are_refused():
 
 def test_published_rows_are_those_of_the_paper():
     """The mean recalls that the paper prints in table 6 are the means of its R@1, R@5, R@10."""
-    before, after = evaluate.PUBLISHED["ap-id"][1]
+    before, after = PUBLISHED["ap-id"][1]
     means = [round(sum(row[a : a + 3]) / 3, 1) for row in (before, after) for a in (3, 6)]
     assert means == [88.9, 89.7, 92.6, 91.5]
-    assert [len(rows) for _, rows in evaluate.PUBLISHED.values()] == [6, 6, 2, 0]
+    assert [len(rows) for _, rows in PUBLISHED.values()] == [6, 6, 2, 0]
 
 
 @pytest.mark.parametrize("model, neighbour", [("vit-b-16", "CE-CLIP ViT-B/16"), ("rn50", "CE-CLIP ViT-B/16"), ("vit-l-14", "CE-CLIP ViT-L/14")])
@@ -183,16 +186,16 @@ def test_interval_holds_what_other_samples_give():
     rng = np.random.default_rng(0)
     sample = lambda: np.repeat(rng.random(200) < 0.3, 5).astype(float)
     groups = np.repeat(np.arange(200), 5)
-    low, high = evaluate.bootstrap_interval(sample(), groups)
+    low, high = bootstrap_interval(sample(), groups)
     truth = np.quantile([100 * sample().mean() for _ in range(300)], (0.025, 0.975))
     assert high - low == pytest.approx(truth[1] - truth[0], rel=0.2)
-    alone = evaluate.bootstrap_interval(sample(), np.arange(1000))                        # as if captions were independent: much too narrow
+    alone = bootstrap_interval(sample(), np.arange(1000))                        # as if captions were independent: much too narrow
     assert (alone[1] - alone[0]) < 0.6 * (high - low)
 
 
 def test_resampled_mean_by_hand():
-    assert evaluate.bootstrap_interval(np.ones(4), np.arange(4)) == [100.0, 100.0]
-    means = evaluate.bootstrap_means(np.array([1.0, 1.0, 0.0]), np.array([7, 7, 9]))  # two pictures: drawn 7 7, 7 9 or 9 9
+    assert bootstrap_interval(np.ones(4), np.arange(4)) == [100.0, 100.0]
+    means = bootstrap_means(np.array([1.0, 1.0, 0.0]), np.array([7, 7, 9]))  # two pictures: drawn 7 7, 7 9 or 9 9
     assert set(means.round(3)) == {100.0, 66.667, 0.0}
 
 
@@ -376,21 +379,21 @@ def elevater(tmp_path):
 
 
 def test_class_folders_in_both_layouts(elevater, tmp_path):
-    names, pictures, labels = data.open_classes(data.class_root(elevater))
+    names, pictures, labels = open_classes(class_root(elevater))
     assert names == ["猫", "狗", "“红” 鱼"] and labels == [0, 0, 0, 1, 1, 1, 2, 2, 2] and pictures[4] == elevater / "test/001/1.png"
-    names, _, labels = data.open_classes(data.class_root(write_classes(tmp_path / "own", ["猫", "狗", ".cache"])))
+    names, _, labels = open_classes(class_root(write_classes(tmp_path / "own", ["猫", "狗", ".cache"])))
     assert sorted(names) == sorted(["猫", "狗"]) and len(labels) == 6
-    assert data.open_classes(data.class_root(write_classes(tmp_path / "split/valid", ["a", "b"]).parent, "valid"))[0] == ["a", "b"]
+    assert open_classes(class_root(write_classes(tmp_path / "split/valid", ["a", "b"]).parent, "valid"))[0] == ["a", "b"]
     named = write_classes(tmp_path / "named/test", ["狗", "猫"]).parent         # folders with the classes' names, in another order than the lines
     (named / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
-    assert {path.parent.name: names[label] for names, pictures, labels in [data.open_classes(data.class_root(named))] for path, label in zip(pictures, labels)} == {"狗": "狗", "猫": "猫"}
+    assert {path.parent.name: names[label] for names, pictures, labels in [open_classes(class_root(named))] for path, label in zip(pictures, labels)} == {"狗": "狗", "猫": "猫"}
     imagenet = write_classes(tmp_path / "imagenet/test", ["n02", "n01"]).parent
     (imagenet / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
-    assert {path.parent.name: label for _, pictures, labels in [data.open_classes(data.class_root(imagenet, "test"))] for path, label in zip(pictures, labels)} == {"n01": 0, "n02": 1}
+    assert {path.parent.name: label for _, pictures, labels in [open_classes(class_root(imagenet, "test"))] for path, label in zip(pictures, labels)} == {"n01": 0, "n02": 1}
 
 
 def test_a_class_may_be_called_test(tmp_path):
-    assert data.open_classes(data.class_root(write_classes(tmp_path / "k", ["test", "狗"])))[0] == ["test", "狗"]
+    assert open_classes(class_root(write_classes(tmp_path / "k", ["test", "狗"])))[0] == ["test", "狗"]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -399,13 +402,13 @@ def test_odd_class_folders_are_named_in_a_warning(elevater):
     for path in (elevater / "test/000").iterdir():
         path.unlink()
     with pytest.warns(UserWarning) as said:
-        data.open_classes(elevater / "test")
+        open_classes(elevater / "test")
     assert [str(w.message).split(": ", 1)[1] for w in said] == ["left out, for they are in no class folder: 1 (loose.jpg)", "classes without a picture, which can be guessed all the same: 1 (猫)"]
     (elevater / "label_cn.txt").write_text("002\n001\n000\n")                   # names that are numbers: the folders of these names
-    assert data.open_classes(elevater / "test")[2] == [1, 1, 1, 0, 0, 0]
+    assert open_classes(elevater / "test")[2] == [1, 1, 1, 0, 0, 0]
     (elevater / "label_cn.txt").unlink()
     with pytest.warns(UserWarning, match="the folders' numbers are taken for names"):
-        assert data.open_classes(elevater / "test")[0] == ["000", "001", "002"]
+        assert open_classes(elevater / "test")[0] == ["000", "001", "002"]
 
 
 def test_classes_that_look_alike_to_the_model_are_named(tiny_checkpoint):
@@ -419,7 +422,7 @@ def test_classes_that_look_alike_to_the_model_are_named(tiny_checkpoint):
 def test_a_missing_class_folder_moves_no_label(elevater):
     """torchvision's ImageFolder, which cn_clip uses, would call 002 class 1."""
     shutil.rmtree(elevater / "test/001")
-    assert data.open_classes(data.class_root(elevater))[2] == [0, 0, 0, 2, 2, 2]
+    assert open_classes(class_root(elevater))[2] == [0, 0, 0, 2, 2, 2]
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -438,7 +441,7 @@ def test_a_missing_class_folder_moves_no_label(elevater):
 def test_class_folders_that_are_not_clear_are_refused(elevater, spoil, message):
     spoil(elevater)
     with pytest.raises(system.BadInput, match=re.escape(message)):
-        data.open_classes(data.class_root(elevater))
+        open_classes(class_root(elevater))
 
 
 def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
@@ -461,19 +464,19 @@ def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
     monkeypatch.setitem(CONFIGS, "small-vit", peers.VIT)                        # shapes do not tell the number of heads
     torch.save({"epoch": 1, "step": 1, "name": "peer", "state_dict": {f"module.{key}": x for key, x in peer.state_dict().items()}}, elevater / "peer.pt")
     model, _ = checkpoint.load(elevater / "peer.pt")
-    names, pictures, labels = data.open_classes(data.class_root(elevater))
+    names, pictures, labels = open_classes(class_root(elevater))
     autocast, _ = precision_of("fp32", torch.device("cpu"))
     classes = evaluate.class_embeddings(model, names, [template("{}") for template in templates], autocast)
-    image_embed = evaluate.embed_pictures(model, lambda i: data.decoded(pictures[i].read_bytes, "it"), len(pictures), torch.device("cpu"), autocast, batch_size=4)
+    image_embed = evaluate.embed_pictures(model, lambda i: decoded(pictures[i].read_bytes, "it"), len(pictures), torch.device("cpu"), autocast, batch_size=4)
     assert torch.allclose(classes, classifier.T, atol=1e-6)
     assert torch.allclose(evaluate.class_probabilities(image_embed, classes, 100.0), expected, atol=1e-5)
-    assert evaluate.classification_of(image_embed, classes, labels, names)[0]["top-1"] == pytest.approx(100 * top1)
+    assert classification_of(image_embed, classes, labels, names)[0]["top-1"] == pytest.approx(100 * top1)
 
 
 def test_classification_by_hand():
     classes = torch.eye(6)
     pictures = F.normalize(torch.tensor([[9.0, 8, 0, 0, 0, 0], [8, 9, 0, 0, 0, 0], [7, 6, 5, 4, 3, 9], [0, 0, 9, 0, 0, 0]]), dim=1)
-    result, right = evaluate.classification_of(pictures, classes, [0, 0, 4, 2], list("甲乙丙丁戊己"))
+    result, right = classification_of(pictures, classes, [0, 0, 4, 2], list("甲乙丙丁戊己"))
     assert right.tolist() == [1, 0, 0, 1]
     assert result["top-1"] == 50 and result["top-5"] == 75 and result["mean_per_class"] == pytest.approx((50 + 0 + 100) / 3)
     assert {(c["class"], c["taken_for"], c["times"], c["of"]) for c in result["confused"]} == {("甲", "乙", 1, 2), ("戊", "己", 1, 1)}

@@ -17,12 +17,13 @@ from test_train import QUICK, SMALL_VIT, equal_runs, metrics
 
 import checkpoint
 import data
-import features
-import system
 import train
 from data import open_split
-from features import Features
-from system import BadInput
+from support import features, system
+from support.features import Features
+from support.images import decoded, normalize, to_uint8
+from support.settings import parse_args, resolve
+from support.system import BadInput
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ def test_a_step_on_embeddings_is_the_step_on_their_pictures():
         inputs = pixels if given == "pixels" else model.encode_image(pixels)
         results.append(train.train_step(model, [lambda: (inputs, ids)], [1], None, gradients, train.make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext))
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=0)
-    halves, args = torch.randn(4, 8).half(), train.parse_args(["--stage", "1"])
+    halves, args = torch.randn(4, 8).half(), parse_args(["--stage", "1"])
     assert torch.equal(train.prepare(halves, torch.ones(4, 6, dtype=torch.int64), range(4), (None, None), args, "cpu")[0], halves.float())
 
 
@@ -123,7 +124,7 @@ def test_each_row_is_its_pictures_embedding_on_shards_as_on_tsv(tmp_path):
                 continue
             picture, ids, *keys = split.sample(0, k)
             row, words, *own_keys = made.sample(split, k)
-            embed = model.encode_image(data.normalize(data.to_uint8(data.decoded(lambda: picture, "it"), VIT.image_size)[None].float() / 255))[0]
+            embed = model.encode_image(normalize(to_uint8(decoded(lambda: picture, "it"), VIT.image_size)[None].float() / 255))[0]
             assert torch.equal(row, embed.detach().half()) and row.shape == (VIT.embed_dim,) and np.array_equal(words, ids) and own_keys == keys
             assert split.picture_bytes(i) == picture
         assert list(seen) == list(range(count)) and seen[1] == 2
@@ -270,8 +271,8 @@ def test_where_embeddings_change_a_folder_for_them_is_refused(more, message, tsv
 
 @pytest.mark.parametrize("more, expected", [([], "OUT/features"), (["--epochs", 1], None), (["--features", "none"], None), (["--augment", "photo"], None), (["--stage", 2], None), (["--features", "x"], "x")])
 def test_by_default_features_are_kept_where_pictures_come_more_than_once(more, expected, tsv_folder):
-    args = train.parse_args([str(a) for a in ["--stage", 1, "--out", "OUT", "--batch-size", 5, "--epochs", 2, *more]])
-    settings = train.resolve(args, SMALL_VIT, open_split(tsv_folder, "train"), None, "fp32", 1)
+    args = parse_args([str(a) for a in ["--stage", 1, "--out", "OUT", "--batch-size", 5, "--epochs", 2, *more]])
+    settings = resolve(args, SMALL_VIT, open_split(tsv_folder, "train"), None, "fp32", 1)
     assert (settings.features, settings.features_kept) == (expected, bool(expected) or None)
 
 

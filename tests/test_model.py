@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import on_processes
 
 from loss import contrastive_loss
-from model import CLIP, CONFIGS, MLP, Attention, AttentionPool, Config, Packing, QuickGELU, attend_at_once, pack
+from model import Attention, AttentionPool, CLIP, CONFIGS, Config, MLP, Packing, QuickGELU, attend_at_once, pack
 
 VIT = Config(embed_dim=32, image_size=32, vision_layers=2, vision_width=48, vision_heads=4, patch_size=8, text_layers=2, text_width=48, text_heads=4, vocab_size=200)
 RESNET = dataclasses.replace(VIT, image_size=64, vision_layers=(2, 1, 1, 1), vision_width=8, vision_heads=4, patch_size=None)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import data
-import painter
 from data import PAINTED, open_split
+from support import painter
+from support.tables import TABLE_1
 from tokenizer import Tokenizer
 
 
@@ -135,7 +136,7 @@ def test_landscapes_of_one_split_are_in_no_other_not_even_with_english_captions(
 
 
 def test_poems_have_the_sizes_of_the_papers_set(poems):
-    assert {name: len(split) for name, split in poems.items()} == data.TABLE_1["ap-id"]
+    assert {name: len(split) for name, split in poems.items()} == TABLE_1["ap-id"]
     assert not any(split.endless for split in poems.values()) and len(set(poems["train"].scenes)) == 2000
 
 

@@ -18,6 +18,8 @@ import data
 import train
 from loss import contrastive_loss
 from model import CONFIGS
+from support.formats import layout_of
+from support.images import Transform
 from tokenizer import CLS, MASK, SEP, UNK, VOCAB, Tokenizer
 
 VITS = {"vit-b-16": CONFIGS["vit-b-16"], **peers.SHALLOW}
@@ -65,7 +67,7 @@ def assert_close_tensors(ours, theirs, tolerance):
 
 def in_our_names(keys, tensors):
     """cn_clip's tensors or gradients under our names `keys`."""
-    return checkpoint.layout_of(tensors).to_ours(dict(tensors), keys)
+    return layout_of(tensors).to_ours(dict(tensors), keys)
 
 
 def gradients(model, loss):
@@ -244,7 +246,7 @@ def test_pixels_equal_cn_clip_on_jpeg_and_png(shape, peer_transform):
     smooth = Image.effect_mandelbrot(shape[::-1], (-2, -1.2, 1, 1.2), 90)
     pictures = [stored(noise(*shape), "JPEG", quality=90), stored(noise(*shape), "PNG"), stored(smooth.convert("RGB"), "JPEG", progressive=True), stored(smooth, "JPEG"), stored(smooth, "PNG")]
     for picture in pictures:                                                    # the last two are grey
-        assert torch.equal(data.Transform(224)(picture), peer_transform(picture)), (picture.mode, picture.format)
+        assert torch.equal(Transform(224)(picture), peer_transform(picture)), (picture.mode, picture.format)
 
 
 def test_pixels_of_other_kinds_of_pictures(peer_transform):
@@ -269,5 +271,5 @@ def test_pixels_of_other_kinds_of_pictures(peer_transform):
         "bilevel: the shades between black and white that resizing makes are kept": (b := stored(rgb.convert("1"), "PNG"), b.convert("RGB")),
     }
     for what, (picture, seen) in cases.items():
-        assert torch.equal(data.Transform(224)(picture), peer_transform(seen)), what
+        assert torch.equal(Transform(224)(picture), peer_transform(seen)), what
         assert not torch.equal(peer_transform(picture), peer_transform(seen)), what

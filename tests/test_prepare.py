@@ -19,9 +19,12 @@ from conftest import ROOT, bomb, jpeg, png, refused, script, write_tar, write_ts
 from PIL import Image
 
 import data
-import prepare
 from data import open_split
-from system import BadInput
+from support.system import BadInput
+from support.tables import TABLE_1
+from tools import prepare
+from tools.check import BLIND, BROKEN, CLOSED, EMPTY, LEAKED, LONG, SHARED, SILENT, SIMILAR, TWICE, UNKNOWN
+from tools.releases import unpack
 
 
 def contents(folder):
@@ -161,7 +164,7 @@ def test_no_byte_that_is_changed_makes_it_crash(published, tmp_path):
             (tmp_path / name).write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
             try:
                 with prepare.filled_beside(tmp_path / "out") as part:
-                    prepare.unpack(tmp_path / name, part, "get it again")
+                    unpack(tmp_path / name, part, "get it again")
                 outcomes.add("unpacked")
             except BadInput as error:
                 outcomes.add("refused")
@@ -193,7 +196,7 @@ def test_killed_before_it_is_renamed_it_goes_on(published, called, monkeypatch):
 
 
 def test_several_at_the_same_time_unpack_once(published, monkeypatch, capsys):
-    unpacked, real = [], prepare.unpack
+    unpacked, real = [], unpack
     monkeypatch.setattr(prepare, "unpack", lambda *args: unpacked.append(args) or real(*args))
     racing = [threading.Thread(target=prepare.fetch, args=("coco-cn", str(published.root))) for _ in range(4)]
     for thread in racing:
@@ -434,20 +437,20 @@ def test_every_kind_of_finding_in_every_layout(layout, processes, tmp_path, chec
     assert readers == [0 if processes == 1 else 2] * 2
     assert status == 1 and [(row["pictures"], row["captions"], row["pairs"]) for row in rows] == [(44, 44, 44), (8, 9, 9)]
     name = {"tsv": "{1}", "folder": "{0}/{1}.png", "shards": f"{{1}}.jpg of {tmp_path}/set/{{0}}-000000.tar"}[layout].format
-    assert [line.partition(": it cannot be read")[0] for line in found.pop(prepare.BROKEN)] == [f"{split}: picture {name(split, i)}" for split, i in (("train", 43), ("test", 6), ("test", 7))]
-    assert found.pop(prepare.LEAKED) == [f"train {name('train', 3)}, test {name('test', 0)}: the same bytes", f"train {name('train', 4)}, test {name('test', 1)}: the same pixels in other bytes"]
-    assert found.pop(prepare.TWICE) == [f"train {name('train', 0)}, train {name('train', 42)}: the same bytes"]
-    assert found.pop(prepare.SIMILAR) == [f"test {name('test', 2)}, train {name('train', 40)}"]
-    assert found.pop(prepare.SHARED) == ["第1张: " * (layout != "shards") + "train caption 2, test caption 5"]
-    assert re.search(": 61 tokens: 长{40}…$", found.pop(prepare.LONG)[0]) and len(found.pop(prepare.UNKNOWN)) == 1 and not found
+    assert [line.partition(": it cannot be read")[0] for line in found.pop(BROKEN)] == [f"{split}: picture {name(split, i)}" for split, i in (("train", 43), ("test", 6), ("test", 7))]
+    assert found.pop(LEAKED) == [f"train {name('train', 3)}, test {name('test', 0)}: the same bytes", f"train {name('train', 4)}, test {name('test', 1)}: the same pixels in other bytes"]
+    assert found.pop(TWICE) == [f"train {name('train', 0)}, train {name('train', 42)}: the same bytes"]
+    assert found.pop(SIMILAR) == [f"test {name('test', 2)}, train {name('train', 40)}"]
+    assert found.pop(SHARED) == ["第1张: " * (layout != "shards") + "train caption 2, test caption 5"]
+    assert re.search(": 61 tokens: 长{40}…$", found.pop(LONG)[0]) and len(found.pop(UNKNOWN)) == 1 and not found
 
 
 def test_leaks_are_told_in_full(tmp_path, checked, capsys):
     splits = {"train": [(png(seed=n), [f"第{n}张"]) for n in range(15)], "valid": [(png(seed=n), [f"第{n}张图"]) for n in range(3, 18)], "test": [(png(seed=99), ["九"]), (png(seed=5), ["五"])]}
     status, _, found, _ = checked(in_layout("tsv", tmp_path, splits))
-    assert status == 1 and list(found) == [prepare.LEAKED] and "train 5, valid 2, test 1: the same bytes" in found[prepare.LEAKED]
+    assert status == 1 and list(found) == [LEAKED] and "train 5, valid 2, test 1: the same bytes" in found[LEAKED]
     said = capsys.readouterr().out
-    assert f"{prepare.LEAKED}: 12\n" in said and "    … and 2 more\n" in said and said.count("the same bytes") == 10
+    assert f"{LEAKED}: 12\n" in said and "    … and 2 more\n" in said and said.count("the same bytes") == 10
     assert said.endswith("set: not sound: 12 pictures that are in two splits\n")
 
 
@@ -455,14 +458,14 @@ def test_leaks_are_told_in_full(tmp_path, checked, capsys):
 def test_what_stands_alone_or_is_empty(layout, tmp_path, checked):
     splits = {"test": [(png(seed=1), ["一"]), (png(seed=2), []), (None, ["没有图片"]), (png(seed=3), [" "]), (png(seed=4), ["\u200b\u3000"])]}
     status, _, found, _ = checked(in_layout(layout, tmp_path, splits))
-    assert status == 1 and len(found[prepare.EMPTY]) == 2 and len(found[prepare.SILENT]) == 1 and len(found[prepare.BLIND]) == 1 and len(found) == 3
+    assert status == 1 and len(found[EMPTY]) == 2 and len(found[SILENT]) == 1 and len(found[BLIND]) == 1 and len(found) == 3
 
 
 def test_one_split_that_cannot_be_opened_does_not_hide_the_others(tsv_folder, checked):
     (tsv_folder / "valid_texts.jsonl").write_text("{\n")
     (tsv_folder / "._test_imgs.tsv").write_bytes(b"\0\5\x16\7")
     status, _, found, rows = checked(tsv_folder)
-    assert status == 1 and [row["split"] for row in rows] == ["train", "test"] and list(found) == [prepare.CLOSED] and "valid_texts.jsonl, line 1: not JSON" in found[prepare.CLOSED][0]
+    assert status == 1 and [row["split"] for row in rows] == ["train", "test"] and list(found) == [CLOSED] and "valid_texts.jsonl, line 1: not JSON" in found[CLOSED][0]
 
 
 def test_shards_that_are_cut_short(tmp_path, checked):
@@ -471,18 +474,18 @@ def test_shards_that_are_cut_short(tmp_path, checked):
     (tmp_path / "b.tar").write_bytes(path.read_bytes()[:5000])
     with pytest.warns(UserWarning, match="damaged"):
         status, _, found, rows = checked(tmp_path / "b.tar")
-    assert status == 1 and list(found) == [prepare.CLOSED] and rows[0]["split"] == "all"
+    assert status == 1 and list(found) == [CLOSED] and rows[0]["split"] == "all"
 
 
 def test_a_sound_set_by_name_beside_table_1_and_the_painted_one(tmp_path, tsv_folder, checked, monkeypatch):
     tsv_folder.rename(tmp_path / "COCO-CN")
-    monkeypatch.setitem(data.TABLE_1, "coco-cn", {"train": 12, "valid": 3_185, "test": 1_053})
+    monkeypatch.setitem(TABLE_1, "coco-cn", {"train": 12, "valid": 3_185, "test": 1_053})
     for name in (["coco-cn", "--data-root", tmp_path], [tmp_path / "COCO-CN"]):
         status, said, found, _ = checked(*name)
         assert status == 0 and not found and said.endswith("sound\n")
         assert said.splitlines()[:2] == ["train          12 pictures       12 captions       12 pairs, as in the paper's table 1", "valid          12 pictures       12 captions       12 pairs; the paper's table 1 has 3,185"]
     status, said, found, rows = checked("demo")
-    assert status == 0 and set(found) <= {prepare.SIMILAR} and "train is endless: not looked through" in said and [row["pictures"] for row in rows] == [300, 500]
+    assert status == 0 and set(found) <= {SIMILAR} and "train is endless: not looked through" in said and [row["pictures"] for row in rows] == [300, 500]
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line

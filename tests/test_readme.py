@@ -30,13 +30,15 @@ from test_loss import IMAGE_KEYS, TEXT_KEYS, TRUTH, embeddings
 from test_prepare import COCO, write_files, write_zip
 from torch.distributed.run import get_args_parser
 
-import bench
 import checkpoint
 import data
 import evaluate
 import model
 import train
 from loss import matches
+from support.settings import parse_args
+from support.tables import PUBLISHED
+from tools import bench
 
 READMES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("README*.md"))}
 each_readme = pytest.mark.parametrize("text", READMES.values(), ids=READMES)
@@ -172,7 +174,7 @@ def at_toy_size(words):
 def places(name, arguments):
     """Folders that a command makes, and does not want to find another one's work in."""
     if name == "train" and "--help" not in arguments:
-        return [train.parse_args(arguments).out]
+        return [parse_args(arguments).out]
     return arguments[2:3] if arguments[:1] == ["convert"] else []
 
 
@@ -381,7 +383,7 @@ def test_lines_are_where_it_says(text):
 def test_published_rows_are_those_that_evaluate_prints(text):
     rows = re.findall(r"^\| (\S.*?) \| (\S.*?) \| ([\d., ]+) \| ([\d., ]+) \| [^|]*\|$", text, re.M)
     rows = [(title, who, [float(x) for x in f"{there}, {back}".split(", ")]) for title, who, there, back in rows if there.count(".") == 3]
-    published = [(title, f"{name}, {setting}", figures) for title, table in evaluate.PUBLISHED.values() for _, name, setting, *figures in table]
+    published = [(title, f"{name}, {setting}", figures) for title, table in PUBLISHED.values() for _, name, setting, *figures in table]
     if "Table 4" in text:
         assert rows == published
     assert [figures for *_, figures in rows] == [figures for *_, figures in published]

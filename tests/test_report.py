@@ -9,8 +9,8 @@ from conftest import png, write_tsv_split
 
 import checkpoint
 import evaluate
-import report
 from model import CLIP, CONFIGS
+from support import report
 
 ATTACK = '<script>alert("1")</script> & \'<img src=x onerror=alert(2)>'
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 import checkpoint
 import data
-import search
-import system
 from model import CLIP, CONFIGS
+from support import system
+from support.images import decoded, picture_files
+from tools import search
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +89,13 @@ def test_indexes_once_then_only_what_has_changed(searched, album, monkeypatch, t
 
 def test_finds_what_a_plain_comparison_finds(searched, album, tiny_checkpoint):
     model, transform = checkpoint.load(tiny_checkpoint)
-    files = [album / path for path in data.picture_files(album)[0]]
+    files = [album / path for path in picture_files(album)[0]]
     with torch.no_grad():
         asked = model.encode_image(transform(Image.open(album / "kind.png"))[None])
         expected = {}
         for path in files:
             try:
-                expected[str(path).encode(errors="backslashreplace").decode()] = float(asked @ model.encode_image(transform(data.decoded(path.read_bytes, "it"))[None])[0])
+                expected[str(path).encode(errors="backslashreplace").decode()] = float(asked @ model.encode_image(transform(decoded(path.read_bytes, "it"))[None])[0])
             except system.BadInput:
                 pass
     lines, _ = searched("--image", album / "kind.png", "--top", 100)
@@ -150,7 +151,7 @@ def test_an_empty_folder_does_not_cost_the_index(searched, album, tmp_path):
 
 def test_a_part_that_cannot_be_read_stays_in_the_index(searched, album, monkeypatch):
     searched("猫")
-    real = data.picture_files
+    real = picture_files
     monkeypatch.setattr(data, "picture_files", lambda folder: ([path for path in real(folder)[0] if not path.startswith("去 海边")], {"去 海边": "Permission denied"}))
     _, said = searched("猫")
     assert "去 海边: cannot be read (Permission denied); what was indexed of it stays" in said and "; 0 new or changed, 0 gone" in said

@@ -15,8 +15,9 @@ import torch
 from conftest import ROOT
 
 import checkpoint
-import system
-from system import BadInput
+from support import system
+from support.system import BadInput
+from support.weights import find
 
 REAL_SLEEP = time.sleep
 
@@ -65,42 +66,42 @@ def finished(folder):
 
 def test_a_cut_connection_goes_on_where_it_stopped(hub, tmp_path):
     hub.cuts = [1_000_000, 1_500_000]
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
+    assert find("cn-clip-rn50").read_bytes() == hub.content
     assert [span for what, _, span in hub.asked if what == "GET"] == ["bytes=0-", "bytes=1000000-", "bytes=2500000-"]
 
 
 def test_a_download_that_failed_for_good_is_continued_by_the_next_call(hub, tmp_path):
     hub.cuts = [500_000, 0, 0, 0, 0]
     with pytest.raises(BadInput, match="cannot be downloaded .*500,000 of 3,000,000 bytes.*HF_ENDPOINT names a mirror"):
-        checkpoint.find("cn-clip-rn50")
+        find("cn-clip-rn50")
     assert finished(tmp_path / "cache") == []
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content and hub.asked[-1][2] == "bytes=500000-"
+    assert find("cn-clip-rn50").read_bytes() == hub.content and hub.asked[-1][2] == "bytes=500000-"
 
 
 def test_a_server_without_ranges_sends_the_whole_again(hub, tmp_path):
     hub.ranges, hub.cuts = False, [1_000_000]                                   # and the next part does not begin with the last one
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
+    assert find("cn-clip-rn50").read_bytes() == hub.content
 
 
 def test_a_part_of_another_version_is_not_continued(hub, tmp_path):
     hub.cuts = [1_000_000, 0, 0, 0, 0]
     with pytest.raises(BadInput):
-        checkpoint.find("cn-clip-rn50")
+        find("cn-clip-rn50")
     hub.content = random.Random(1).randbytes(2_000_000)
     hub.tag = hashlib.sha256(hub.content).hexdigest()
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content
+    assert find("cn-clip-rn50").read_bytes() == hub.content
 
 
 def test_what_does_not_have_the_announced_hash_is_deleted(hub, tmp_path):
     hub.tag = "0" * 64
     with pytest.raises(BadInput, match="not what the server announced"):
-        checkpoint.find("cn-clip-rn50")
+        find("cn-clip-rn50")
     assert finished(tmp_path / "cache") == [] and not list((tmp_path / "cache").glob("*.part"))
 
 
 def test_a_file_that_is_not_there_fails_at_once(hub):
     with pytest.raises(BadInput, match="clip_cn_vit-b-16.pt: cannot be downloaded .HTTP Error 404: Not Found.. HF_ENDPOINT"):
-        checkpoint.find("cn-clip-vit-b-16")
+        find("cn-clip-vit-b-16")
     assert len(hub.asked) == 1
 
 
@@ -119,24 +120,24 @@ def test_an_address_without_its_beginning_fails_at_once(hub, monkeypatch):
     for endpoint, message in (("127.0.0.1:8077", "HF_ENDPOINT=127.0.0.1:8077: it must begin with https://"), ("http://[", "cannot be downloaded"), ("http://镜像", "cannot be downloaded")):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
         with pytest.raises(BadInput, match=message):
-            checkpoint.find("cn-clip-rn50")
+            find("cn-clip-rn50")
 
 
 def test_a_cache_that_is_no_folder(hub, tmp_path):
     (tmp_path / "cache").write_text("")
     with pytest.raises(BadInput, match="cache: cannot be used as the folder of downloads"):
-        checkpoint.find("cn-clip-rn50")
+        find("cn-clip-rn50")
 
 
 def test_an_empty_file_is_none(hub):
     hub.content = b""
     with pytest.raises(BadInput, match="does not say how large the file is"):
-        checkpoint.find("cn-clip-rn50")
+        find("cn-clip-rn50")
 
 
 def test_threads_share_one_download(hub):
     with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        assert len(set(pool.map(checkpoint.find, ["cn-clip-rn50"] * 6))) == 1
+        assert len(set(pool.map(find, ["cn-clip-rn50"] * 6))) == 1
     assert sum(what == "GET" for what, _, _ in hub.asked) == 1
 
 
@@ -150,7 +151,7 @@ def test_killed_while_downloading_leaves_nothing_under_the_final_name(hub, tmp_p
     child.wait()
     hub.pause.set()
     assert finished(tmp_path / "cache") == []
-    assert checkpoint.find("cn-clip-rn50").read_bytes() == hub.content and int(hub.asked[-1][2][6:-1]) >= 1_000_000
+    assert find("cn-clip-rn50").read_bytes() == hub.content and int(hub.asked[-1][2][6:-1]) >= 1_000_000
     assert finished(tmp_path / "cache") == ["clip_cn_rn50.pt"] and not list((tmp_path / "cache").glob("*.part"))
 
 

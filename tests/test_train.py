@@ -28,8 +28,10 @@ import data
 import train
 from loss import contrastive_loss, matches
 from model import Config
-from run import Meter, Run
-from system import BadInput
+from support.images import Transform
+from support.run import Meter, Run
+from support.settings import RECIPES, fitting_lr, parse_args
+from support.system import BadInput
 
 QUICK = ["--batch-size", 6, "--workers", 0, "--precision", "fp32", "--log-every", 1]
 
@@ -94,7 +96,7 @@ def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folde
     with torch.no_grad():
         torch.testing.assert_close(got.vision(pixels), clip.float().encode_image(pixels), rtol=1e-4, atol=1e-5)
         split = data.open_split(tsv_folder, "train")
-        embeds = got.encode_image(torch.stack([data.Transform(cfg.image_size)(split.picture(i)) for i in range(12)]))
+        embeds = got.encode_image(torch.stack([Transform(cfg.image_size)(split.picture(i)) for i in range(12)]))
         torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "features/000000.npy")), embeds.half(), rtol=1e-2, atol=1e-4)
         torch.testing.assert_close(got.text(ids), bert.bert(ids, ids.ne(0)).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
 
@@ -393,14 +395,14 @@ MODELS = {"base": "vit-b-16", "large": "vit-l-14"}
 def test_recipes_of_table_3_are_its_numbers(row):
     dataset, size, *numbers = row
     name = f"{dataset}-{size.split('-')[0]}".lower()
-    args, model = train.parse_args(["--recipe", name]), MODELS[name.split("-")[-1]]
+    args, model = parse_args(["--recipe", name]), MODELS[name.split("-")[-1]]
     assert [args.batch_size, args.lr, args.epochs, args.warmup] == [float(x) for x in numbers]
     assert (args.stage, args.data, args.init, args.weight_decay, args.positives, args.average) == ("finetune", dataset.lower(), f"cn-clip-{model}", 0.001, "pair", False)
     assert train.CONFIGS[model].context_length == 52
 
 
 def test_the_recipe_of_ap_id_is_table_2():
-    args, table = train.parse_args(["--recipe", "ap-id"]), dict(re.findall(r"([\w-]+) ([\de.-]+)(?:,|$)", PAPER.splitlines()[1].split(": ")[1]))
+    args, table = parse_args(["--recipe", "ap-id"]), dict(re.findall(r"([\w-]+) ([\de.-]+)(?:,|$)", PAPER.splitlines()[1].split(": ")[1]))
     assert (args.warmup, args.batch_size, args.lr, args.weight_decay, args.epochs, args.valid_every) == tuple(
         float(table[name]) for name in ("warmup", "batch_size", "lr", "wd", "max_epochs", "valid-step-interval"))
     assert (args.stage, args.data, args.init) == ("finetune", "ap-id", "cn-clip-vit-b-16") and float(table["context_length"]) == train.CONFIGS["vit-b-16"].context_length
@@ -408,10 +410,10 @@ def test_the_recipe_of_ap_id_is_table_2():
 
 def test_recipes_of_pretraining():
     for stage, lr in (("1", 1e-4), ("2", 2e-5)):
-        args = train.parse_args(["--recipe", f"stage{stage}", "--data", "coco-cn"])
+        args = parse_args(["--recipe", f"stage{stage}", "--data", "coco-cn"])
         assert (args.stage, args.batch_size, args.lr, args.warmup, args.weight_decay) == (stage, 32768, lr, 5000, 0.001)
         with pytest.raises(BadInput, match="name the data"):
-            train.parse_args(["--recipe", f"stage{stage}"])
+            parse_args(["--recipe", f"stage{stage}"])
 
 
 def test_flags_override_a_recipe_and_the_run_says_what_came_from_where(tmp_path, tsv_folder, called):
@@ -423,13 +425,13 @@ def test_flags_override_a_recipe_and_the_run_says_what_came_from_where(tmp_path,
     assert otherwise == f"init={tmp_path / 'start.pt'} data={tsv_folder} batch_size=6 epochs=None warmup=0"                    # a run of one step has no warmup
     settings = json.loads((tmp_path / "run/settings.json").read_text())
     assert (settings["recipe"], settings["lr"], settings["batch_size"]) == ("coco-cn-base", 5e-5, 6)
-    towers = train.parse_args(["--recipe", "ap-id", "--vision-weights", "ViT-B-16.pt"])
+    towers = parse_args(["--recipe", "ap-id", "--vision-weights", "ViT-B-16.pt"])
     assert towers.init is None and towers.vision_weights == "ViT-B-16.pt"
 
 
 def test_without_stage_or_recipe_it_asks_for_one(capsys):
     with pytest.raises(SystemExit):
-        train.parse_args([])
+        parse_args([])
     assert "--stage or --recipe is required" in capsys.readouterr().err
 
 
@@ -540,10 +542,10 @@ def test_a_rate_that_does_not_fit_the_batch_is_warned_of(lr, words, tsv_folder, 
 
 def test_the_rate_that_fits_grows_with_the_root_of_the_batch():
     vit = train.CONFIGS["vit-b-16"]
-    assert train.fitting_lr(7680, vit) == 5e-5 and train.fitting_lr(7680 // 4, vit) == 2.5e-5
-    for name, (_, recipe) in train.RECIPES.items():                             # what the paper took for its large batches fits
+    assert fitting_lr(7680, vit) == 5e-5 and fitting_lr(7680 // 4, vit) == 2.5e-5
+    for name, (_, recipe) in RECIPES.items():                             # what the paper took for its large batches fits
         if "lr" in recipe and recipe["stage"] == "finetune" and name != "ap-id":
-            assert 0.5 < recipe["lr"] / train.fitting_lr(recipe["batch_size"], vit) < 2
+            assert 0.5 < recipe["lr"] / fitting_lr(recipe["batch_size"], vit) < 2
 
 
 def test_what_chooses_by_recall_needs_a_valid_split(tsv_folder, tmp_path, stops):
@@ -679,7 +681,7 @@ def test_matrices_decay_and_gains_do_not():
 
 def test_masked_tokens_are_never_padding_or_ends():
     ids = torch.tensor([[101, 500, 600, 102, 0, 0]] * 4)
-    args = train.parse_args(["--stage", "2", "--mask-tokens", "0.9", "--batch-size", "4"])
+    args = parse_args(["--stage", "2", "--mask-tokens", "0.9", "--batch-size", "4"])
     _, masked = train.prepare(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), ids, range(4), train.random_draws(args, 1, 6), args, "cpu")
     assert (masked[:, [0, 3, 4, 5]] == ids[:, [0, 3, 4, 5]]).all() and (masked == 103).sum() >= 4
 
