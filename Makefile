@@ -4,13 +4,16 @@ PYTHON ?= python3
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
-.PHONY: demo test clean
+.PHONY: demo test test-all clean
 
 demo: .venv/installed
-	.venv/bin/python demo.py
+	.venv/bin/python -m tools.demo
 
 test: .venv/installed-tests
-	.venv/bin/python -m pytest -q tests
+	.venv/bin/python -m pytest -q -m 'not slow' tests
+
+test-all: .venv/installed-tests
+	.venv/bin/python -m pytest -q -m slow tests
 
 clean:
 	rm -rf .venv runs/demo

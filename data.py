@@ -1,4 +1,4 @@
-"""Pictures and captions on disk -> batches, in an order that is a function of (seed, epoch) alone.
+"""Images and captions on disk -> batches, in an order that is a function of (seed, epoch) alone.
 
     split = open_split("coco-cn", "train")
     batches = Batches(split, batch_size=1024, seed=0, first_step=0, last_step=100)
@@ -8,38 +8,38 @@ The words of this file, each for one thing:
 
 data set       what --data names: a known name, a folder, or a pattern of tar shards
 split          a part of it that is used for one purpose: train, valid or test. A `Split` is an object, whatever the layout on disk
-picture i      0 … I - 1, its number in the split. Its id (`image_ids[i]`) is what the data set calls it: a number or a path
+image i      0 … I - 1, its number in the split. Its id (`image_ids[i]`) is what the data set calls it: a number or a path
 caption t      0 … T - 1, its number in the split; its key (`text_keys[t]`) is a number that equal sentences share
-pair k         0 … len(split) - 1: a caption and a picture that it describes: what training counts, shuffles and samples
-sample         what training takes of a pair: its picture, the caption's tokens, and the keys that tell which others match (see collate)
+pair k         0 … len(split) - 1: a caption and a image that it describes: what training counts, shuffles and samples
+sample         what training takes of a pair: its image, the caption's tokens, and the keys that tell which others match (see collate)
 epoch          once through all pairs, in an order of its own
 place          where in an order something stands. The epochs' orders follow each other as one endless stream of places
 batch          the pairs of one step, of all processes together; a micro-batch is what one process embeds at a time
 shard          a tar file with some of the pairs
 
 Read it in the order in which data flows, which is the order of the sections: a `Split` and what each layout makes of it (files with
-offsets, folders, shards, painted ones) -> `open_split` finds it -> one picture becomes pixels (`to_uint8`, `training_pixels`,
+offsets, folders, shards, painted ones) -> `open_split` finds it -> one image becomes pixels (`to_uint8`, `training_pixels`,
 `augment`) -> pairs become batches (`Batches`, `TrainingPairs`, `collate`). What comes after that is beside the way: writing shards,
 folders of classes, the command line.
 
 Four layouts, one interface:
 
-1. Chinese-CLIP: {train,valid,test}_imgs.tsv with lines `id<TAB>base64 picture`, and {split}_texts.jsonl with
+1. Chinese-CLIP: {train,valid,test}_imgs.tsv with lines `id<TAB>base64 image`, and {split}_texts.jsonl with
    {"text_id": 1, "text": "…", "image_ids": [7]}.
-2. A folder of pictures with captions.csv (first line: image,caption) or captions.jsonl ({"image": "a.jpg", "caption": "…"}),
-   paths relative to the folder. A picture may stand in several rows. A further column `split` (train, valid, test, …) divides the
-   pictures; without it 80 % train, 10 % valid, 10 % test, by a hash of the path.
-3. Tar shards (WebDataset), for any number of pictures: files key.jpg (png, webp, …) beside key.txt, the caption, or key.json with
+2. A folder of images with captions.csv (first line: image,caption) or captions.jsonl ({"image": "a.jpg", "caption": "…"}),
+   paths relative to the folder. A image may stand in several rows. A further column `split` (train, valid, test, …) divides the
+   images; without it 80 % train, 10 % valid, 10 % test, by a hash of the path.
+3. Tar shards (WebDataset), for any number of images: files key.jpg (png, webp, …) beside key.txt, the caption, or key.json with
    {"text": "…"}, {"caption": "…"} or {"texts": ["…", "…"]}; named by a pattern such as 'shards/{000000..000020}.tar' or
    'shards/*.tar', or a folder with train-000000.tar, …, valid-000000.tar, ….
-4. Painted here, no download (painter.py): `demo`, coloured things in the quarters of a picture, endless; `landscapes` and
+4. Painted here, no download (painter.py): `demo`, coloured things in the quarters of a image, endless; `landscapes` and
    `english-landscapes`, whose captions say what is in them, in Chinese and in English; `poems`, landscapes whose captions are lines of
-   classical verse, of the sizes of the paper's own set of poems and pictures.
+   classical verse, of the sizes of the paper's own set of poems and images.
 
-Pictures are read when a worker needs them; the captions of layouts 1 and 2 are kept in memory, those of shards are not. A pair that
+Images are read when a worker needs them; the captions of layouts 1 and 2 are kept in memory, those of shards are not. A pair that
 cannot be read is replaced by the next one that can, and reported (`TrainingPairs`).
 
-Letters in the shapes: I pictures, T captions, n pairs, L tokens of a caption; B pairs of a micro-batch, M sentences of a picture, at
+Letters in the shapes: I images, T captions, n pairs, L tokens of a caption; B pairs of a micro-batch, M sentences of a image, at
 most, R pixels along a side, D width of an embedding.
 """
 import base64
@@ -74,29 +74,29 @@ NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "
 
 
 class Split:
-    """One split of a data set: T captions, I pictures, and which pictures each caption describes. Training and evaluation know no more of
-    the data than this class, so a new layout is a subclass: what it passes to __init__, and picture_bytes, picture_location and files.
+    """One split of a data set: T captions, I images, and which images each caption describes. Training and evaluation know no more of
+    the data than this class, so a new layout is a subclass: what it passes to __init__, and image_bytes, image_location and files.
 
     name           for messages, e.g. "COCO-CN/test"
     texts          T captions
     image_ids      I ids
-    positives      T lists of picture numbers: positives[t] = the pictures that caption t describes; may be empty (then t is no query)
+    positives      T lists of image numbers: positives[t] = the images that caption t describes; may be empty (then t is no query)
     pairs          (t, i) of each pair, in the data set's order
     ids            (T, L) uint16 tokens of the captions (the vocabulary has 21,128)
     text_keys      T keys of the captions
-    image_keys     I lists of keys: the sentences that describe a picture. Two pairs of a batch match when one's picture has the other's key
-    endless        whether each epoch has new pictures (the painted train split): then there are no fixed texts, image_ids, …, but
+    image_keys     I lists of keys: the sentences that describe a image. Two pairs of a batch match when one's image has the other's key
+    endless        whether each epoch has new images (the painted train split): then there are no fixed texts, image_ids, …, but
                    what training asks for
 
-    Training asks for len(), sample(), picture_name(), order(), where() and fingerprint(); with features kept also for words(),
-    picture_of(), picture_count() and picture(). Evaluation asks for texts, image_ids, positives, ids and picture().
+    Training asks for len(), sample(), image_name(), order(), where() and fingerprint(); with features kept also for words(),
+    image_of(), image_count() and image(). Evaluation asks for texts, image_ids, positives, ids and image().
     """
 
     endless = False
 
     def __init__(self, name, texts, image_ids, positives, context_length=52):
         if not texts or not image_ids:
-            raise BadInput(f"{name}: the split is empty ({len(image_ids)} pictures, {len(texts)} captions)")
+            raise BadInput(f"{name}: the split is empty ({len(image_ids)} images, {len(texts)} captions)")
         self.name, self.texts, self.image_ids, self.positives = name, texts, image_ids, positives
         self.ids = Tokenizer(name)(texts, context_length).numpy().astype(np.uint16)
         self.pairs = [(t, i) for t, images in enumerate(positives) for i in images]
@@ -115,58 +115,58 @@ class Split:
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def sample(self, epoch, k):
-        """Pair k -> (its picture, tokens (L,), keys of all sentences that describe the picture, key of this one). Here all epochs
+        """Pair k -> (its image, tokens (L,), keys of all sentences that describe the image, key of this one). Here all epochs
         are alike.
 
-        The picture is the bytes of its file, so that a worker can decode them in the cheapest way (training_pixels), or of a
-        painted set the picture itself. Raises BadInput when the file cannot be read; whether it decodes is seen later.
+        The image is the bytes of its file, so that a worker can decode them in the cheapest way (training_pixels), or of a
+        painted set the image itself. Raises BadInput when the file cannot be read; whether it decodes is seen later.
         """
-        with refused_as(self.picture_name(k)):
-            return self.picture_bytes(self.picture_of(k)), *self.words(k)
+        with refused_as(self.image_name(k)):
+            return self.image_bytes(self.image_of(k)), *self.words(k)
 
     def words(self, k):
-        """What sample() gives of pair k beside the picture, which is not touched."""
+        """What sample() gives of pair k beside the image, which is not touched."""
         t, i = self.pairs[k]
         return self.ids[t], self.image_keys[i], self.text_keys[t]
 
-    def picture_of(self, k):
-        """The number of pair k's picture."""
+    def image_of(self, k):
+        """The number of pair k's image."""
         return self.pairs[k][1]
 
-    def picture_count(self):
+    def image_count(self):
         return len(self.image_ids)
 
     def fingerprint(self):
-        """A short text that changes when the captions, the pictures' ids, their relation or the first sample change: by it a
+        """A short text that changes when the captions, the images' ids, their relation or the first sample change: by it a
         resumed run, or kept features, notice that the data are others. (The other samples are not read: that would take as long as
         an epoch.)"""
         digest = hashlib.md5(json.dumps([self.texts, self.image_ids, self.positives], ensure_ascii=False).encode())
         try:
-            picture, ids, *_ = self.sample(0, 0)
-            digest.update((picture if isinstance(picture, bytes) else picture.tobytes()) + ids.tobytes())
+            image, ids, *_ = self.sample(0, 0)
+            digest.update((image if isinstance(image, bytes) else image.tobytes()) + ids.tobytes())
         except (BadInput, IndexError):                                          # unreadable, or there are no pairs
             digest.update(b"none")
         return f"{len(self):,} pairs (hash {digest.hexdigest()[:12]})"
 
     # What evaluation asks for.
 
-    def picture(self, i) -> Image.Image:
-        """Picture i, decoded, RGB. Raises BadInput with its id when it cannot be read."""
-        return decoded(lambda: self.picture_bytes(i), f"{self.name}: picture {self.image_ids[i]}")
+    def image(self, i) -> Image.Image:
+        """Image i, decoded, RGB. Raises BadInput with its id when it cannot be read."""
+        return decoded(lambda: self.image_bytes(i), f"{self.name}: image {self.image_ids[i]}")
 
     # For messages and reports.
 
-    def picture_name(self, k):
-        """What a message calls the picture of pair k."""
-        return f"{self.name}: picture {self.image_ids[self.picture_of(k)]}"
+    def image_name(self, k):
+        """What a message calls the image of pair k."""
+        return f"{self.name}: image {self.image_ids[self.image_of(k)]}"
 
     def where(self, k):
         """Where pair k lies on disk, for a report: {"file", "offset" in bytes, …} (of the painted set: its number)."""
         t, i = self.pairs[k]
-        return self.picture_location(i) | {"caption": self.texts[t]}
+        return self.image_location(i) | {"caption": self.texts[t]}
 
     def files(self):
-        """The files in which the pictures lie."""
+        """The files in which the images lie."""
         return []                                                               # of painted ones
 
 
@@ -174,7 +174,7 @@ class Split:
 
 
 class TsvSplit(Split):
-    """The layout of the published sets. One file holds all pictures, so of it only the ids and byte offsets are kept."""
+    """The layout of the published sets. One file holds all images, so of it only the ids and byte offsets are kept."""
 
     def __init__(self, folder, split, context_length):
         self.path = folder / f"{split}_imgs.tsv"
@@ -183,23 +183,23 @@ class TsvSplit(Split):
         super().__init__(f"{folder.resolve().name}/{split}", texts, list(index_of), positives, context_length)
 
     def _read_offsets(self):
-        """Sets self.offsets, (start, length) of each picture's base64 text; -> {picture id: number}."""
+        """Sets self.offsets, (start, length) of each image's base64 text; -> {image id: number}."""
         self.offsets, index_of, line_of = [], {}, {}
         for number, start, end, line in self._lines():
             if start == end or not line.strip():
                 continue
             id_, tab, _ = line.partition(b"\t")
             if not tab or not id_.strip().isdigit():
-                raise BadInput(f"{self.path}, line {number}: expected `number<TAB>base64 picture`, found {line[:40]!r}")
+                raise BadInput(f"{self.path}, line {number}: expected `number<TAB>base64 image`, found {line[:40]!r}")
             if line_of.setdefault(int(id_), number) != number:
-                raise BadInput(f"{self.path}, line {number}: picture id {int(id_)} stands in line {line_of[int(id_)]} already; "
+                raise BadInput(f"{self.path}, line {number}: image id {int(id_)} stands in line {line_of[int(id_)]} already; "
                                f"ids must be unique")
             index_of[int(id_)] = len(index_of)
             self.offsets.append((start + len(id_) + 1, end - start - len(id_) - 1))
         return index_of
 
     def _read_texts(self, path, index_of):
-        """-> the captions, and for each the numbers of its pictures."""
+        """-> the captions, and for each the numbers of its images."""
         texts, positives, line_of = [], [], {}
         for number, record in read_jsonl(path):
             text, text_id, image_ids = record.get("text"), record.get("text_id"), record.get("image_ids")
@@ -223,23 +223,23 @@ class TsvSplit(Split):
             if not self.path.stat().st_size:                                    # an empty file cannot be mapped
                 return
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-            with mapped as m, system.Progress(f"{self.path.name}: MiB indexed", len(m) / 2**20) as progress:
+            with mapped as m, system.progress(f"{self.path.name}: MiB indexed", len(m) / 2**20) as progress:
                 start, number = 0, 0
                 while start < len(m):
                     end = m.find(b"\n", start)
                     end = len(m) if end < 0 else end
                     number += 1
                     yield number, start, end, m[start : min(end, start + 64)]
-                    progress.add((end + 1 - start) / 2**20)
+                    progress.update((end + 1 - start) / 2**20)
                     start = end + 1
 
     def files(self):
         return [self.path]
 
-    def picture_location(self, i):
-        return {"file": str(self.path), "offset": self.offsets[i][0], "picture": self.image_ids[i]}
+    def image_location(self, i):
+        return {"file": str(self.path), "offset": self.offsets[i][0], "image": self.image_ids[i]}
 
-    def picture_bytes(self, i):
+    def image_bytes(self, i):
         start, length = self.offsets[i]
         with open(self.path, "rb") as f:
             f.seek(start)
@@ -252,11 +252,11 @@ class TsvSplit(Split):
 
 
 class FolderSplit(Split):
-    """A folder of pictures with captions.csv or captions.jsonl: the layout for your own pictures."""
+    """A folder of images with captions.csv or captions.jsonl: the layout for your own images."""
 
     def __init__(self, folder, split, context_length):
         self.folder = folder
-        index_of, described, present = {}, {}, set()                            # path -> picture; caption -> the pictures it describes
+        index_of, described, present = {}, {}, set()                            # path -> image; caption -> the images it describes
         for image, caption, belongs in caption_rows(caption_file(folder)):
             present.add(belongs)
             if belongs == split:
@@ -271,10 +271,10 @@ class FolderSplit(Split):
     def files(self):
         return [self.folder / image for image in self.image_ids]
 
-    def picture_location(self, i):
-        return {"file": str(self.folder / self.image_ids[i]), "offset": 0, "picture": self.image_ids[i]}
+    def image_location(self, i):
+        return {"file": str(self.folder / self.image_ids[i]), "offset": 0, "image": self.image_ids[i]}
 
-    def picture_bytes(self, i):
+    def image_bytes(self, i):
         return (self.folder / self.image_ids[i]).read_bytes()
 
 
@@ -285,11 +285,11 @@ class Painted(NamedTuple):
     """What PaintedSplit must know of a painted data set: its sizes, and functions of painter.py."""
 
     sizes: dict                                                                 # pairs in each split
-    endless: bool                                                               # whether train has new pictures in each epoch
+    endless: bool                                                               # whether train has new images in each epoch
     draw: Callable                                                              # (rng) -> what is drawn by lot: a scene, or two verses
     describe: Callable                                                          # (it, rng or None) -> its caption
-    shown: Callable                                                             # (it) -> the scene that its picture shows
-    paint: Callable                                                             # (scene, rng) -> the picture
+    shown: Callable                                                             # (it) -> the scene that its image shows
+    paint: Callable                                                             # (scene, rng) -> the image
     split_of: Callable                                                          # (it) -> the split to which it belongs for ever
 
 
@@ -306,9 +306,9 @@ PAINTED = {
 
 
 class PaintedSplit(Split):
-    """A split of a painted data set: data for a first try, without a download. Pair k is picture k with caption k.
+    """A split of a painted data set: data for a first try, without a download. Pair k is image k with caption k.
 
-    Where `train` is endless each epoch paints so many new pictures. The others are fixed. In `valid` and `test` what a picture
+    Where `train` is endless each epoch paints so many new images. The others are fixed. In `valid` and `test` what a image
     shows is never contained in what another shows, so that each caption is true of exactly one; in a fixed `train` no two show the
     same.
     """
@@ -339,8 +339,8 @@ class PaintedSplit(Split):
 
     def sample(self, epoch, k):
         if not self.endless:
-            return self.picture(k), *self.words(k)
-        number = epoch * len(self) + k                                          # of all pictures that are ever painted
+            return self.image(k), *self.words(k)
+        number = epoch * len(self) + k                                          # of all images that are ever painted
         rng = random.Random(f"{self.seed} {number}")
         scene = self.draw(rng)
         while self.split_of(scene) != "train":
@@ -349,19 +349,19 @@ class PaintedSplit(Split):
         meaning = sentence_key(self.describe(scene))                            # the same scene in other words has the same key
         return self.paint(scene, rng), ids, [meaning], meaning
 
-    def picture(self, i):
+    def image(self, i):
         return self.paint(self.scenes[i], random.Random(f"{self.seed} {i}"))
 
-    def picture_bytes(self, i):
+    def image_bytes(self, i):
         file = io.BytesIO()
-        self.picture(i).save(file, "PNG", compress_level=1)                     # fast
+        self.image(i).save(file, "PNG", compress_level=1)                     # fast
         return file.getvalue()
 
     def where(self, k):
         return {"file": self.name, "offset": k}
 
-    def picture_name(self, k):
-        return f"{self.name}: picture {k}"
+    def image_name(self, k):
+        return f"{self.name}: image {k}"
 
 
 # ---------------------------------------------------------------------------------------------------------------- finding a data set
@@ -413,7 +413,7 @@ def split_names(folder):
         names = {path.name.removesuffix("_imgs.tsv") for path in folder.glob("[!.]*_imgs.tsv") if path.is_file()}
     names = names or set(split_shards(folder))
     if not names:
-        raise BadInput(f"{folder}: no captions.csv or captions.jsonl with rows beside pictures, nor *_imgs.tsv with *_texts.jsonl "
+        raise BadInput(f"{folder}: no captions.csv or captions.jsonl with rows beside images, nor *_imgs.tsv with *_texts.jsonl "
                        f"(Chinese-CLIP layout), nor train-000000.tar, … (for shards with other names pass a pattern: "
                        f"'{folder}/{{000000..000020}}.tar' or '{folder}/*.tar')")
     usual = ["train", "valid", "test"]
@@ -429,7 +429,7 @@ def all_names(data, data_root="data"):
 
 # ---------------------------------------------------------------------------------------------------------------- augmentation
 
-# How far each kind of augmentation may go, both ways. Rotation in degrees, shift and warp in half picture sides, the rest as shares
+# How far each kind of augmentation may go, both ways. Rotation in degrees, shift and warp in half image sides, the rest as shares
 # of 1. `photo` moves little, `drawing` is for icons and drawings. Nothing is ever mirrored: captions say left and right, and signs
 # and letters do not survive it.
 AUGMENT = {
@@ -437,7 +437,7 @@ AUGMENT = {
     "photo":   dict(rotate=0, zoom=0.05, stretch=0.03, shift=0.05, warp=0.0, ink=0.1, tint=0.0, saturation=0.1),
     "drawing": dict(rotate=20, zoom=0.25, stretch=0.20, shift=0.12, warp=0.10, ink=0.3, tint=0.2, saturation=0.4),
 }
-DRAWS = 10 + 2 * 4 * 4                                                          # random numbers that one picture uses
+DRAWS = 10 + 2 * 4 * 4                                                          # random numbers that one image uses
 
 
 def augment(pixels, draws, rotate, zoom, stretch, shift, warp, ink, tint, saturation):
@@ -445,7 +445,7 @@ def augment(pixels, draws, rotate, zoom, stretch, shift, warp, ink, tint, satura
     -> (B, 3, R, R) in 0..1.
 
     The random numbers come from outside, so that they can be a function of (seed, step, place in the batch), and not of how many processes
-    there are. Outside the picture its border goes on.
+    there are. Outside the image its border goes on.
     """
     B, _, R, _ = pixels.shape
     u = draws.to(pixels.device).T                                               # (DRAWS, B)
@@ -460,10 +460,10 @@ def augment(pixels, draws, rotate, zoom, stretch, shift, warp, ink, tint, satura
     pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
     # Colours change by the ink, 1 - pixels: white paper stays white, dark parts get lighter or darker, each channel a little differently.
-    per_picture = lambda draw, most: (1 + most * draw).view(B, 1, 1, 1)
-    pixels = 1 - (1 - pixels) * per_picture(dark, ink) * (1 + tint * u[7:10].T.view(B, 3, 1, 1))
+    per_image = lambda draw, most: (1 + most * draw).view(B, 1, 1, 1)
+    pixels = 1 - (1 - pixels) * per_image(dark, ink) * (1 + tint * u[7:10].T.view(B, 3, 1, 1))
     grey = pixels.mean(dim=1, keepdim=True)                                     # (B, 1, R, R)
-    return (grey + (pixels - grey) * per_picture(vivid, saturation)).clamp(0, 1)
+    return (grey + (pixels - grey) * per_image(vivid, saturation)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------- pairs -> batches
@@ -519,7 +519,7 @@ class Batches(Sampler):
 
 
 class TrainingPairs(Dataset):
-    """(epoch, k) -> the tensors of one pair: what a DataLoader's workers run. With `features` (features.py) the picture is not
+    """(epoch, k) -> the tensors of one pair: what a DataLoader's workers run. With `features` (features.py) the image is not
     read: its embedding stands in its place.
 
     In the place of a pair that cannot be read comes the next one that can: as long as reading itself does not fail by chance, a
@@ -537,8 +537,8 @@ class TrainingPairs(Dataset):
             try:
                 if self.features is not None:
                     return *self.features.sample(self.split, other), bad
-                picture, ids, image_keys, text_key = self.split.sample(epoch, other)
-                pixels = training_pixels(picture, self.image_size, self.split.picture_name(other))
+                image, ids, image_keys, text_key = self.split.sample(epoch, other)
+                pixels = training_pixels(image, self.image_size, self.split.image_name(other))
                 return pixels, ids, image_keys, text_key, bad
             except BadInput as error:
                 bad.append({"pair": other, **self.split.where(other), "reason": str(error)})
@@ -550,8 +550,8 @@ def collate(samples):
 
     pixels       (B, 3, R, R) uint8, or features (B, D) float16
     ids          (B, L) int64
-    image_keys   (B, M) int64, the keys of all sentences of each picture, filled up with -1
-    text_keys    (B,) int64; caption j describes picture i when text_keys[j] is in image_keys[i]
+    image_keys   (B, M) int64, the keys of all sentences of each image, filled up with -1
+    text_keys    (B,) int64; caption j describes image i when text_keys[j] is in image_keys[i]
     bad          reports of pairs that could not be read
     """
     pixels, ids, image_keys, text_keys, bad = zip(*samples)

@@ -7,16 +7,16 @@
     python evaluate.py --ckpt runs/own/best.pt --data /path/to/folder --features features           # embeddings are kept for next time
     torchrun --nproc_per_node 8 evaluate.py --ckpt cn-clip-vit-b-16 --data flickr30k-cn             # the same figures from 8 processes
 
-A query is a hit at K if ANY of its correct candidates is among the K most similar. Text-to-image: every caption asks, all pictures of the
-split are candidates; image-to-text: every picture asks, all captions are candidates. Queries without any correct candidate do not count;
+A query is a hit at K if ANY of its correct candidates is among the K most similar. Text-to-image: every caption asks, all images of the
+split are candidates; image-to-text: every image asks, all captions are candidates. Queries without any correct candidate do not count;
 how many there were is said.
 
 The way of the figures: embed_split (unit vectors) -> best_ranks (how far down the first right answer stands; all else follows from it) ->
 Ranking.recall -> bootstrap_interval (how far chance goes) -> a record, the dict of what was measured of one checkpoint -> table, --json,
 --report.
 
-Letters in the shapes: I pictures, T captions, D width of an embedding; Q queries, A those of them that have an answer, C candidates or
-classes; B pictures in a batch, R pixels along a side, L tokens of a caption.
+Letters in the shapes: I images, T captions, D width of an embedding; Q queries, A those of them that have an answer, C candidates or
+classes; B images in a batch, R pixels along a side, L tokens of a caption.
 """
 import argparse
 import functools
@@ -43,15 +43,15 @@ from support.images import normalize, to_uint8
 from support.processes import from_shares, own_batches, precision_of, start_processes
 from support.shards import is_pattern
 from support.system import BadInput, write_json
-from support.tables import KS, bootstrap_interval, change_of, compare_rows, notes, pictures_asked, recalls_as_text, table
+from support.tables import KS, bootstrap_interval, change_of, compare_rows, notes, images_asked, recalls_as_text, table
 from tokenizer import Tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------- embeddings
 
 
-class Pictures(Dataset):
-    """Pictures as a DataLoader reads them: number i -> (i, (3, R, R) uint8), or (i, the reason) for one that cannot be read."""
+class Images(Dataset):
+    """Images as a DataLoader reads them: number i -> (i, (3, R, R) uint8), or (i, the reason) for one that cannot be read."""
 
     def __init__(self, read, size):
         self.read, self.size = read, size
@@ -64,22 +64,22 @@ class Pictures(Dataset):
 
 
 def _collate(samples):
-    """-> numbers of the pictures that could be read, their pixels (B, 3, R, R) or None, {number: reason} of the others."""
+    """-> numbers of the images that could be read, their pixels (B, 3, R, R) or None, {number: reason} of the others."""
     good = [(i, pixels) for i, pixels in samples if isinstance(pixels, torch.Tensor)]
     unreadable = {i: reason for i, reason in samples if isinstance(reason, str)}
     return [i for i, _ in good], torch.stack([pixels for _, pixels in good]) if good else None, unreadable
 
 
 @torch.no_grad()
-def encode_pictures(model, read, batches, device, autocast, workers=0):
-    """For each batch, a sequence of picture numbers, yields (numbers, embeddings (B, D) on the CPU, {number: reason} of what
+def encode_images(model, read, batches, device, autocast, workers=0):
+    """For each batch, a sequence of image numbers, yields (numbers, embeddings (B, D) on the CPU, {number: reason} of what
     cannot be read). By this process alone.
 
-    read(i) -> picture i, or raises BadInput. The model is in evaluation mode.
+    read(i) -> image i, or raises BadInput. The model is in evaluation mode.
     """
-    loader = DataLoader(Pictures(read, model.cfg.image_size), batch_sampler=batches, collate_fn=_collate, num_workers=workers,
+    loader = DataLoader(Images(read, model.cfg.image_size), batch_sampler=batches, collate_fn=_collate, num_workers=workers,
                         worker_init_fn=system.reader_start(), timeout=system.READER_SECONDS * (workers > 0))
-    with system.Progress("pictures embedded", sum(map(len, batches))) as progress:
+    with system.progress("images embedded", sum(map(len, batches))) as progress:
         for numbers, pixels, unreadable in loader:
             embed = torch.empty(0, model.cfg.embed_dim)
             if numbers:
@@ -87,7 +87,7 @@ def encode_pictures(model, read, batches, device, autocast, workers=0):
                 with autocast():
                     embed = model.encode_image(pixels).float().cpu()            # (B, D)
             yield numbers, embed, unreadable
-            progress.add(len(numbers) + len(unreadable))
+            progress.update(len(numbers) + len(unreadable))
 
 
 @torch.no_grad()
@@ -95,22 +95,22 @@ def embed_texts(model, ids, autocast, batch_size=128):
     """Tokens, a NumPy array (T, L) of integers -> (T, D) on the CPU, by all processes together. The model is in evaluation mode."""
     batches = own_batches(len(ids), batch_size)
     rows = []
-    with system.Progress("texts embedded", sum(map(len, batches))) as progress:
+    with system.progress("texts embedded", sum(map(len, batches))) as progress:
         for batch in batches:
             tokens = torch.from_numpy(ids[batch].astype("int64"))               # (B, L), left on the CPU: there the model packs them
             with autocast():
                 rows.append(model.encode_text(tokens).float().cpu())            # (B, D)
-            progress.add(len(batch))
+            progress.update(len(batch))
     return from_shares(batches, rows, torch.empty(len(ids), model.cfg.embed_dim))
 
 
-def embed_pictures(model, read, count, device, autocast, batch_size=128, workers=0):
-    """Pictures 0 … count - 1 -> (count, D) on the CPU, by all processes together.
+def embed_images(model, read, count, device, autocast, batch_size=128, workers=0):
+    """Images 0 … count - 1 -> (count, D) on the CPU, by all processes together.
 
     Raises BadInput for one that cannot be read: recall is exact or not given.
     """
     batches, rows = own_batches(count, batch_size), []
-    for _, embed, unreadable in encode_pictures(model, read, batches, device, autocast, workers):
+    for _, embed, unreadable in encode_images(model, read, batches, device, autocast, workers):
         if unreadable:
             raise BadInput(next(iter(unreadable.values())))
         rows.append(embed)
@@ -118,14 +118,14 @@ def embed_pictures(model, read, count, device, autocast, batch_size=128, workers
 
 
 def embed_split(model, split, device, autocast, batch_size=128, workers=0, image_embed=None):
-    """image_embed (I, D) and text_embed (T, D) of a split, on the CPU; `image_embed`: when the pictures' are known already.
+    """image_embed (I, D) and text_embed (T, D) of a split, on the CPU; `image_embed`: when the images' are known already.
 
     Under torch.distributed each process embeds its share and all get the whole.
     """
     was_training = model.training
     model.eval()
     if image_embed is None:
-        image_embed = embed_pictures(model, split.picture, len(split.image_ids), device, autocast, batch_size, workers)
+        image_embed = embed_images(model, split.image, len(split.image_ids), device, autocast, batch_size, workers)
     text_embed = embed_texts(model, split.ids, autocast, batch_size)
     model.train(was_training)
     return image_embed, text_embed
@@ -144,10 +144,10 @@ def best_ranks(queries, candidates, correct, chunk=None):
     chunk = chunk or max(1, 2**24 // len(candidates))
     place = torch.arange(len(candidates), device=candidates.device)             # (C,)
     batches, ranks = own_batches(len(queries), chunk), []
-    with system.Progress("queries ranked", sum(map(len, batches))) as progress:
+    with system.progress("queries ranked", sum(map(len, batches))) as progress:
         for batch in batches:
             ranks.append(_ranks_of_chunk(queries[batch.start : batch.stop], candidates, [correct[q] for q in batch], place))
-            progress.add(len(batch))
+            progress.update(len(batch))
     return from_shares(batches, ranks, torch.empty(len(queries), dtype=torch.int64))
 
 
@@ -203,14 +203,14 @@ class Ranking(NamedTuple):
 def rank_both_ways(image_embed, text_embed, positives, chunk=None):
     """-> {"text_to_image": Ranking, "image_to_text": Ranking}.
 
-    image_embed (I, D), text_embed (T, D) unit vectors; positives[t] = indices of the pictures that caption t describes;
+    image_embed (I, D), text_embed (T, D) unit vectors; positives[t] = indices of the images that caption t describes;
     chunk: of best_ranks. Raises BadInput when an embedding is not finite or nothing can be asked.
     """
     if not (image_embed.sum().isfinite() and text_embed.sum().isfinite()):
         raise BadInput("the embeddings hold NaN or infinity: the weights are damaged, training diverged (then a lower --lr helps), "
                        "or fp16 has overflown (then --precision fp32 helps)")
     if not any(len(images) for images in positives):
-        raise BadInput("no caption of the split describes a picture of it, so there is no recall to measure")
+        raise BadInput("no caption of the split describes a image of it, so there is no recall to measure")
     captions_of_image = [[] for _ in range(len(image_embed))]                   # the same relation from the other side
     for t, images in enumerate(positives):
         for i in images:
@@ -278,12 +278,12 @@ def retrieve(args, device, is_main):
 
     for source in args.ckpt:
         record, split, embeds, rankings = retrieve_with(source, args, open_split, split_name, device)
-        pictures = pictures_asked(rankings)
+        images = images_asked(rankings)
         for way in rankings:
-            record[way]["R@1_interval"] = bootstrap_interval(rankings[way].hits_at_1(), pictures[way])
+            record[way]["R@1_interval"] = bootstrap_interval(rankings[way].hits_at_1(), images[way])
         if records:
             hits_of_both = lambda way: (all_rankings[0][way].hits_at_1(), rankings[way].hits_at_1())
-            record["change_of_R@1"] = {way: change_of(*hits_of_both(way), pictures[way]) for way in rankings}
+            record["change_of_R@1"] = {way: change_of(*hits_of_both(way), images[way]) for way in rankings}
         records.append(record)
         all_rankings.append(rankings)
 
@@ -351,15 +351,15 @@ def parse_args():
                         help=f"{', '.join([*data.NAMES, *data.PAINTED])}, a folder, or a pattern of tar shards (all of it)")
     parser.add_argument("--data-root", default="data", help="where the named data sets lie (default: data)")
     parser.add_argument("--split", help="(default: test)")
-    parser.add_argument("--batch-size", type=int, default=128, help="pictures or captions embedded at a time (default: 128)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images or captions embedded at a time (default: 128)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                         help="of the towers; recall itself is always computed in fp32 "
                              "(default: auto: fp16 on GPUs, on CPUs bf16 where they have it, else fp32)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures, for each process (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that read images, for each process (default: 1)")
     parser.add_argument("--features", metavar="DIR",
                         help="keep the embeddings there, and use them the next time (float32 where the towers ran in fp32, else float16)")
     parser.add_argument("--report", metavar="FILE.html",
-                        help="write a page with the table, curves, and pictures: a sample of queries and the worst misses")
+                        help="write a page with the table, curves, and images: a sample of queries and the worst misses")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     args = parser.parse_args()
     refuse_what_does_not_fit(args)

@@ -1,19 +1,19 @@
 """What is minimised: the symmetric contrastive loss over the global batch (paper, section 3.1; CLIP, arXiv 2103.00020, figure 3).
 
-    N pairs over all processes; row i holds picture i and caption i.
+    N pairs over all processes; row i holds image i and caption i.
 
     symbol   variable       shape     meaning
     I, T     image, text    (N, D)    embeddings, unit vectors
     s        scale          ()        exp(logit_scale), the inverse temperature
     S        S              (N, N)    the logits, s I Tᵀ
-    Y        truth          (N, N)    1 where caption j describes picture i, else 0. Kept as the rows (E,) and the columns (E,) of its E
+    Y        truth          (N, N)    1 where caption j describes image i, else 0. Kept as the rows (E,) and the columns (E,) of its E
                                       ones; without repeats in the batch: the diagonal. (The same relation is `positives` in data.py,
-                                      by captions of a split, and `correct` in evaluate.py.) A picture's own caption is always there.
+                                      by captions of a split, and `correct` in evaluate.py.) A image's own caption is always there.
     Yr, Yc   Yr, Yc         (N, N)    Y with its rows, or its columns, divided by their sums; kept as the values (E,) at those places
     r, c     r, c           (N,)      r_i = log Σ_j exp S_ij,  c_j = log Σ_i exp S_ij
 
-    loss = 1/2N Σ_i ( r_i - Σ_j Yr_ij S_ij )          picture -> its captions: cross-entropy of row i with Yr_i
-         + 1/2N Σ_j ( c_j - Σ_i Yc_ij S_ij )          caption -> its pictures: cross-entropy of column j with Yc_j
+    loss = 1/2N Σ_i ( r_i - Σ_j Yr_ij S_ij )          image -> its captions: cross-entropy of row i with Yr_i
+         + 1/2N Σ_j ( c_j - Σ_i Yc_ij S_ij )          caption -> its images: cross-entropy of column j with Yc_j
 
     G = dloss/dS = 1/2N ( exp(S - r) + exp(S - c) - Yr - Yc )            (r subtracted from each row, c from each column)
     dI = s G T      dT = s Gᵀ I      ds = Σ_ij G_ij S_ij / s = Σ_i I_i·dI_i / s
@@ -34,11 +34,11 @@ import torch.nn.functional as F
 
 
 def matches(image_keys, text_keys):
-    """Which captions of the batch describe which pictures -> truth: rows (E,) and columns (E,) of the ones of Y, sorted by row.
+    """Which captions of the batch describe which images -> truth: rows (E,) and columns (E,) of the ones of Y, sorted by row.
 
-    text_keys (N,) int64, at least 0: the sentence of each caption. image_keys (N, M) int64: all the sentences that describe each picture,
+    text_keys (N,) int64, at least 0: the sentence of each caption. image_keys (N, M) int64: all the sentences that describe each image,
     filled up with -1, those that are not in the batch among them. Y_ij = 1 where text_keys[j] is in image_keys[i]: so a caption is right
-    for every picture that it describes, whichever it stands beside. No (N, N) array is made: memory of the order of E + NM numbers.
+    for every image that it describes, whichever it stands beside. No (N, N) array is made: memory of the order of E + NM numbers.
 
     image_keys [[7, 8], [9, -1], [7, 8]], text_keys [7, 9, 8] -> rows [0, 0, 1, 2, 2], columns [0, 2, 1, 0, 2]
     """
@@ -64,8 +64,8 @@ def contrastive_loss(image_embed, text_embed, scale, truth=None):
     Y = image.new_zeros(N, N)
     Y[_ones(truth, N)] = 1
     to_captions = F.cross_entropy(scale * image_embed @ text.T, (Y / Y.sum(1, keepdim=True))[own], reduction="sum")
-    to_pictures = F.cross_entropy(scale * text_embed @ image.T, (Y / Y.sum(0, keepdim=True)).T[own], reduction="sum")
-    return (to_captions + to_pictures) / (2 * N)
+    to_images = F.cross_entropy(scale * text_embed @ image.T, (Y / Y.sum(0, keepdim=True)).T[own], reduction="sum")
+    return (to_captions + to_images) / (2 * N)
 
 
 @torch.no_grad()
@@ -82,17 +82,17 @@ def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
     by_column = columns.argsort(stable=True)                                    # the same ones, sorted by column
     Yr = 1 / torch.bincount(rows)[rows].to(image.dtype)                         # (E,): 1 / Σ_j Y_ij at the ones of Y
     Yc = 1 / torch.bincount(columns)[columns].to(image.dtype)                   # (E,): 1 / Σ_i Y_ij
-    pictures = _direction(image_embed, text, scale, rows, columns, tile)        # own rows of S: pictures look at captions
+    images = _direction(image_embed, text, scale, rows, columns, tile)        # own rows of S: images look at captions
     captions = _direction(text_embed, image, scale, columns[by_column], rows[by_column], tile)      # own columns of S, as the rows of Sᵀ
 
-    r, to_captions = _log_sums(pictures, _to_device(Yr, image.device))
-    c, to_pictures = _log_sums(captions, _to_device(Yc[by_column], image.device))
+    r, to_captions = _log_sums(images, _to_device(Yr, image.device))
+    c, to_images = _log_sums(captions, _to_device(Yc[by_column], image.device))
     all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
-    d_image = _gradient(pictures, _to_device(Yr + Yc, image.device), r, all_c)                      # s G T
+    d_image = _gradient(images, _to_device(Yr + Yc, image.device), r, all_c)                      # s G T
     d_text = _gradient(captions, _to_device((Yr + Yc)[by_column], image.device), c, all_r)          # s Gᵀ I
     # Σ_i I_i·dI_i / s, without a (B, D) product in memory
     d_scale = torch.bmm(image_embed[:, None], d_image[:, :, None]).sum() / scale
-    return (to_captions + to_pictures) / (2 * N), d_image, d_text, d_scale
+    return (to_captions + to_images) / (2 * N), d_image, d_text, d_scale
 
 
 def _ones(truth, N):
@@ -101,7 +101,7 @@ def _ones(truth, N):
 
 
 class _Direction(NamedTuple):
-    """One direction of the loss: own rows of S = s own otherᵀ, and where the ones of Y lie in them. For captions that look at pictures this
+    """One direction of the loss: own rows of S = s own otherᵀ, and where the ones of Y lie in them. For captions that look at images this
     S is Sᵀ, and G is Gᵀ."""
 
     own: torch.Tensor                           # (B, D): these look …

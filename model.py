@@ -1,19 +1,19 @@
-"""The network: two towers that map a picture and a Chinese sentence to unit vectors in one space (paper, section 3 and figure 1).
+"""The network: two towers that map a image and a Chinese sentence to unit vectors in one space (paper, section 3 and figure 1).
 
     from model import CLIP, CONFIGS
     model = CLIP(CONFIGS["vit-b-16"])
     image_embed, text_embed, scale = model(pixels, ids)        # (B, D), (B, D), scalar: cosines are image_embed @ text_embed.T
 
-    picture (B, 3, R, R) -> ModifiedResNet or VisionTransformer -> image_embed (B, D)
+    image (B, 3, R, R) -> ModifiedResNet or VisionTransformer -> image_embed (B, D)
     tokens  (B, L)       -> BertEncoder, token [CLS], projection -> text_embed  (B, D)
 
 Letters of shapes, the same in every file (loss.py has its own for its matrices, and says so):
 
-    B  pictures or captions in this process's batch        N  pairs in the global batch of all processes
+    B  images or captions in this process's batch        N  pairs in the global batch of all processes
     L  tokens of a caption                                  K  tokens (or patches) of the whole batch, packed one after the other
-    P  patches of a picture, or positions of a feature map  R  side of a picture, in pixels
+    P  patches of a image, or positions of a feature map  R  side of a image, in pixels
     C  channels (width)        H  heads                     D  width of the shared space
-    I  pictures of a split     T  captions of a split
+    I  images of a split     T  captions of a split
 
 Sources: CLIP (Radford et al. 2021, arXiv 2103.00020), BERT (Devlin et al. 2018, arXiv 1810.04805), ViT (Dosovitskiy et al. 2020,
 arXiv 2010.11929), ResNet-D and anti-aliasing (arXiv 1812.01187, 1904.11486), Chinese CLIP (arXiv 2211.01335).
@@ -206,7 +206,7 @@ def run_blocks(blocks, x, *args, checkpointed: bool):
 @contextmanager
 def statistics_kept(module):
     """BatchNorm's running statistics stay as they are, while its layers still normalise by the batch: for a second forward pass over the
-    same pictures."""
+    same images."""
     norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in module.modules() if isinstance(m, BatchNorm2d)]
     for m, _, _ in norms:
         # New statistics = 1 x the old ones + 0 x this batch's. So the graph stays the same, as checkpointing needs.
@@ -251,7 +251,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         width, patches = cfg.vision_width, (cfg.image_size // cfg.patch_size) ** 2
         self.grad_checkpointing = False
-        self.patch_dropout = 0.0                # share of patches that training leaves out, drawn for each picture (FLIP, arXiv 2212.00794)
+        self.patch_dropout = 0.0                # share of patches that training leaves out, drawn for each image (FLIP, arXiv 2212.00794)
         self.patch_embed = nn.Conv2d(3, width, cfg.patch_size, stride=cfg.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.empty(width))
         self.position_embed = nn.Parameter(torch.empty(1 + patches, width))
@@ -278,7 +278,7 @@ class VisionTransformer(nn.Module):
         return self.norm_post(x) @ self.projection                                                  # (B, D)
 
     def patches_kept(self):
-        """How many patches of a picture training looks at, with patch_dropout."""
+        """How many patches of a image training looks at, with patch_dropout."""
         return max(1, round((len(self.position_embed) - 1) * (1 - self.patch_dropout)))
 
     def init_weights(self):
@@ -316,7 +316,7 @@ class _Sum(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the global batch: the statistics are those of all processes' pictures, so their number does not change the model.
+    """BatchNorm over the global batch: the statistics are those of all processes' images, so their number does not change the model.
 
     mean = Σ x / n, var = Σ (x - mean)² / n, over n values of a channel; y = (x - mean) / sqrt(var + eps) x gain + bias. The running
     variance takes var n / (n - 1), as torch's own does.
@@ -520,7 +520,7 @@ class CLIP(nn.Module):
     def encode_image(self, pixels):
         """pixels (B, 3, R, R) float, normalised -> unit vectors (B, D), at least float32 whatever the towers' precision."""
         with torch.no_grad() if self.vision_frozen else nullcontext():
-            # In evaluation a CPU is fastest with a few pictures at a time, at most 2^18 pixels, whose activations stay in its caches.
+            # In evaluation a CPU is fastest with a few images at a time, at most 2^18 pixels, whose activations stay in its caches.
             # (In training BatchNorm must see the whole batch.)
             parts = [pixels]
             if pixels.device.type == "cpu" and not torch.is_grad_enabled() and not self.vision.training:
@@ -553,7 +553,7 @@ class CLIP(nn.Module):
         self.vision.grad_checkpointing = self.text.grad_checkpointing = on
 
     def compile_vision(self, backend="inductor"):
-        """torch.compile for a ViT, block by block: all but the last are alike, so one compilation serves them, and pictures come in
+        """torch.compile for a ViT, block by block: all but the last are alike, so one compilation serves them, and images come in
         few shapes (a micro-batch, the last one, those of validation). Captions come in as many as there are sums of lengths, so the
         text tower stays as it is; and so does a ResNet, whose blocks all differ: ValueError.
         """

@@ -4,15 +4,15 @@
     torchrun --nproc_per_node 8 train.py --stage 1 --vision-weights vision.pt   # the same optimizer steps on 8 processes
     python train.py --stage 1 --vision-weights ViT-B-16.pt --text-weights chinese-roberta-wwm-ext --data coco-cn    # as in the paper
     python train.py --stage 2 --init runs/stage1/last.pt
-    python train.py --recipe small --data /path/to/folder --out runs/own        # fine-tune released weights on your own pictures
+    python train.py --recipe small --data /path/to/folder --out runs/own        # fine-tune released weights on your own images
     python train.py --recipe coco-cn-base --micro-batch 256                     # fine-tuning as in the paper: the recipes are listed below
-    python train.py --stage 2 --data /path/to/folder --out runs/own             # your own pictures, from scratch
+    python train.py --stage 2 --data /path/to/folder --out runs/own             # your own images, from scratch
     torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint host:29500 --max-restarts 3 \\
         train.py --stage 2 --data 'shards/{000000..020000}.tar' --micro-batch 256 …
 
 Stage 1 trains the text tower against the frozen vision tower; stage 2 and fine-tuning train both. --batch-size is the global batch, over
 all processes; --micro-batch is what a process holds at a time. Neither the number of processes nor the micro-batch changes the steps that
-are taken (dropout masks and rounding apart; for a ResNet that trains, their product counts: BatchNorm sees so many pictures at a time).
+are taken (dropout masks and rounding apart; for a ResNet that trains, their product counts: BatchNorm sees so many images at a time).
 
 The same command run again continues where the run stopped, after any kill, to the same result (bit for bit on CPUs; kernels of GPUs round
 differently each time). In --out:
@@ -22,7 +22,7 @@ differently each time). In --out:
     start.pt                            of a fine-tune: the weights before it
     metrics.jsonl, settings.json        every printed figure; every setting
     bad_samples.jsonl, nonfinite.json   pairs that could not be read; the batch whose loss or gradient was not finite
-    features/                           of stage 1: the pictures' embeddings, computed once (features.py)
+    features/                           of stage 1: the images' embeddings, computed once (features.py)
     lock                                keeps a second run out
 """
 import functools
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 import checkpoint
 import data
-from evaluate import embed_split, encode_pictures, retrieval_recall
+from evaluate import embed_split, encode_images, retrieval_recall
 from loss import gather, matches, tiled_loss
 from model import CLIP, CONFIGS, statistics_kept, to_device
 from support import system
@@ -98,13 +98,13 @@ def main():
         best = last.parent / "best.pt"
         return run.say(f"nothing to do: {run.summary(first_step)}. To train on from there: --init {best} with another --out")
 
-    valid_pictures = []                                                         # in stage 1 after the first validation: their embeddings
+    valid_images = []                                                         # in stage 1 after the first validation: their embeddings
 
     def validate(step, share=None):
         if valid_split is not None:
-            known = valid_pictures[0] if valid_pictures else None
+            known = valid_images[0] if valid_images else None
             embeds = embed_split(model, valid_split, device, autocast, workers=settings.workers, image_embed=known)
-            valid_pictures[:] = embeds[:1] if settings.stage == "1" else []     # the vision tower is frozen
+            valid_images[:] = embeds[:1] if settings.stage == "1" else []     # the vision tower is frozen
             run.validated(step, retrieval_recall(*embeds, valid_split.positives), share)
 
     def stop_if_asked(step):
@@ -116,7 +116,7 @@ def main():
     features = None
     if settings.features:
         features = Features(settings.features, model, train_split, settings.precision)
-        encode = lambda batches: encode_pictures(model, train_split.picture, batches, device, autocast, settings.workers)
+        encode = lambda batches: encode_images(model, train_split.image, batches, device, autocast, settings.workers)
         features.complete(encode, train_split, run.say, lambda: stop_if_asked(first_step))
     if first_step == 0:
         validate(0)
@@ -335,22 +335,22 @@ def random_draws(settings, step, context_length):
     """The random numbers of a step, for the whole batch: for augmentation (N, DRAWS) in -1..1, and for masking tokens (N, L) in 0..1. A
     pair's are those of its place in the batch, so they do not depend on the number of processes."""
     generator = torch.Generator().manual_seed(random_seed(settings.seed, step, -1))
-    for_pictures = for_tokens = None
+    for_images = for_tokens = None
     if data.AUGMENT[settings.augment]:
-        for_pictures = 2 * torch.rand(settings.batch_size, data.DRAWS, generator=generator) - 1
+        for_images = 2 * torch.rand(settings.batch_size, data.DRAWS, generator=generator) - 1
     if settings.mask_tokens:
         for_tokens = torch.rand(settings.batch_size, context_length, generator=generator)
-    return for_pictures, for_tokens
+    return for_images, for_tokens
 
 
 def prepare(pixels, ids, places, draws, settings, device):
     """A micro-batch as read, (b, 3, R, R) uint8 or features (b, D), and (b, L), with its places in the global batch -> on the device
-    augmented and normalised pictures, or the features in float32; on the CPU, where the model packs them, captions with some tokens [MASK].
+    augmented and normalised images, or the features in float32; on the CPU, where the model packs them, captions with some tokens [MASK].
     """
     pixels = pixels.to(device, non_blocking=True).float() / (255 if pixels.ndim == 4 else 1)
-    for_pictures, for_tokens = (x if x is None else x[places.start : places.stop] for x in draws)
-    if for_pictures is not None:
-        pixels = data.augment(pixels, to_device(for_pictures, device), **data.AUGMENT[settings.augment])
+    for_images, for_tokens = (x if x is None else x[places.start : places.stop] for x in draws)
+    if for_images is not None:
+        pixels = data.augment(pixels, to_device(for_images, device), **data.AUGMENT[settings.augment])
     if for_tokens is not None:
         ids = torch.where((for_tokens < settings.mask_tokens) & (ids > SEP), MASK, ids)             # never [PAD], [UNK], [CLS], [SEP]
     return normalize(pixels) if pixels.ndim == 4 else pixels, ids

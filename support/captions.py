@@ -23,8 +23,8 @@ def caption_file(folder):
 
 
 def caption_rows(path):
-    """(picture, caption, split) of every row of a caption file that is not blank. The pictures are there, each in one split."""
-    split_of, marked = {}, None                                                 # picture -> split; whether the rows name one
+    """(image, caption, split) of every row of a caption file that is not blank. The images are there, each in one split."""
+    split_of, marked = {}, None                                                 # image -> split; whether the rows name one
     for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
         image, caption, split = row.get("image"), row.get("caption"), row.get("split") or ""
         if isinstance(caption, str) and not caption.strip():
@@ -40,15 +40,15 @@ def caption_rows(path):
         marked = bool(split)
         split = split or hashed_split(image)
         if image not in split_of and not os.path.isfile(path.parent / image):
-            raise BadInput(f"{path}, line {number}: there is no picture {path.parent / image}")
+            raise BadInput(f"{path}, line {number}: there is no image {path.parent / image}")
         if split_of.setdefault(image, split) != split:
-            raise BadInput(f"{path}, line {number}: picture {image} is in the split {split} here and in {split_of[image]} above; "
-                           f"a picture belongs to one split")
+            raise BadInput(f"{path}, line {number}: image {image} is in the split {split} here and in {split_of[image]} above; "
+                           f"a image belongs to one split")
         yield image, caption.strip(), split
 
 
 def hashed_split(image):
-    """80 % train, 10 % valid, 10 % test: a property of the path alone, so adding pictures moves none of the others."""
+    """80 % train, 10 % valid, 10 % test: a property of the path alone, so adding images moves none of the others."""
     digit = hashlib.md5(image.encode()).digest()[0] % 10
     return {0: "valid", 1: "test"}.get(digit, "train")
 

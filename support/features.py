@@ -1,15 +1,15 @@
-"""Embeddings of the training pictures, computed once: with them at hand a step of stage 1 costs the text tower alone.
+"""Embeddings of the training images, computed once: with them at hand a step of stage 1 costs the text tower alone.
 
-In stage 1 the vision tower is frozen, so without augmentation each picture has the same embedding in every epoch.
+In stage 1 the vision tower is frozen, so without augmentation each image has the same embedding in every epoch.
 
     features = Features("runs/stage1/features", model, split, "fp32")
     features.complete(model, split, …)          # computes what is missing, by all processes together
-    features[7]                                 # (D,) float16: the unit vector of picture 7 of the split, NaN when it cannot be read
+    features[7]                                 # (D,) float16: the unit vector of image 7 of the split, NaN when it cannot be read
 
-The folder holds parts 000000.npy, 000001.npy, … with 4,096 rows each, one row for each picture, however many captions it has:
+The folder holds parts 000000.npy, 000001.npy, … with 4,096 rows each, one row for each image, however many captions it has:
 2 D bytes. features.json says what they were made of. A part is written whole or not at all, so after a kill those that are
 there stay, and any number of processes goes on; of several runs that share a folder one computes and the others wait for it.
-(Not the folder of evaluate.py --features: that has the embeddings of one split's pictures and captions, for other tools.)
+(Not the folder of evaluate.py --features: that has the embeddings of one split's images and captions, for other tools.)
 """
 import functools
 import hashlib
@@ -26,47 +26,47 @@ from support.formats import TOWER_SIZES
 from support.processes import from_all, rank_and_world
 from support.system import BadInput, is_locked
 
-ROWS = 4096                                                                     # pictures in a part
-BATCH = 128                                                                     # pictures at a time: always these, so parts round alike
+ROWS = 4096                                                                     # images in a part
+BATCH = 128                                                                     # images at a time: always these, so parts round alike
 
 
 class Features:
-    """One row for each picture of a split. It holds names and sizes alone, so it can be sent to readers; they open the parts."""
+    """One row for each image of a split. It holds names and sizes alone, so it can be sent to readers; they open the parts."""
 
     def __init__(self, folder, model, split, precision):
         """`precision`: the name of what the vision tower computes in; features of another one are others."""
         sizes = {name: getattr(model.cfg, name) for name in TOWER_SIZES["vision"]}
-        self.folder, self.count, self.dim = Path(folder), split.picture_count(), model.cfg.embed_dim
+        self.folder, self.count, self.dim = Path(folder), split.image_count(), model.cfg.embed_dim
         self.parts = -(-self.count // ROWS)
         self.rank, self.world = rank_and_world()
         made_of = {"vision tower": weights.fingerprint(model.vision), **sizes,
-                   "data": split.fingerprint(), "pictures": self.count, "precision": precision}
+                   "data": split.fingerprint(), "images": self.count, "precision": precision}
         self.made_of = json.loads(json.dumps(made_of))                          # as it is read again: tuples become lists
 
-    def pictures(self, n):
-        """The pictures of part n, a range."""
+    def images(self, n):
+        """The images of part n, a range."""
         return range(n * ROWS, min((n + 1) * ROWS, self.count))
 
     def path(self, n):
         return self.folder / f"{n:06}.npy"
 
     def __getitem__(self, i):
-        """Picture i -> (D,) float16"""
+        """Image i -> (D,) float16"""
         n = i // ROWS
-        part = opened_part(self.path(n), len(self.pictures(n)), self.dim)                           # (rows, D), mapped
+        part = opened_part(self.path(n), len(self.images(n)), self.dim)                           # (rows, D), mapped
         return torch.from_numpy(np.array(part[i % ROWS]))                                           # array: a copy
 
     def sample(self, split, k):
-        """Training pair k as split.sample gives it, but for the features of the picture, (D,) float16, in its place.
+        """Training pair k as split.sample gives it, but for the features of the image, (D,) float16, in its place.
 
         Raises the same BadInput for a pair that cannot be read.
         """
-        words, row = split.words(k), self[split.picture_of(k)]
+        words, row = split.words(k), self[split.image_of(k)]
         if row.isnan().any():
             # it could not be read then; now one of these two raises BadInput with the reason: the file, or what is in it
             split.sample(0, k)
-            split.picture(split.picture_of(k))
-            raise system.BadInput(f"{self.folder}: when the features were computed, the picture could not be read; now it can. "
+            split.image(split.image_of(k))
+            raise system.BadInput(f"{self.folder}: when the features were computed, the image could not be read; now it can. "
                                   "Delete the folder, it will be made again")
         return row, *words
 
@@ -86,7 +86,7 @@ class Features:
     def is_sound(self, n):
         """Whether part n is there, and each row a unit vector, or NaN throughout."""
         try:
-            rows = read_part(self.path(n), len(self.pictures(n)), self.dim)
+            rows = read_part(self.path(n), len(self.images(n)), self.dim)
         except OSError:
             return False
         return bool((are_unit(rows) | np.isnan(rows).all(axis=1)).all())
@@ -109,7 +109,7 @@ class Features:
             if lock:
                 lock.close()
         opened_part.cache_clear()                                               # what was opened before may be another file by now
-        say(f"features of {self.count:,} pictures in {self.folder}, {2 * self.dim * self.count / 2**20:,.1f} MiB: "
+        say(f"features of {self.count:,} images in {self.folder}, {2 * self.dim * self.count / 2**20:,.1f} MiB: "
             + (f"{computed:,} of {self.parts:,} part{'s' * (self.parts > 1)} computed" if computed else "used again"))
 
     def alone(self, say, stop):
@@ -132,21 +132,21 @@ class Features:
     def compute(self, parts, encode, split, stop):
         """This process's share: whole parts, by their numbers."""
         batches = []
-        for pictures in map(self.pictures, parts):
-            batches += [range(start, min(start + BATCH, pictures.stop)) for start in pictures[::BATCH]]
+        for images in map(self.images, parts):
+            batches += [range(start, min(start + BATCH, images.stop)) for start in images[::BATCH]]
         embedded, rows = encode(batches), []
         for k in range(max(from_all(len(batches)))):                            # in step with the others, that none waits long for another
             stop()
             if k >= len(batches):
                 continue
-            batch, (numbers, embed, _) = batches[k], next(embedded)                                 # embed (pictures that can be read, D)
+            batch, (numbers, embed, _) = batches[k], next(embedded)                                 # embed (images that can be read, D)
             if not are_unit(embed.numpy()).all():
-                raise system.BadInput(f"{split.name}: the embeddings of pictures {batch.start} to {batch.stop - 1} are not finite; "
+                raise system.BadInput(f"{split.name}: the embeddings of images {batch.start} to {batch.stop - 1} are not finite; "
                                       "look at the vision tower's weights, or try --precision fp32")
             rows.append(np.full((len(batch), self.dim), np.nan, np.float16))
             rows[-1][[i - batch.start for i in numbers]] = embed.numpy()
             n = batch.start // ROWS
-            if batch.stop == self.pictures(n).stop:                             # the part is complete
+            if batch.stop == self.images(n).stop:                             # the part is complete
                 system.write(self.path(n), lambda f: np.save(f, np.concatenate(rows)), part=f".{os.getpid()}.part")
                 rows = []
         embedded.close()
@@ -160,7 +160,7 @@ def are_unit(rows):
 def read_part(path, rows, dim):
     """-> (rows, dim) float16, mapped.
 
-    Raises OSError when it is anything else: BadInput would count as one more picture that cannot be read.
+    Raises OSError when it is anything else: BadInput would count as one more image that cannot be read.
     """
     try:
         part = np.load(path, mmap_mode="r")
@@ -174,7 +174,7 @@ def read_part(path, rows, dim):
 
 opened_part = functools.lru_cache(maxsize=128)(read_part)                       # each is an open file
 
-# evaluate.py --features. (That of train.py is another thing: features.py's folder has the pictures of the train split alone, in parts.)
+# evaluate.py --features. (That of train.py is another thing: features.py's folder has the images of the train split alone, in parts.)
 FILES = ("image_embed.npy", "text_embed.npy")
 
 
@@ -199,7 +199,7 @@ def load_or_compute(folder, made_of, rows_of, compute):
     """What an earlier call has left in `folder`, or else compute(), which is kept there -> (image_embed (I, D), text_embed (T, D)).
 
     The folder holds the two .npy files and features.json, which says what they were made of (`made_of`) and whose rows they are
-    (`rows_of`: {"image_ids": names of the pictures, "texts": captions}). Raises BadInput when they are of something else.
+    (`rows_of`: {"image_ids": names of the images, "texts": captions}). Raises BadInput when they are of something else.
     """
     folder = Path(folder)
     is_main = rank_and_world()[0] == 0

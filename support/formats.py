@@ -24,7 +24,7 @@ def config_of(state):
 
 
 def row_like(sizes):
-    """The row of CONFIGS with these sizes, the picture size apart; if there is none, vit-b-16, whose text tower most rows have."""
+    """The row of CONFIGS with these sizes, the image size apart; if there is none, vit-b-16, whose text tower most rows have."""
     agrees = lambda row: all(getattr(row, field) == value for field, value in sizes.items() if field != "image_size")
     return next(filter(agrees, CONFIGS.values()), CONFIGS["vit-b-16"])
 

@@ -15,25 +15,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from support import system
 from support.system import BadInput
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-ORIENTATION = 0x0112                                                            # the EXIF tag that tells how to turn a picture; 1: upright
+IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+ORIENTATION = 0x0112                                                            # the EXIF tag that tells how to turn a image; 1: upright
 
 
 @contextlib.contextmanager
 def refused_as(name):
-    """Whatever goes wrong inside, in reading, decoding or resizing a picture, becomes BadInput with its name."""
+    """Whatever goes wrong inside, in reading, decoding or resizing a image, becomes BadInput with its name."""
     try:
         yield
         return
     except UnidentifiedImageError:
-        reason = "not a picture in a format that Pillow reads"
+        reason = "not a image in a format that Pillow reads"
     except Exception as error:                                                  # some forty decoders, each with its own kinds of error
         reason = str(error)
     raise BadInput(f"{name} cannot be read ({reason}); replace or remove it")
 
 
-def open_picture(encoded):
-    """Bytes of a picture file -> a PIL picture of which only the header has been read."""
+def open_image(encoded):
+    """Bytes of a image file -> a PIL image of which only the header has been read."""
     if not encoded:
         raise ValueError("it is empty")
     with warnings.catch_warnings():
@@ -43,50 +43,50 @@ def open_picture(encoded):
 
 
 def decoded(read, name):
-    """read() -> bytes of a picture file -> the picture, RGB. Raises BadInput with its name when it cannot be read."""
+    """read() -> bytes of a image file -> the image, RGB. Raises BadInput with its name when it cannot be read."""
     with refused_as(name):
-        picture = open_picture(read())
-        picture.load()
-        return to_rgb(picture)
+        image = open_image(read())
+        image.load()
+        return to_rgb(image)
 
 
-def picture_at(paths, i, folder=""):
-    """Picture i of some paths, relative to a folder. (A function of the module, so that it can be sent to workers on every system.)"""
+def image_at(paths, i, folder=""):
+    """Image i of some paths, relative to a folder. (A function of the module, so that it can be sent to workers on every system.)"""
     return decoded(Path(folder, paths[i]).read_bytes, system.printable(paths[i]))
 
 
-def to_rgb(picture):
-    """Any PIL picture -> RGB as a person sees it: turned as its EXIF tag says, transparent parts on white, 16-bit grey scaled to 8.
-    RGB pictures stay bit for bit."""
-    if picture.getexif().get(ORIENTATION, 1) != 1:
-        picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+def to_rgb(image):
+    """Any PIL image -> RGB as a person sees it: turned as its EXIF tag says, transparent parts on white, 16-bit grey scaled to 8.
+    RGB images stay bit for bit."""
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# CLIP's statistics of its training pictures, per RGB channel, of values in 0..1
+# CLIP's statistics of its training images, per RGB channel, of values in 0..1
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 class Transform:
-    """The evaluation transform, for a model to hand out with its weights: a PIL picture -> (3, R, R) float32."""
+    """The evaluation transform, for a model to hand out with its weights: a PIL image -> (3, R, R) float32."""
 
     def __init__(self, size):
         self.size = size
 
-    def __call__(self, picture):
-        return normalize(to_uint8(picture, self.size).float() / 255)
+    def __call__(self, image):
+        return normalize(to_uint8(image, self.size).float() / 255)
 
 
-def to_uint8(picture, size):
-    """The pixels of evaluation: a PIL picture -> (3, size, size) uint8, bicubic with antialias, the whole picture, no crop."""
-    picture = to_rgb(picture)                                                   # first: to resize palette indices mixes unrelated colours
-    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+def to_uint8(image, size):
+    """The pixels of evaluation: a PIL image -> (3, size, size) uint8, bicubic with antialias, the whole image, no crop."""
+    image = to_rgb(image)                                                   # first: to resize palette indices mixes unrelated colours
+    image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def normalize(pixels):
@@ -101,28 +101,28 @@ def statistics_on(device):
     return [torch.tensor(channels, device=device).view(3, 1, 1) for channels in (CLIP_MEAN, CLIP_STD)]
 
 
-def training_pixels(picture, size, name):
-    """The pixels of training: the bytes of a picture file, or a PIL picture, painted -> (3, size, size) uint8. Raises BadInput with
+def training_pixels(image, size, name):
+    """The pixels of training: the bytes of a image file, or a PIL image, painted -> (3, size, size) uint8. Raises BadInput with
     its name when it cannot be read.
 
     Evaluation's figures are compared with those of other programs, so its pixels are Pillow's, bit for bit. Training has no such
-    duty, but often waits for its pictures: so it takes faster ways, to pixels that differ by less than anyone sees (of 255, on
+    duty, but often waits for its images: so it takes faster ways, to pixels that differ by less than anyone sees (of 255, on
     photos: 0.005 on average and 2 at most; decoded at a reduced scale 0.1 to 0.8, and 7).
     """
-    if isinstance(picture, Image.Image):
-        return to_uint8(picture, size)
+    if isinstance(image, Image.Image):
+        return to_uint8(image, size)
     with refused_as(name):
-        encoded, picture = picture, open_picture(picture)
-        whole = picture.size
+        encoded, image = image, open_image(image)
+        whole = image.size
         # A large JPEG is decoded at 1/2, 1/4 or 1/8, a part of the work; each side stays twice as long as needed.
-        picture.draft(None, (2 * size, 2 * size))
+        image.draft(None, (2 * size, 2 * size))
         pixels = None
-        if picture.format == "JPEG" and picture.mode in ("RGB", "L") and picture.size == whole:     # not to be reduced
-            if picture.getexif().get(ORIENTATION, 1) == 1:
+        if image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == whole:     # not to be reduced
+            if image.getexif().get(ORIENTATION, 1) == 1:
                 pixels = jpeg_pixels(encoded)
-        if pixels is None:                                                      # every other kind of picture
-            picture.load()
-            pixels = torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1)                   # (3, H, W)
+        if pixels is None:                                                      # every other kind of image
+            image.load()
+            pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)                   # (3, H, W)
         return resized(pixels, size)
 
 
@@ -161,11 +161,11 @@ def jpeg_decoder():
 
 
 # Pillow alone cannot read heic and heif: better counted than passed over.
-ENDINGS = {f".{kind}" for kind in (*PICTURES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm", "ico", "tga", "heic", "heif")}
+ENDINGS = {f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm", "ico", "tga", "heic", "heif")}
 
 
-def picture_files(folder):
-    """Every picture under a folder, at any depth, known by the ending of its name -> paths relative to the folder, sorted; and
+def image_files(folder):
+    """Every image under a folder, at any depth, known by the ending of its name -> paths relative to the folder, sorted; and
     {folder: reason} of those in it that cannot be read.
 
     What is hidden (.trash, ._cat.jpg) is left out, and so are folders that are links.

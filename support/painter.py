@@ -1,13 +1,13 @@
 """What the painted data sets show, and what their captions say: pure drawing.
 
-A data set that needs no download is made here: what a picture shows is drawn at random first, then said in words, then painted, so a
-caption is true of its picture. Three kinds: scenes of coloured things in the quarters of a picture (`demo`), Chinese landscapes with plain
+A data set that needs no download is made here: what a image shows is drawn at random first, then said in words, then painted, so a
+caption is true of its image. Three kinds: scenes of coloured things in the quarters of a image (`demo`), Chinese landscapes with plain
 captions, and landscapes that show what two lines of classical verse speak of (`poems`). Each kind has four functions, which data.py's
-table `PAINTED` puts together: random_… draws what a picture shows, describe… (or poem_caption) says it, paint… paints it, split_of_… tells
+table `PAINTED` puts together: random_… draws what a image shows, describe… (or poem_caption) says it, paint… paints it, split_of_… tells
 to which split it belongs.
 
-A scene is the frozenset of what a picture shows. Whatever is random comes from the random.Random that is passed (`rng`), so the same seed
-paints the same picture for ever; therefore the order of its calls must not change.
+A scene is the frozenset of what a image shows. Whatever is random comes from the random.Random that is passed (`rng`), so the same seed
+paints the same image for ever; therefore the order of its calls must not change.
 
 Reading: the first section is the whole idea in a hundred lines. The two sections on landscapes are tables, and one small function for each
 thing that is painted: read `paint_landscape` at the end, and of the others as many as you like.
@@ -66,7 +66,7 @@ LAYOUTS = {1: [(0, 0)], 2: [(-0.5, 0), (0.5, 0)], 3: [(-0.5, 0.45), (0.5, 0.45),
 
 
 def random_scene(rng):
-    """A scene is a set of statements (place, count, colour, thing), one to three of them, in different quarters of the picture."""
+    """A scene is a set of statements (place, count, colour, thing), one to three of them, in different quarters of the image."""
     places = rng.sample(list(PLACES), rng.choice([1, 2, 2, 3]))
     return frozenset((p, rng.choice(list(COUNTS)), rng.choice(list(COLOURS)), rng.choice(list(THINGS))) for p in places)
 
@@ -86,8 +86,8 @@ def describe(scene, rng=None):
 def paint(scene, rng, size=128):
     """Draw a scene; what its caption does not say (exact place, size, tilt, shade, background) is random."""
     background = tuple(int(255 * c) for c in colorsys.hsv_to_rgb(rng.random(), rng.uniform(0, 0.15), rng.uniform(0.85, 1)))
-    picture = Image.new("RGB", (size, size), background)
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (size, size), background)
+    draw = ImageDraw.Draw(image)
     for place, count, colour, thing in sorted(scene):
         hue, saturation, value = COLOURS[colour]
         jitter = lambda x, most: min(1.0, max(0.0, x + rng.uniform(-most, most)))
@@ -100,7 +100,7 @@ def paint(scene, rng, size=128):
             x, y, angle = quarter_x + dx * size * 0.22, quarter_y + dy * size * 0.22, math.radians(rng.uniform(-12, 12))
             for fill, points in THINGS[thing][1]:
                 _shape(draw, x, y, radius, fill or own, *_turn(points, angle))
-    return picture
+    return image
 
 
 def _shape(draw, x, y, s, fill, *points):
@@ -412,7 +412,7 @@ def _rain(draw, rng, x, s):
 
 # ---------------------------------------------------------------------------------------------------------------- landscapes: the elements
 
-# The elements of a row share the width of the picture. Rows are painted in this order; what shines by night, the birds and the weather come
+# The elements of a row share the width of the image. Rows are painted in this order; what shines by night, the birds and the weather come
 # after the evening or the night has darkened everything else.
 ROWS = ("far", "ground", "water", "things", "near", "sky", "weather")
 
@@ -608,16 +608,16 @@ def _sky(above, horizon):
 def paint_landscape(scene, rng, size=128):
     """Draw a landscape; what its caption does not say (places, sizes, shades) is random."""
     above, horizon, tint = next(light for names, *light in LIGHTS if not names or scene & set(names.split()))
-    picture = _sky(above, horizon).copy()
-    draw = ImageDraw.Draw(picture, "RGBA")                                      # a colour's fourth number: how much it hides
+    image = _sky(above, horizon).copy()
+    draw = ImageDraw.Draw(image, "RGBA")                                      # a colour's fourth number: how much it hides
     aside = dict(zip(("far", "things"), rng.sample([-40, 40], 2)))              # one thing alone does not stand in front of what is far
     for row in ROWS:
         if row == "ground":
             earth = _shade(rng, (238, 242, 246) if "雪" in scene else (206, 206, 164), 6)
             _shape(draw, 0, 0, 1, earth, (0, 152), (64, 149), (150, 152), (256, 150), (256, 256), (0, 256))
         if row == "sky" and tint != (255, 255, 255):                            # all land is painted: now it gets dark, or not
-            picture = ImageChops.multiply(picture, Image.new("RGB", picture.size, tint))
-            draw = ImageDraw.Draw(picture, "RGBA")
+            image = ImageChops.multiply(image, Image.new("RGB", image.size, tint))
+            draw = ImageDraw.Draw(image, "RGBA")
         here = [element for element in ELEMENTS if element in scene and ELEMENTS[element].row == row]
         for element, place in zip(here, rng.sample(range(len(here)), len(here))):
             x = 256 * (place + 0.5 + rng.uniform(-0.15, 0.15)) / len(here) + (aside.get(row, 0) if len(here) == 1 else 0)
@@ -626,7 +626,7 @@ def paint_landscape(scene, rng, size=128):
                 _stamp(draw, rng, x, s, *STAMPS[element])
             else:
                 ELEMENTS[element].draw(draw, rng, x, s)
-    return picture.resize((size, size), Image.BOX)
+    return image.resize((size, size), Image.BOX)
 
 
 def split_of_landscape(scene):
@@ -644,7 +644,7 @@ def random_poem(rng):
 
 
 def scene_of_poem(pair):
-    """What the picture of two verses shows: all that they speak of."""
+    """What the image of two verses shows: all that they speak of."""
     return VERSES[pair[0]][1] | VERSES[pair[1]][1]
 
 

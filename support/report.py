@@ -1,4 +1,4 @@
-"""Pages for a browser: what an evaluation found, with pictures to look at; and the contact sheet of a search.
+"""Pages for a browser: what an evaluation found, with images to look at; and the contact sheet of a search.
 
     python evaluate.py --ckpt runs/own/best.pt --data /path/to/folder --report report.html
     python search.py --ckpt runs/own/best.pt --images /path/to/folder "海边的日落" --html found.html
@@ -115,30 +115,30 @@ def write_page(path, title, parts):
     system.write_text(path, "\n".join(page) + "\n")
 
 
-def thumbnail(picture, side=176):
-    """A PIL picture as the address of an <img>: a JPEG inside the page."""
-    picture = picture.copy()
-    picture.thumbnail((side, side))
+def thumbnail(image, side=176):
+    """A PIL image as the address of an <img>: a JPEG inside the page."""
+    image = image.copy()
+    image.thumbnail((side, side))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
+    image.save(file, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def card(read, lines, right=False, later=False, side=176):
-    """The picture that read() gives, with lines of HTML under it. Should it have become unreadable, the reason stands in its place.
+    """The image that read() gives, with lines of HTML under it. Should it have become unreadable, the reason stands in its place.
 
     Framed when it is a right answer; after a gap when it came later than its neighbour.
     """
     try:
-        picture = f'<img src="{thumbnail(read(), side)}" alt="">'
+        image = f'<img src="{thumbnail(read(), side)}" alt="">'
     except system.BadInput as error:
-        picture = f"<p>{text(error)}</p>"
+        image = f"<p>{text(error)}</p>"
     classes = "card" + " right" * right + " later" * later
-    return f'<figure class="{classes}">{picture}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
+    return f'<figure class="{classes}">{image}<figcaption>{"<br>".join(lines)}</figcaption></figure>'
 
 
 def answer(score, label, right, place):
-    """A text that was found for a picture, as an item of a list; its place is told when it is not one of the best."""
+    """A text that was found for a image, as an item of a list; its place is told when it is not one of the best."""
     late = f"<small>place {place + 1:,}</small>" * (place >= BEST)
     return f'<li{" class=right" * right}><b>{score}{" ✓" * right}</b><span lang="zh">{text(label)}</span>{late}</li>'
 
@@ -242,7 +242,7 @@ def write_retrieval(path, title, rows, notes, records, ranked, split, image_embe
 
     ranked, whose = ranked[-1], f" ({text(records[-1]['ckpt'])})" if len(records) > 1 else ""
     captions_of_image = ranked["image_to_text"].correct
-    ways = (("text_to_image", text_embed, image_embed, caption_asks), ("image_to_text", image_embed, text_embed, picture_asks))
+    ways = (("text_to_image", text_embed, image_embed, caption_asks), ("image_to_text", image_embed, text_embed, image_asks))
     for way, queries, candidates, draw in ways:
         order = ranked[way].ranks.argsort(descending=True, stable=True).tolist()                    # the worst first
         asked = [q for q in order if ranked[way].ranks[q] >= 0]
@@ -270,22 +270,22 @@ def answers(query, candidates, correct):
 
 
 def caption_asks(split, captions_of_image, t, best, right_place):
-    """A caption and the pictures it found, each with the first of its own captions."""
+    """A caption and the images it found, each with the first of its own captions."""
     cards = []
     for place, i, similarity, right in best:
         own = split.texts[captions_of_image[i][0]] if captions_of_image[i] else ""
         score = f"<b>{similarity:.3f}{' ✓' * right}</b>" + f" place {place + 1:,}" * (place >= BEST)
         lines = [score, f'<span lang="zh" title="{text(split.image_ids[i])}">{text(own)}</span>']
-        cards.append(card(lambda: split.picture(i), lines, right, later=place >= BEST))
+        cards.append(card(lambda: split.image(i), lines, right, later=place >= BEST))
     caption = f'<span lang="zh">{text(split.texts[t])}</span><small>right at place {right_place + 1:,}</small>'
     return f'<figure class="ask"><figcaption>{caption}</figcaption><div class="cards">{"".join(cards)}</div></figure>'
 
 
-def picture_asks(split, captions_of_image, i, best, right_place):
-    """A picture and the captions it found."""
+def image_asks(split, captions_of_image, i, best, right_place):
+    """A image and the captions it found."""
     items = [answer(f"{similarity:.3f}", split.texts[t], right, place) for place, t, similarity, right in best]
-    picture = card(lambda: split.picture(i), [text(split.image_ids[i]), f"right at place {right_place + 1:,}"])
-    return f'<div class="ask pair">{picture}<ol>{"".join(items)}</ol></div>'
+    image = card(lambda: split.image(i), [text(split.image_ids[i]), f"right at place {right_place + 1:,}"])
+    return f'<div class="ask pair">{image}<ol>{"".join(items)}</ol></div>'
 
 
 def point(step, y):
@@ -328,9 +328,9 @@ def training_curves(records):
 
 
 def write_classification(path, title, notes, records, names, read, labels, probabilities):
-    """The page of `evaluate.py --classify … --report`: the table, confused classes, a random sample of pictures and the worst misses.
+    """The page of `evaluate.py --classify … --report`: the table, confused classes, a random sample of images and the worst misses.
 
-    names: C texts; labels: I class indices; read(i) -> picture i; probabilities(i) -> (C,) of picture i by the last checkpoint.
+    names: C texts; labels: I class indices; read(i) -> image i; probabilities(i) -> (C,) of image i by the last checkpoint.
     """
     last, whose = records[-1], f" ({text(records[-1]['ckpt'])})" if len(records) > 1 else ""
     rows = []
@@ -344,18 +344,18 @@ def write_classification(path, title, notes, records, names, read, labels, proba
     zh = lambda name: f'<span lang="zh">{text(name)}</span>'
     if last["confused"]:
         rows = [(zh(c["class"]), zh(c["taken_for"]), f"{c['times']:,} of {c['of']:,}") for c in last["confused"]]
-        head = ['<th>class</th><th>taken for</th><th class="n">pictures</th>']
+        head = ['<th>class</th><th>taken for</th><th class="n">images</th>']
         parts += [f"<h2>Most often confused{whose}: at most 20 pairs</h2>", html_table(head, rows, [False] * len(rows))]
     weakest = sorted(last["per_class"], key=lambda c: c["top-1"])[:20]
-    rows = [(zh(c["class"]), f"{c['top-1']:.1f}", f"{c['pictures']:,}") for c in weakest]
-    head = ['<th>class</th><th class="n">top-1</th><th class="n">pictures</th>']
+    rows = [(zh(c["class"]), f"{c['top-1']:.1f}", f"{c['images']:,}") for c in weakest]
+    head = ['<th>class</th><th class="n">top-1</th><th class="n">images</th>']
     parts += [f"<h2>Classes recognised least{whose}: at most 20</h2>", html_table(head, rows, [False] * len(rows))]
 
     of_right = torch.tensor([probabilities(i)[label].item() for i, label in enumerate(labels)])     # (I,)
     sample = np.random.default_rng(0).permutation(len(labels))[:SAMPLE].tolist()
     worst = [i for i in of_right.argsort(stable=True)[:SAMPLE].tolist() if probabilities(i).argmax() != labels[i]]
     hint = "The five most probable classes; the right one is framed, and follows when it is not among them."
-    for name, chosen in ((f"A random sample of {len(sample)} pictures", sample),
+    for name, chosen in ((f"A random sample of {len(sample)} images", sample),
                          ("The worst misses: least probability for the right class", worst)):
         parts += section(f"{name}{whose}", chosen, hint)
         for i in chosen:
@@ -363,8 +363,8 @@ def write_classification(path, title, notes, records, names, read, labels, proba
             right = order.tolist().index(labels[i])
             places = [*range(min(BEST, len(names)))] + [right] * (right >= BEST)
             items = [answer(f"{100 * p[place]:.1f} %", names[order[place]], place == right, place) for place in places]
-            picture = card(lambda: read(i), [zh(names[labels[i]]), text(Path(last["predictions"][i]["picture"]).name)])
-            parts.append(f'<div class="ask pair">{picture}<ol>{"".join(items)}</ol></div>')
+            image = card(lambda: read(i), [zh(names[labels[i]]), text(Path(last["predictions"][i]["image"]).name)])
+            parts.append(f'<div class="ask pair">{image}<ol>{"".join(items)}</ol></div>')
     write_page(path, title, [*parts, *charts(training_curves(records))])
 
 
@@ -374,8 +374,8 @@ def write_classification(path, title, notes, records, names, read, labels, proba
 def write_sheet(path, query, note, found, read, link, asked=None):
     """The contact sheet of a search.
 
-    found: [(file, similarity), …], best first; read(file) -> picture, or raises BadInput; link(file) -> its address;
-    asked: the picture that was the query.
+    found: [(file, similarity), …], best first; read(file) -> image, or raises BadInput; link(file) -> its address;
+    asked: the image that was the query.
     """
     cards = [card(lambda: asked, ["<b>the query</b>"], right=True, side=256)] if asked else []
     for place, (file, similarity) in enumerate(found, 1):

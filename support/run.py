@@ -26,7 +26,7 @@ from support.processes import largest, wait_for_all
 from support.system import BadInput
 
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
-# picture names, or of the shards' names and sizes.)
+# image names, or of the shards' names and sizes.)
 FREE = {
     "recipe", "out", "data", "data_root", "valid_data", "features", "workers", "processes", "max_bad", "grad_checkpointing", "compile",
     "log_every", "save_every", "save_minutes", "keep", "patience", "average", "seen",
@@ -215,7 +215,7 @@ class Run:
         if record["skipped"]:
             line += f" skipped {record['skipped']}"
         if record["waiting"] > 0.2:
-            line += (f" waits for pictures {record['waiting']:.0%} of the time: "
+            line += (f" waits for images {record['waiting']:.0%} of the time: "
                      f"--workers {self.settings['workers']} read {record['samples_per_s']:.0f}/s")
         self.say(line)
         self._append(record)
@@ -357,7 +357,7 @@ def logged_step(line):
 
 
 class Meter:
-    """Loss, speed, time left, memory, and the share of the time that this process waited for pictures, since the last line.
+    """Loss, speed, time left, memory, and the share of the time that this process waited for images, since the last line.
 
     `pairs`: of the data set, what an epoch is.
     """

@@ -78,7 +78,7 @@ def description(settings, model, train_split, valid_split, device, world, first_
         lines.append(f"left out: {state['skipped']}")
     valid = "no validation, so no best.pt (--valid-data names what to validate on)"
     if valid_split:
-        valid = f"{valid_split.name}: {len(valid_split.image_ids):,} pictures, {len(valid_split.texts):,} captions"
+        valid = f"{valid_split.name}: {len(valid_split.image_ids):,} images, {len(valid_split.texts):,} captions"
     lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid}")
     lines += remarks(settings, model.cfg, train_split, valid_split, world, source)
     batch = f"{settings.batch_size:,} pairs"
@@ -102,7 +102,7 @@ def remarks(settings, config, train_split, valid_split, world, source):
         lines.append(f"warning: --batch-size {settings.batch_size} is more than the {pairs} training pairs, so every step repeats pairs; "
                      "a smaller one, with more --epochs, learns more")
     if valid_split and len(valid_split.image_ids) < 50:
-        lines.append(f"warning: {len(valid_split.image_ids)} pictures in {valid_split.name} are too few to choose a checkpoint well; "
+        lines.append(f"warning: {len(valid_split.image_ids)} images in {valid_split.name} are too few to choose a checkpoint well; "
                      "100 or more are better")
     if settings.stage == "finetune" and source == "random weights":
         lines.append("note: there is nothing to fine-tune in random weights; name a checkpoint, for example --init cn-clip-vit-b-16")
@@ -116,7 +116,7 @@ def remarks(settings, config, train_split, valid_split, world, source):
         lines.append(f"warning: for batches of {settings.batch_size} a learning rate of {settings.lr:g} is {too}; "
                      f"--lr {fitting:.1e} fits{larger}")
     if settings.norm_batch is not None and settings.norm_batch < settings.batch_size:
-        lines.append(f"note: BatchNorm in this ResNet sees {settings.norm_batch:,} pictures at a time (--micro-batch x processes), "
+        lines.append(f"note: BatchNorm in this ResNet sees {settings.norm_batch:,} images at a time (--micro-batch x processes), "
                      "not the whole batch; a ViT has none")
     if not settings.micro_batch and share > 1024:
         lines.append(f"note: {share:,} pairs at a time need much memory; --micro-batch 256 needs less and takes the same steps")
@@ -162,14 +162,14 @@ def parse_args(usage, data_names, augmentations, argv=None):
     add("--augment", choices=augmentations, default="none",
         help="(default: none) photo: small shifts and stretches, mild colours; drawing: bends, turns and recolours")
     add("--positives", choices=("all", "pair"), default="all",
-        help="what counts as right in a batch: all captions of a picture and all pictures of a caption (default), or as in "
+        help="what counts as right in a batch: all captions of a image and all images of a caption (default), or as in "
              "the paper its pair alone")
     add("--features", metavar="DIR", default="auto",
-        help="stage 1 without augmentation: where the pictures' embeddings are kept, which are computed once; runs may share "
-             "it. none: nowhere (default: OUT/features, when pictures come more than once)")
+        help="stage 1 without augmentation: where the images' embeddings are kept, which are computed once; runs may share "
+             "it. none: nowhere (default: OUT/features, when images come more than once)")
     add("--mask-tokens", type=float, default=0.0, help="share of a caption's tokens that become [MASK] in training (default: 0)")
     add("--patch-dropout", type=float, default=0.0,
-        help="share of a picture's patches that a ViT leaves out in training: less time and memory (default: 0)")
+        help="share of a image's patches that a ViT leaves out in training: less time and memory (default: 0)")
     add("--max-bad", type=float, default=0.01,
         help="share of the pairs that may be unreadable and are replaced; above it the run stops (default: %(default)s)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
@@ -178,7 +178,7 @@ def parse_args(usage, data_names, augmentations, argv=None):
     add("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
     add("--compile", action="store_true",
         help="torch.compile for the vision tower: for GPUs, and a minute at the start; on CPUs it gains nothing")
-    add("--workers", type=int, default=1, help="processes that read pictures, for each training process (default: 1)")
+    add("--workers", type=int, default=1, help="processes that read images, for each training process (default: 1)")
     add("--valid-every", type=int, default=0,
         help="steps between validations (default: a tenth of the run, of a fine-tune a twentieth, more where they would take "
              "much of the time)")
@@ -231,7 +231,7 @@ def resolve(args, config, train_split, valid_split, precision, world):
         why = "the vision tower is frozen" if args.stage == "1" else "a ResNet has none"
         raise BadInput(f"--patch-dropout {settings.patch_dropout}: there are no patches to leave out, for {why}")
     if not pairs:
-        raise BadInput(f"{train_split.name}: no caption names a picture, so there are no pairs to train on")
+        raise BadInput(f"{train_split.name}: no caption names a image, so there are no pairs to train on")
     settings.model, settings.precision = name_of(config), precision
     settings.total_steps = args.max_steps or math.ceil(settings.epochs * pairs / settings.batch_size)
     settings.epochs = None if args.max_steps else settings.epochs
@@ -245,7 +245,7 @@ def resolve(args, config, train_split, valid_split, precision, world):
     settings.features = features_folder(args, settings, train_split)
     settings.features_kept = True if settings.features else None                # they are rounded, so without them it is another run
     settings.processes = world
-    settings.norm_batch = None                                                  # pictures that BatchNorm sees at a time
+    settings.norm_batch = None                                                  # images that BatchNorm sees at a time
     if resnet and args.stage != "1":
         settings.norm_batch = min(settings.batch_size, world * (settings.micro_batch or settings.batch_size))
     settings.train_pairs, settings.valid_pairs = train_split.fingerprint(), valid_split.fingerprint() if valid_split else None
@@ -254,23 +254,23 @@ def resolve(args, config, train_split, valid_split, precision, world):
 
 def often_enough(settings, valid_split):
     """Steps between validations: a tenth of the run, of a fine-tune a twentieth; but not so few that validation takes more than about a
-    tenth of the time, where a training pair costs as much as three pictures of the valid split."""
+    tenth of the time, where a training pair costs as much as three images of the valid split."""
     affordable = len(valid_split.image_ids) * 10 // (3 * settings.batch_size) if valid_split else 0
     return max(1, settings.total_steps // (20 if settings.stage == "finetune" else 10), affordable)
 
 
 def features_folder(args, settings, train_split):
-    """Where the pictures' embeddings are kept; None where they would change or not be used again."""
+    """Where the images' embeddings are kept; None where they would change or not be used again."""
     changing = None
     if args.stage != "1":
         changing = f"stage {args.stage} trains the vision tower"
     elif args.augment != "none":
-        changing = f"--augment {args.augment} changes its pictures"
+        changing = f"--augment {args.augment} changes its images"
     elif train_split.endless:
-        changing = f"{train_split.name} has new pictures in every epoch"
+        changing = f"{train_split.name} has new images in every epoch"
     if args.features not in ("auto", "none"):
         if changing:
             raise BadInput(f"--features {args.features}: {changing}, so there are no features to keep; leave it out")
         return args.features
-    one_pass = (settings.total_steps - 1) * settings.batch_size < train_split.picture_count()       # in which nothing would be saved
+    one_pass = (settings.total_steps - 1) * settings.batch_size < train_split.image_count()       # in which nothing would be saved
     return None if args.features == "none" or changing or one_pass else str(Path(args.out) / "features")

@@ -18,10 +18,10 @@ from support.system import BadInput
 
 
 def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False):
-    """Write a split as tar shards folder/name-000000.tar, …: each picture once, its bytes as they are, with all its captions.
+    """Write a split as tar shards folder/name-000000.tar, …: each image once, its bytes as they are, with all its captions.
 
     Killed, it goes on where it stopped. What cannot be read from the old files is named and left out, or with `whole` refused; whether a
-    picture decodes is not looked at. The pictures come in a fixed random order, so that every shard is a fair sample of the whole.
+    image decodes is not looked at. The images come in a fixed random order, so that every shard is a fair sample of the whole.
     """
     folder = Path(folder)
     if split.endless:
@@ -29,31 +29,31 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise BadInput(f"{split.name}: the split's name becomes a part of file names; give it one of letters and digits")
     texts_of = [[] for _ in split.image_ids]
-    for text, images in zip(split.texts, split.positives):
-        for i in images:
+    for text, described in zip(split.texts, split.positives):
+        for i in described:
             texts_of[i].append(text)
-    pictures = [i for i in np.random.default_rng(0).permutation(len(texts_of)).tolist() if texts_of[i]]
-    shards = [(folder / f"{name}-{number:06}.tar", pictures[a : a + per_shard])
-              for number, a in enumerate(range(0, len(pictures), per_shard))]
-    plan = json.dumps({"data": split.fingerprint(), "pictures": len(pictures), "per_shard": per_shard})
+    images = [i for i in np.random.default_rng(0).permutation(len(texts_of)).tolist() if texts_of[i]]
+    shards = [(folder / f"{name}-{number:06}.tar", images[a : a + per_shard])
+              for number, a in enumerate(range(0, len(images), per_shard))]
+    plan = json.dumps({"data": split.fingerprint(), "images": len(images), "per_shard": per_shard})
 
     lock = _reserve(folder, name, plan)
     jobs = [shards[p::processes] for p in range(min(processes, len(shards)))]
     to_write = sum(len(some) for path, some in shards if not path.exists())
-    done = multiprocessing.Value("q")                                           # pictures written, of all helpers
+    done = multiprocessing.Value("q")                                           # images written, of all helpers
     helpers = [multiprocessing.Process(target=_write_some, args=(split, texts_of, job, done, os.getpid(), whole)) for job in jobs]
     for helper in helpers:
         helper.start()
-    with system.Progress(f"{folder}: pictures written", to_write) as progress:
+    with system.progress(f"{folder}: images written", to_write) as progress:
         for helper in helpers:
             while helper.is_alive():
                 helper.join(timeout=0.5)
-                progress.add(done.value - progress.done)
+                progress.update(done.value - progress.n)
     os.close(lock)
     if any(helper.exitcode for helper in helpers):
         raise BadInput(f"{folder}: not all shards were written; the line above says why. Run it again to go on")
     captions = sum(map(len, texts_of))
-    print(f"{folder}: {name}: {len(pictures):,} pictures with {captions:,} captions in {len(shards):,} shard{'s' * (len(shards) > 1)}")
+    print(f"{folder}: {name}: {len(images):,} images with {captions:,} captions in {len(shards):,} shard{'s' * (len(shards) > 1)}")
 
 
 def _reserve(folder, name, plan):
@@ -78,27 +78,27 @@ def _write_some(split, texts_of, shards, done, parent, whole):
     """What one helper process does: its shards, one after the other."""
     system.end_with(parent)
     try:
-        for path, pictures in shards:
+        for path, images in shards:
             if not path.exists():
-                system.write(path, lambda f: _fill_shard(f, split, texts_of, pictures, done, whole))
+                system.write(path, lambda f: _fill_shard(f, split, texts_of, images, done, whole))
                 shard_index(path)
-                print(f"{path}: {len(pictures):,} pictures", flush=True)
+                print(f"{path}: {len(images):,} images", flush=True)
     except BadInput as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _fill_shard(f, split, texts_of, pictures, done, whole):
+def _fill_shard(f, split, texts_of, images, done, whole):
     kind_of = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}          # first bytes -> kind
     with tarfile.open(fileobj=f, mode="w") as tar:
-        for i in pictures:
+        for i in images:
             with done.get_lock():
                 done.value += 1
             try:
-                encoded = split.picture_bytes(i)
+                encoded = split.image_bytes(i)
             except (BadInput, OSError, ValueError) as error:                    # ValueError: base64
-                name = f"{split.name}: picture {split.image_ids[i]}"
+                name = f"{split.name}: image {split.image_ids[i]}"
                 if whole:
                     raise BadInput(f"{name} cannot be read ({error}); replace or remove it") from None
                 warnings.warn(f"{name} is left out: it cannot be read ({error})")

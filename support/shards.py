@@ -16,21 +16,21 @@ import numpy as np
 
 from support import system
 from support.captions import sentence_key
-from support.images import PICTURES, decoded, refused_as
+from support.images import IMAGE_TYPES, decoded, refused_as
 from support.system import BadInput
 from tokenizer import Tokenizer
 
-LARGEST = 2**28                                                                 # bytes of a picture file: more is a mistake, or an attack
+LARGEST = 2**28                                                                 # bytes of a image file: more is a mistake, or an attack
 
 # An index is an int64 table beside its shard, one row per pair, all in bytes, a size of -1 for what is missing:
-#     picture's offset, its size, caption's offset, its size, whether that is JSON, which of its captions is meant
+#     image's offset, its size, caption's offset, its size, whether that is JSON, which of its captions is meant
 # after a first row that tells for which file it was made:
 #     version, size of the shard, its time of change (ns), where it is damaged (-1: nowhere), 0, 0
 INDEX_VERSION, COLUMNS = 1, 6
 
 
 class ShardSplit:
-    """Tar shards: the layout for more pairs than memory holds. In memory are the shards' names and counts; indexes, pictures and
+    """Tar shards: the layout for more pairs than memory holds. In memory are the shards' names and counts; indexes, images and
     captions are read where they are needed. What only an evaluation needs (texts, image_ids, positives, ids) is read from the
     shards at the first use.
     """
@@ -43,7 +43,7 @@ class ShardSplit:
         counts = self._build_indexes()
         self.starts = np.concatenate([[0], np.cumsum(counts)])                  # shard s holds pairs starts[s] … starts[s+1] - 1
         if not len(self):
-            raise BadInput(f"{name}: no pictures with captions in {len(shards)} shard{'s' * (len(shards) > 1)}; expected 0001.jpg, "
+            raise BadInput(f"{name}: no images with captions in {len(shards)} shard{'s' * (len(shards) > 1)}; expected 0001.jpg, "
                            f"right after it 0001.txt or 0001.json, and so on (the name ends at the first dot)")
 
     def _build_indexes(self):
@@ -52,7 +52,7 @@ class ShardSplit:
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         counts, self.damaged = {}, []
         first = len(self.shards) * rank // world
-        with system.Progress(f"{self.name}: shards indexed", len(self.shards)) as progress:
+        with system.progress(f"{self.name}: shards indexed", len(self.shards)) as progress:
             for s in [*range(first, len(self.shards)), *range(first)]:
                 index = shard_index(self.shards[s])
                 counts[s] = len(index) - 1
@@ -60,7 +60,7 @@ class ShardSplit:
                     self.damaged.append(self.shards[s])
                     warnings.warn(f"{self.shards[s]}: damaged or cut short at byte {index[0, 3]:,}; what comes after is lost "
                                   f"({counts[s]:,} pairs are there). Replace it")
-                progress.add()
+                progress.update()
         return [counts[s] for s in range(len(self.shards))]
 
     def __len__(self):
@@ -73,7 +73,7 @@ class ShardSplit:
 
     def sample(self, epoch, k):
         words = self.words(k)                                                   # first: it costs less, should it fail
-        with refused_as(self.picture_name(k)):
+        with refused_as(self.image_name(k)):
             return self.pair_bytes(k), *words
 
     def words(self, k):
@@ -82,12 +82,12 @@ class ShardSplit:
         return ids, [sentence_key(text) for text in texts], sentence_key(texts[which])
 
     def pair_bytes(self, k):
-        """The picture of pair k, as it lies in its shard."""
+        """The image of pair k, as it lies in its shard."""
         path, (image, image_size, *_) = self._row(k)
         return read_at(path, image, image_size, "it")
 
     def _captions(self, k):
-        """The captions of pair k's picture -> which of them is meant, all of them. Raises BadInput when they cannot be read."""
+        """The captions of pair k's image -> which of them is meant, all of them. Raises BadInput when they cannot be read."""
         path, (_, _, text, text_size, is_json, which) = self._row(k)
         name = self._location(k)
         texts = captions_in(read_at(path, text, text_size, f"{name}: the caption"), is_json, name)
@@ -111,8 +111,8 @@ class ShardSplit:
 
     # Messages and reports.
 
-    def picture_name(self, k):
-        return f"{self._location(k)}: the picture"
+    def image_name(self, k):
+        return f"{self._location(k)}: the image"
 
     def _location(self, k):
         path, (image, image_size, text, *_) = self._row(k)
@@ -125,51 +125,51 @@ class ShardSplit:
         return {"file": str(path), "offset": offset, "member": header.rstrip(b"\0").decode(errors="replace")}
 
     def incomplete(self):
-        """How many pairs lack their picture or their caption."""
+        """How many pairs lack their image or their caption."""
         return sum(int((opened_index(path)[1:, [1, 3]] < 0).any(axis=1).sum()) for path in self.shards)
 
     def files(self):
         return self.shards
 
-    # Pictures, for evaluation and for kept features. The pairs of one picture follow each other, so its first pair stands for it.
+    # Images, for evaluation and for kept features. The pairs of one image follow each other, so its first pair stands for it.
 
     @functools.cached_property
-    def _picture_starts(self):
-        """Shard s holds pictures starts[s] … starts[s+1] - 1, in the order in which they lie there."""
+    def _image_starts(self):
+        """Shard s holds images starts[s] … starts[s+1] - 1, in the order in which they lie there."""
         return np.concatenate([[0], np.cumsum([len(first_rows(path)) for path in self.shards])])
 
-    def picture_of(self, k):
+    def image_of(self, k):
         s = int(np.searchsorted(self.starts, k, side="right")) - 1
-        begun = np.searchsorted(first_rows(self.shards[s]), k - self.starts[s], side="right")       # pictures of the shard, up to pair k
-        return int(self._picture_starts[s] + begun) - 1
+        begun = np.searchsorted(first_rows(self.shards[s]), k - self.starts[s], side="right")       # images of the shard, up to pair k
+        return int(self._image_starts[s] + begun) - 1
 
     def _first_pair(self, i):
-        """The first pair of picture i."""
-        s = int(np.searchsorted(self._picture_starts, i, side="right")) - 1
-        return int(self.starts[s] + first_rows(self.shards[s])[i - self._picture_starts[s]])
+        """The first pair of image i."""
+        s = int(np.searchsorted(self._image_starts, i, side="right")) - 1
+        return int(self.starts[s] + first_rows(self.shards[s])[i - self._image_starts[s]])
 
-    def picture_count(self):
-        return int(self._picture_starts[-1])
+    def image_count(self):
+        return int(self._image_starts[-1])
 
-    def picture(self, i):
-        return decoded(lambda: self.picture_bytes(i), self.picture_name(self._first_pair(i)))
+    def image(self, i):
+        return decoded(lambda: self.image_bytes(i), self.image_name(self._first_pair(i)))
 
-    def picture_bytes(self, i):
+    def image_bytes(self, i):
         return self.pair_bytes(self._first_pair(i))
 
     @functools.cached_property
     def _whole(self):
-        """-> ({caption: the pictures that it describes}, ids of the pictures): for evaluation, which needs all of them."""
+        """-> ({caption: the images that it describes}, ids of the images): for evaluation, which needs all of them."""
         if self.damaged:
             raise BadInput(f"{self.damaged[0]}: damaged or cut short, so recall would be that of a part; replace it")
         described = {}
         for k in range(len(self)):
             _, (_, image_size, *_) = self._row(k)
             if image_size < 0:
-                raise BadInput(f"{self._location(k)}: a caption without a picture; remove it")
+                raise BadInput(f"{self._location(k)}: a caption without a image; remove it")
             which, texts = self._captions(k)
-            described.setdefault(texts[which], {})[self.picture_of(k)] = None   # as keys: the same caption twice says nothing new
-        return described, [self._location(self._first_pair(i)) for i in range(self.picture_count())]
+            described.setdefault(texts[which], {})[self.image_of(k)] = None   # as keys: the same caption twice says nothing new
+        return described, [self._location(self._first_pair(i)) for i in range(self.image_count())]
 
     texts = functools.cached_property(lambda self: list(self._whole[0]))
     positives = functools.cached_property(lambda self: [list(images) for images in self._whole[0].values()])
@@ -224,7 +224,7 @@ def opened_index(path):
 
 @functools.lru_cache(maxsize=64)
 def first_rows(path):
-    """Which pairs of a shard are the first of their picture, whose captions follow each other -> one row number for each picture."""
+    """Which pairs of a shard are the first of their image, whose captions follow each other -> one row number for each image."""
     return np.flatnonzero(np.diff(opened_index(path)[1:, 0], prepend=-1))
 
 
@@ -305,7 +305,7 @@ def scan(path):
     rows, damaged, size = [], [-1], os.path.getsize(path)
     for _, members in itertools.groupby(tar_members(path, damaged), key=lambda member: member[0]):
         files = {extension: (offset, length) for _, extension, offset, length in members}
-        image = next((files[e] for e in PICTURES if e in files), (0, -1))
+        image = next((files[e] for e in IMAGE_TYPES if e in files), (0, -1))
         kind = next((e for e in ("txt", "json") if e in files), None)
         text = files.get(kind, (0, -1))
         if image[1] < 0 and text[1] < 0:                                        # something else
@@ -346,7 +346,7 @@ def tar_members(path, damaged):
                     damaged[0] = end
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise BadInput(f"{path}: not an uncompressed tar archive ({error}); unpack .gz, .bz2 and the like first, "
-                       f"since pictures are read from anywhere in it") from None
+                       f"since images are read from anywhere in it") from None
 
 
 def is_pattern(data):

@@ -22,8 +22,9 @@ import time
 import unicodedata
 import urllib.request
 import warnings
-from datetime import timedelta
 from pathlib import Path
+
+from tqdm import tqdm
 
 
 class BadInput(Exception):
@@ -118,34 +119,10 @@ def printable(text):
     return "".join(repr(c)[1:-1] if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") else c for c in str(text))
 
 
-class Progress:
-    """How much of a long piece of work is done (by this process), and the time left: one line on stderr, from the third second on.
-
-    Only in a terminal, and only of the first process.
-
-        with Progress("pictures embedded", 10_000) as progress:
-            progress.add(128)
-    """
-
-    def __init__(self, what, total, done=0):
-        self.what, self.total, self.done, self.first = what, total, done, done
-        self.begin, self.shown = time.time(), 0.0
-        self.quiet = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
-
-    def add(self, n=1):
-        self.done, now = self.done + n, time.time()
-        if not self.quiet and n > 0 and now > max(self.begin + 2, self.shown + 0.5):
-            left = (now - self.begin) / (self.done - self.first) * max(0, self.total - self.done)
-            line = f"{self.what}: {self.done:,.0f} of {self.total:,.0f}, {timedelta(seconds=int(left))} left"
-            print(f"\r{line}\x1b[K", end="", file=sys.stderr, flush=True)       # [K clears what was there
-            self.shown = now
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        if self.shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+def progress(what, total):
+    """A tqdm bar with the time left, on stderr; silent where that is no terminal, and in all processes but the first."""
+    quiet = True if int(os.environ.get("RANK", 0)) else None                    # None: tqdm looks whether stderr is a terminal
+    return tqdm(total=total, desc=what, disable=quiet, leave=False, delay=2, unit_scale=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------- from the web
@@ -250,8 +227,8 @@ def fetch_rest(url, part, have, size):
     with urllib.request.urlopen(request, timeout=30) as answer:
         if answer.status != 206 or not (answer.headers["Content-Range"] or "").startswith(f"bytes {have}-"):
             have = 0                                                            # not what was asked for: take it as the whole file
-        progress = Progress(f"{part.name.rsplit('.', 2)[0]}: MiB", size / 2**20, have / 2**20)
-        with open(part, "ab" if have else "wb") as f, progress:
+        bar = progress(f"{part.name.rsplit('.', 2)[0]}: MiB", size / 2**20)
+        with open(part, "ab" if have else "wb") as f, bar:
             while have < size and (block := answer.read1(min(2**20, size - have))):
                 try:
                     f.write(block)
@@ -259,7 +236,7 @@ def fetch_rest(url, part, have, size):
                 except OSError as error:
                     raise BadInput(f"{part}: cannot be written ({error})") from None
                 have += len(block)
-                progress.add(len(block) / 2**20)
+                bar.update(len(block) / 2**20)
             os.fsync(f.fileno())
     if have < size:
         raise ConnectionError(f"the connection ended after {have:,} of {size:,} bytes")
@@ -267,10 +244,10 @@ def fetch_rest(url, part, have, size):
 
 def sha256_of(path):
     digest = hashlib.sha256()
-    with open(path, "rb") as f, Progress(f"{path.name}: MiB verified", os.path.getsize(path) / 2**20) as progress:
+    with open(path, "rb") as f, progress(f"{path.name}: MiB verified", os.path.getsize(path) / 2**20) as bar:
         while block := f.read(2**20):
             digest.update(block)
-            progress.add(len(block) / 2**20)
+            bar.update(len(block) / 2**20)
     return digest.hexdigest()
 
 
@@ -364,10 +341,10 @@ def run(main):
         status = f"error: {str(error).strip().splitlines()[-1]}"                # an OSError of a reader comes with a traceback before it
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker"):
-            status = ("error: a process that read pictures was killed, perhaps for want of memory; fewer --workers need less. "
+            status = ("error: a process that read images was killed, perhaps for want of memory; fewer --workers need less. "
                       "A training run continues with the same command")
         elif str(error).startswith("DataLoader timed out"):
-            status = (f"error: no picture came from its readers within {READER_SECONDS} s: is /dev/shm full, or the disk gone? "
+            status = (f"error: no image came from its readers within {READER_SECONDS} s: is /dev/shm full, or the disk gone? "
                       "--workers 0 does without them")
         elif "out of memory" in str(error) or "can't allocate memory" in str(error):                # of a GPU, of the CPU
             status = (f"error: there is not enough memory ({str(error).splitlines()[0][:200]}); "

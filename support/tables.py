@@ -51,7 +51,7 @@ def bootstrap_means(values, groups, draws=1000, seed=0):
     """The mean of `values` (A,) in percent, as it comes out on other sets of the same kind: (draws,) means over groups drawn
     with replacement.
 
-    Captions of one picture rise and fall together, so pictures are drawn, not captions: groups (A,) numbers the picture of each value.
+    Captions of one image rise and fall together, so images are drawn, not captions: groups (A,) numbers the image of each value.
     The same seed and groups give the same draws, so differences between two models are paired.
     """
     _, groups = np.unique(groups, return_inverse=True)                          # numbered without gaps, from 0
@@ -78,11 +78,11 @@ def change_of(before, after, groups):
     return {"mean": 100 * (after - before).mean().item(), "interval": bootstrap_interval(after - before, groups)}
 
 
-def pictures_asked(rankings):
-    """{way: Ranking} -> {way: (A,) the picture of each query that has an answer}; a caption's is the first that it describes."""
-    captions, pictures = rankings["text_to_image"].correct, rankings["image_to_text"].correct
-    return {"text_to_image": np.array([images[0] for images in captions if images]),
-            "image_to_text": np.array([i for i, texts in enumerate(pictures) if texts])}
+def images_asked(rankings):
+    """{way: Ranking} -> {way: (A,) the image of each query that has an answer}; a caption's is the first that it describes."""
+    images_of, captions_of = rankings["text_to_image"].correct, rankings["image_to_text"].correct
+    return {"text_to_image": np.array([images[0] for images in images_of if images]),
+            "image_to_text": np.array([i for i, texts in enumerate(captions_of) if texts])}
 
 
 def compare_rows(records, name, split):
@@ -145,13 +145,13 @@ def gain_in_words(what, change):
 
 def notes(records, name, split):
     """What a reader of the table must know: lines."""
-    ways = {"text_to_image": "caption{s} without a picture in the split", "image_to_text": "picture{s} without a caption"}
+    ways = {"text_to_image": "caption{s} without a image in the split", "image_to_text": "image{s} without a caption"}
     first, *others = records
     t, i = (first[way] for way in ways)
-    lines = [f"> measured here, towers in {first['precision']}: {t['queries']:,} captions ask, {i['queries']:,} pictures ask. "
+    lines = [f"> measured here, towers in {first['precision']}: {t['queries']:,} captions ask, {i['queries']:,} images ask. "
              f"Guessing gives text-to-image R@1 {t['chance_R@1']:.1f}, MR {t['chance_MR']:.1f}; "
              f"image-to-text {i['chance_R@1']:.1f}, {i['chance_MR']:.1f}.",
-             "MR is the mean of R@1, R@5 and R@10. ±: half of the interval that holds 95 % of the R@1 when the split's pictures are "
+             "MR is the mean of R@1, R@5 and R@10. ±: half of the interval that holds 95 % of the R@1 when the split's images are "
              "resampled (bootstrap, 1,000 draws).",
              "Setting: fine-tuned or trained on this data set, as far as the checkpoint's file tells; else zero-shot."]
     published = TABLE_1.get(name, {}).get(split)
@@ -181,9 +181,9 @@ def class_table(records, title, templates):
 def class_notes(records, templates):
     """What a reader of the table must know: lines."""
     first, *others = records
-    lines = [f"> measured here, towers in {first['precision']}: {first['pictures']:,} pictures, {first['classes']:,} classes, "
+    lines = [f"> measured here, towers in {first['precision']}: {first['images']:,} images, {first['classes']:,} classes, "
              f"{templates} prompt{'s' * (templates > 1)} each. Guessing gives top-1 of {first['chance_top-1']:.1f}.",
-             "±: half of the interval that holds 95 % of the top-1 when the pictures are resampled (bootstrap, 1,000 draws)."]
+             "±: half of the interval that holds 95 % of the top-1 when the images are resampled (bootstrap, 1,000 draws)."]
     for record in others:
         what = f"top-1 of {record['ckpt']} less that of {first['ckpt']}, with 95 % interval:"
         lines.append(f"{gain_in_words(what, record['change_of_top-1'])}.")

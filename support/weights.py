@@ -1,7 +1,7 @@
 """The only door for weights: every released format in, checked; two formats out; training snapshots, atomically.
 
     import checkpoint
-    model, transform = checkpoint.load("clip_cn_vit-b-16.pt")    # any file or folder below: evaluation mode, float32; its picture transform
+    model, transform = checkpoint.load("clip_cn_vit-b-16.pt")    # any file or folder below: evaluation mode, float32; its image transform
     model, transform = checkpoint.load("cn-clip-vit-b-16")       # by name: downloads once (see NAMES)
     checkpoint.export(model, "own.pt", format="cn-clip")         # or "huggingface": a folder for transformers' ChineseCLIPModel
 
@@ -62,9 +62,9 @@ def save(path, model, **extra):
 
 
 def load(source, device="cpu", image_size=None):
-    """A file, a folder or a name of NAMES -> (model in evaluation mode and float32, transform: PIL picture -> (3, R, R)).
+    """A file, a folder or a name of NAMES -> (model in evaluation mode and float32, transform: PIL image -> (3, R, R)).
 
-    `image_size` asks for another picture side R, in pixels, than the weights were trained with. Raises BadInput when a tensor is
+    `image_size` asks for another image side R, in pixels, than the weights were trained with. Raises BadInput when a tensor is
     missing, unknown, of another shape or not finite. Tensors of a .pt file stay in its pages (mmap) until they are changed: while
     the model lives, replace such a file by renaming, never by overwriting it.
     """
@@ -157,7 +157,7 @@ def read_towers(vision, text, config=None):
 def load_into(model, state, source, assign=False):
     """Copy a checkpoint's tensors into the model, or with `assign` make them the model's own.
 
-    Of what `read_towers` gives, those of its towers. For a model that differs in the picture size, position embeddings are
+    Of what `read_towers` gives, those of its towers. For a model that differs in the image size, position embeddings are
     resized. BadInput, and nothing changes, when the tensors are those of another architecture.
     """
     config, towers = config_of(state), state.get("towers", ("vision", "text"))
@@ -184,7 +184,7 @@ def apart(tensors):
 
 
 def resized(state, image_size):
-    """The same weights for pictures of another size, in pixels: the grid of position embeddings is interpolated.
+    """The same weights for images of another size, in pixels: the grid of position embeddings is interpolated.
 
     Its first row (class token or mean position) stays. BadInput for a size that the model cannot have.
     """
@@ -193,7 +193,7 @@ def resized(state, image_size):
     if image_size == config.image_size:
         return state
     if not isinstance(image_size, int) or not 0 < image_size <= 4096 or image_size % step:
-        raise BadInput(f"a picture size of {image_size!r} does not fit: this model takes multiples of {step}, up to 4096")
+        raise BadInput(f"a image size of {image_size!r} does not fit: this model takes multiples of {step}, up to 4096")
     key = "vision.position_embed" if config.patch_size else "vision.attention_pool.position_embed"
     table, side, new = state["model"][key], config.image_size // step, image_size // step
     grid = table[1:].view(1, side, side, -1).permute(0, 3, 1, 2)                                    # (1, C, side, side)
@@ -223,7 +223,7 @@ def find(source):
 def main():
     parser = argparse.ArgumentParser(description="Check a checkpoint and say what it is; or write it for other tools.")
     parser.add_argument("source", help=f"a file, a folder, or one of {', '.join(NAMES)}")
-    parser.add_argument("--image-size", type=int, help="pictures of another size: position embeddings are resized")
+    parser.add_argument("--image-size", type=int, help="images of another size: position embeddings are resized")
     parser.add_argument("--export", metavar="PATH", help="write the model there")
     parser.add_argument("--format", choices=("cn-clip", "huggingface"), default="cn-clip",
                         help="of --export: a .pt file for cn_clip, or a folder for transformers (default: cn-clip)")
@@ -236,7 +236,7 @@ def main():
     model = empty_model(config_of(state))
     count = sum(p.numel() for p in model.parameters())
     print(f"{args.source}: {state.get('layout', 'CE-CLIP')}, {name_of(model.cfg)}, {count:,} parameters, "
-          f"pictures of {model.cfg.image_size} x {model.cfg.image_size}, temperature {1 / state['model']['logit_scale'].exp():.4f}")
+          f"images of {model.cfg.image_size} x {model.cfg.image_size}, temperature {1 / state['model']['logit_scale'].exp():.4f}")
     if state.get("skipped"):
         print(f"left out: {state['skipped']}")
     if args.export is not None:

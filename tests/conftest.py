@@ -31,13 +31,17 @@ import peers
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: for `make test-all` alone: full-size models, kills by the dozen, memory at size")
+
+
 def png(colour=(200, 30, 30), size=(20, 12), seed=None):
     """Bytes of a small PNG: of one colour, or noise."""
-    picture = Image.new("RGB", size, colour)
+    image = Image.new("RGB", size, colour)
     if seed is not None:
-        picture = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        image = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     out = io.BytesIO()
-    picture.save(out, "PNG")
+    image.save(out, "PNG")
     return out.getvalue()
 
 
@@ -64,13 +68,13 @@ def write_tar(path, files):
     return path
 
 
-def write_tsv_split(folder, split, pictures=12, captions_per_picture=1, start=1):
-    """A split in the Chinese-CLIP layout: picture ids start…, caption k of picture i says so."""
+def write_tsv_split(folder, split, images=12, captions_per_image=1, start=1):
+    """A split in the Chinese-CLIP layout: image ids start…, caption k of image i says so."""
     folder.mkdir(exist_ok=True, parents=True)
     rows, texts = [], []
-    for i in range(start, start + pictures):
+    for i in range(start, start + images):
         rows.append(f"{i}\t{base64.b64encode(png(seed=i)).decode()}\n")
-        texts += [{"text_id": 10 * i + k, "text": f"第{i}张图片，说法{k}", "image_ids": [i]} for k in range(captions_per_picture)]
+        texts += [{"text_id": 10 * i + k, "text": f"第{i}张图片，说法{k}", "image_ids": [i]} for k in range(captions_per_image)]
     (folder / f"{split}_imgs.tsv").write_text("".join(rows))
     (folder / f"{split}_texts.jsonl").write_text("".join(json.dumps(t, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
 
@@ -108,10 +112,10 @@ def small_bench(small_sizes, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def real_data():
-    """The folder of real pictures with real Chinese text, if there is one."""
+    """The folder of real images with real Chinese text, if there is one."""
     folder = os.environ.get("CE_CLIP_REAL_DATA")
     if not folder:
-        pytest.skip("CE_CLIP_REAL_DATA is not set: no real pictures to test on")
+        pytest.skip("CE_CLIP_REAL_DATA is not set: no real images to test on")
     return Path(folder)
 
 

@@ -43,7 +43,7 @@ def batch(cfg, n=4, seed=0):
     ids[:, 0] = CLS
     for row, length in enumerate(torch.randint(4, 53, (n,), generator=g)):
         ids[row, length - 1], ids[row, length:] = SEP, PAD
-    pixels = F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size=(cfg.image_size, cfg.image_size), mode="bicubic")     # blots: more like pictures than noise is
+    pixels = F.interpolate(torch.randn(n, 3, 5, 5, generator=g), size=(cfg.image_size, cfg.image_size), mode="bicubic")     # blots: more like images than noise is
     return pixels, ids
 
 

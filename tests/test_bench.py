@@ -16,7 +16,7 @@ from tools import bench
 def test_operations_are_those_that_torch_counts(cfg):
     """In the matrix products, convolutions and attention of a forward pass; and those of a training step are three times as many."""
     model, (pixels, ids) = build(cfg).eval(), batch(cfg)
-    picture, texts = bench.operations(cfg, bench.token_counts(ids))
+    image, texts = bench.operations(cfg, bench.token_counts(ids))
 
     def counted(call):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -24,15 +24,15 @@ def test_operations_are_those_that_torch_counts(cfg):
         return counter.get_total_flops()
 
     with torch.no_grad():
-        assert counted(lambda: model.encode_image(pixels)) == len(pixels) * picture
+        assert counted(lambda: model.encode_image(pixels)) == len(pixels) * image
         assert counted(lambda: model.encode_text(ids)) == texts
     assert counted(lambda: model.encode_text(ids).sum().backward()) == pytest.approx(3 * texts, rel=0.01)
 
 
 def test_operations_of_vit_b_16_are_the_published_ones():
-    """17.6 billion multiplications and additions for a picture (Radford et al. 2021; He et al. count them as one), less what the last layer leaves out: 10 of 12 C² for 196 of its 197 tokens."""
-    picture, _ = bench.operations(CONFIGS["vit-b-16"], [20])
-    assert picture / 2 == pytest.approx(17.58e9 - 196 * 10 * 768**2 - 197 * 196 * 2 * 768, rel=0.01)
+    """17.6 billion multiplications and additions for a image (Radford et al. 2021; He et al. count them as one), less what the last layer leaves out: 10 of 12 C² for 196 of its 197 tokens."""
+    image, _ = bench.operations(CONFIGS["vit-b-16"], [20])
+    assert image / 2 == pytest.approx(17.58e9 - 196 * 10 * 768**2 - 197 * 196 * 2 * 768, rel=0.01)
 
 
 def test_ours_and_the_peers_run_in_turn(monkeypatch):

@@ -416,7 +416,7 @@ def test_a_torchscript_archive_in_a_circle_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("cfg", [peers.VIT, peers.RESNET], ids=["vit", "resnet"])
-def test_another_picture_size_resizes_the_position_embeddings(cfg, tmp_path, small_sizes):
+def test_another_image_size_resizes_the_position_embeddings(cfg, tmp_path, small_sizes):
     peer = peers.cn_clip_model(cfg)
     path = peers.cn_clip_file(peer.state_dict(), tmp_path)
     size = cfg.image_size * 2
@@ -432,7 +432,7 @@ def test_another_picture_size_resizes_the_position_embeddings(cfg, tmp_path, sma
         old, new = peer.visual.attnpool.positional_embedding, model.vision.attention_pool.position_embed
         assert torch.equal(new[0], old[0]) and torch.equal(new[[1, 4, -4, -1]], old[[1, 2, 3, 4]])     # align_corners: the corners stay
     for wrong in (50, 0, "64", 10**6):
-        with pytest.raises(BadInput, match=f"a picture size of {wrong!r} does not fit: this model takes multiples of"):
+        with pytest.raises(BadInput, match=f"a image size of {wrong!r} does not fit: this model takes multiples of"):
             checkpoint.load(path, image_size=wrong)
 
 
@@ -520,12 +520,12 @@ def test_transformers_opens_its_export_with_processor(tmp_path, small_sizes):
     model = CLIP(peers.VIT).eval()
     checkpoint.export(model, tmp_path / "hub", "huggingface")
     hub, processor = transformers.ChineseCLIPModel.from_pretrained(tmp_path / "hub"), transformers.ChineseCLIPProcessor.from_pretrained(tmp_path / "hub")
-    picture = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 60).convert("RGB")
+    image = Image.effect_mandelbrot((70, 50), (-2, -1, 1, 1), 60).convert("RGB")
     texts = ["一只猫", "明月松间照，清泉石上流", "A Cat"]
-    inputs = processor(text=texts, images=picture, return_tensors="pt", padding=True)
+    inputs = processor(text=texts, images=image, return_tensors="pt", padding=True)
     ids = Tokenizer()(texts)
     assert torch.equal(F.pad(inputs["input_ids"], (0, 52 - inputs["input_ids"].shape[1])), ids)
-    torch.testing.assert_close(inputs["pixel_values"][0], Transform(32)(picture), rtol=0, atol=0.02)      # torchvision resizes there, Pillow here: a grey level
+    torch.testing.assert_close(inputs["pixel_values"][0], Transform(32)(image), rtol=0, atol=0.02)      # torchvision resizes there, Pillow here: a grey level
     with torch.no_grad():
         out = hub(**inputs)
         torch.testing.assert_close(out.image_embeds, model.encode_image(inputs["pixel_values"]), rtol=1e-5, atol=1e-5)
@@ -569,10 +569,10 @@ def test_an_export_that_fails_half_way_leaves_nothing(tmp_path, small_sizes):
 def test_command_line(called, stopped, tmp_path):
     torch.manual_seed(0)
     checkpoint.save(tmp_path / "own.pt", CLIP(CONFIGS["tiny"]))
-    assert "own.pt: CE-CLIP, tiny, 4,918,361 parameters, pictures of 64 x 64, temperature 0.0700" in script("checkpoint.py", tmp_path / "own.pt")
+    assert "own.pt: CE-CLIP, tiny, 4,918,361 parameters, images of 64 x 64, temperature 0.0700" in script("checkpoint.py", tmp_path / "own.pt")
     assert "has no name for these sizes" in called(checkpoint, tmp_path / "own.pt", "--export", tmp_path / "peer.pt")
     assert "peer.pt: Chinese-CLIP, tiny, 4,918,361 parameters" in called(checkpoint, tmp_path / "peer.pt")
-    assert "pictures of 96 x 96" in called(checkpoint, tmp_path / "peer.pt", "--image-size", 96)
+    assert "images of 96 x 96" in called(checkpoint, tmp_path / "peer.pt", "--image-size", 96)
     assert "is there already" in stopped(checkpoint, tmp_path / "own.pt", "--export", tmp_path / "peer.pt")
     assert "there is no such checkpoint" in refused("checkpoint.py", tmp_path / "other.pt")
     before, after = checkpoint.load(tmp_path / "own.pt")[0], checkpoint.load(tmp_path / "peer.pt")[0]

@@ -28,14 +28,14 @@ from support.system import BadInput
 
 
 def test_chinese_clip_layout(tmp_path):
-    write_tsv_split(tmp_path / "d", "train", pictures=3, captions_per_picture=2, start=7)
+    write_tsv_split(tmp_path / "d", "train", images=3, captions_per_image=2, start=7)
     split = open_split(tmp_path / "d", "train")
     assert split.image_ids == [7, 8, 9] and len(split.texts) == 6 and split.positives == [[0], [0], [1], [1], [2], [2]] and len(split) == 6
-    assert np.array_equal(np.array(split.picture(1)), np.array(Image.open(io.BytesIO(png(seed=8)))))
+    assert np.array_equal(np.array(split.image(1)), np.array(Image.open(io.BytesIO(png(seed=8)))))
 
 
-def test_captions_with_several_pictures_and_with_none(tmp_path):
-    write_tsv_split(tmp_path / "d", "train", pictures=3)
+def test_captions_with_several_images_and_with_none(tmp_path):
+    write_tsv_split(tmp_path / "d", "train", images=3)
     texts = [{"text_id": 1, "text": "多", "image_ids": [1, 3, 3]}, {"text_id": 2, "text": "无", "image_ids": []}]
     (tmp_path / "d/train_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     split = open_split(tmp_path / "d", "train")
@@ -43,13 +43,13 @@ def test_captions_with_several_pictures_and_with_none(tmp_path):
 
 
 def test_both_base64_alphabets_and_no_final_newline(tmp_path):
-    write_tsv_split(tmp_path / "d", "train", pictures=40)
+    write_tsv_split(tmp_path / "d", "train", images=40)
     path = tmp_path / "d/train_imgs.tsv"
     assert "+" in path.read_text() and "/" in path.read_text()
-    plain = [np.array(open_split(tmp_path / "d", "train").picture(i)) for i in range(40)]
+    plain = [np.array(open_split(tmp_path / "d", "train").image(i)) for i in range(40)]
     path.write_text(path.read_text().replace("+", "-").replace("/", "_").replace("\n", "\n\n", 1).rstrip("\n"))           # blank lines say nothing
     urlsafe = open_split(tmp_path / "d", "train")
-    assert all(np.array_equal(np.array(urlsafe.picture(i)), plain[i]) for i in range(40))
+    assert all(np.array_equal(np.array(urlsafe.image(i)), plain[i]) for i in range(40))
 
 
 def write_folder(folder, rows, kind="csv", columns="image,caption"):
@@ -70,20 +70,20 @@ def test_folder_with_captions(tmp_path, kind):
     write_folder(tmp_path / "own", rows, kind, "image,caption,split")
     split = open_split(tmp_path / "own", "train")
     assert split.image_ids == ["a 猫.png", "sub/b.png"] and split.texts == ["一只猫，坐着", "一条狗", "一只橘猫"] and split.positives == [[0], [1], [0]]
-    assert split.picture(1).size == (20, 12)
+    assert split.image(1).size == (20, 12)
     assert open_split(tmp_path / "own", "test").texts == ["一只鸟"]
     with pytest.raises(BadInput, match="no split 'valid'; it has test, train; the column `split`"):
         open_split(tmp_path / "own", "valid")
 
 
-def test_folder_without_a_split_column_divides_by_picture(tmp_path):
+def test_folder_without_a_split_column_divides_by_image(tmp_path):
     write_folder(tmp_path / "own", [(f"{i}.png", f"第{i}张") for i in range(400)])
     names = {split: set(open_split(tmp_path / "own", split).image_ids) for split in ("train", "valid", "test")}
     assert sum(map(len, names.values())) == 400 and len(set.union(*names.values())) == 400
     assert 280 < len(names["train"]) < 350 and 20 < len(names["valid"]) < 70 and 20 < len(names["test"]) < 70
 
 
-def test_one_sentence_in_several_rows_describes_several_pictures(tmp_path):
+def test_one_sentence_in_several_rows_describes_several_images(tmp_path):
     write_folder(tmp_path / "own", [("a.png", "一只猫", "train"), ("b.png", " 一只猫 ", "train"), ("b.png", "猫", "train")], columns="image,caption,split")
     split = open_split(tmp_path / "own", "train")
     assert split.texts == ["一只猫", "猫"] and split.positives == [[0, 1], [1]] and len(split) == 3
@@ -94,7 +94,7 @@ def test_caption_files_as_spreadsheets_write_them(tmp_path):
     write_folder(tmp_path / "own", [("sub/a.png", "x")])
     (tmp_path / "own/captions.csv").write_bytes("\ufeffImage, Caption ,split\r\nsub\\a.png ,一只猫,Train\r\n,,,\r\n\r\n".encode())
     split = open_split(tmp_path / "own", "train")
-    assert split.image_ids == ["sub/a.png"] and split.texts == ["一只猫"] and split.picture(0).size == (20, 12)
+    assert split.image_ids == ["sub/a.png"] and split.texts == ["一只猫"] and split.image(0).size == (20, 12)
 
 
 # ---------------------------------------------------------------------------------------------------------------- damaged input
@@ -114,22 +114,22 @@ def nth(line, new):
 
 
 DAMAGE = {
-    "picture line without a tab": (edit("train_imgs.tsv", nth(3, "3 abc")), "train_imgs.tsv, line 3: expected `number<TAB>base64 picture`"),
-    "picture id that is no number": (edit("train_imgs.tsv", nth(2, "x\tabc")), "train_imgs.tsv, line 2: expected"),
-    "blank picture line": (edit("train_imgs.tsv", nth(5, "")), "train_texts.jsonl, line 5: image_id 5 is not in train_imgs.tsv"),
-    "picture id twice": (edit("train_imgs.tsv", nth(4, "2\tabc")), "train_imgs.tsv, line 4: picture id 2 stands in line 2 already"),
+    "image line without a tab": (edit("train_imgs.tsv", nth(3, "3 abc")), "train_imgs.tsv, line 3: expected `number<TAB>base64 image`"),
+    "image id that is no number": (edit("train_imgs.tsv", nth(2, "x\tabc")), "train_imgs.tsv, line 2: expected"),
+    "blank image line": (edit("train_imgs.tsv", nth(5, "")), "train_texts.jsonl, line 5: image_id 5 is not in train_imgs.tsv"),
+    "image id twice": (edit("train_imgs.tsv", nth(4, "2\tabc")), "train_imgs.tsv, line 4: image id 2 stands in line 2 already"),
     "caption line that is not JSON": (edit("train_texts.jsonl", nth(6, '{"text_id": 6,')), "train_texts.jsonl, line 6: not JSON"),
     "caption line that is no object": (edit("train_texts.jsonl", nth(6, "[1, 2]")), "train_texts.jsonl, line 6: expected an object"),
     "caption without a text": (edit("train_texts.jsonl", nth(2, '{"text_id": 20, "image_ids": [1]}')), "train_texts.jsonl, line 2: expected"),
     "caption id twice": (edit("train_texts.jsonl", nth(2, '{"text_id": 10, "text": "x", "image_ids": [1]}')), "train_texts.jsonl, line 2: text_id 10 stands in line 1 already"),
-    "picture that is not there": (edit("train_texts.jsonl", nth(2, '{"text_id": 99, "text": "x", "image_ids": [777]}')), "train_texts.jsonl, line 2: image_id 777 is not in train_imgs.tsv"),
-    "picture id that cannot be one": (edit("train_texts.jsonl", nth(2, '{"text_id": 99, "text": "x", "image_ids": [[1]]}')), "train_texts.jsonl, line 2: image_id [1] is not in"),
+    "image that is not there": (edit("train_texts.jsonl", nth(2, '{"text_id": 99, "text": "x", "image_ids": [777]}')), "train_texts.jsonl, line 2: image_id 777 is not in train_imgs.tsv"),
+    "image id that cannot be one": (edit("train_texts.jsonl", nth(2, '{"text_id": 99, "text": "x", "image_ids": [[1]]}')), "train_texts.jsonl, line 2: image_id [1] is not in"),
     "half a character": (edit("train_texts.jsonl", nth(2, '{"text_id": 99, "text": "\\ud800", "image_ids": [1]}')), "train_texts.jsonl, line 2: the text holds a broken character"),
     "endless brackets": (edit("train_texts.jsonl", nth(2, "[" * 100_000)), "train_texts.jsonl, line 2: not JSON"),
     "endless number": (edit("train_texts.jsonl", nth(2, "1" * 5000)), "train_texts.jsonl, line 2: not JSON"),
     "caption id true": (edit("train_texts.jsonl", nth(1, '{"text_id": true, "text": "x", "image_ids": [1]}')), "train_texts.jsonl, line 1: expected"),
-    "no captions": (edit("train_texts.jsonl", lambda _: ""), "little/train: the split is empty (12 pictures, 0 captions)"),
-    "no pictures": (lambda folder: [(folder / n).write_text("") for n in ("train_imgs.tsv", "train_texts.jsonl")], "the split is empty"),
+    "no captions": (edit("train_texts.jsonl", lambda _: ""), "little/train: the split is empty (12 images, 0 captions)"),
+    "no images": (lambda folder: [(folder / n).write_text("") for n in ("train_imgs.tsv", "train_texts.jsonl")], "the split is empty"),
     "captions missing": (lambda folder: (folder / "train_texts.jsonl").unlink(), "train_texts.jsonl is missing beside train_imgs.tsv"),
     "split missing": (lambda folder: (folder / "train_imgs.tsv").unlink(), "no split 'train' (train_imgs.tsv or train-000000.tar, …); it has valid, test"),
     "captions not in UTF-8": (lambda folder: (folder / "train_texts.jsonl").write_bytes(b'{"text": "\xff"}'), "train_texts.jsonl, line 1: not UTF-8"),
@@ -144,16 +144,16 @@ def test_damaged_files_are_named_with_their_line(tsv_folder, harm, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["no base64 at all!", base64.b64encode(b"not a picture").decode(), base64.b64encode(png(seed=1)[:-300]).decode(), ""],
-                         ids=["not base64", "not a picture", "cut short", "nothing"])
+@pytest.mark.parametrize("content", ["no base64 at all!", base64.b64encode(b"not a image").decode(), base64.b64encode(png(seed=1)[:-300]).decode(), ""],
+                         ids=["not base64", "not a image", "cut short", "nothing"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_does_not_decode_is_replaced_and_reported(tsv_folder, content, workers):
+def test_a_image_that_does_not_decode_is_replaced_and_reported(tsv_folder, content, workers):
     edit("train_imgs.tsv", nth(4, f"4\t{content}"))(tsv_folder)
     split = open_split(tsv_folder, "train")
     loader = training_loader(split, 32, Batches(split, 12, 0, 0, 1), workers)
     (pixels, ids, image_keys, text_keys, bad), = loader
-    assert [(report["pair"], report["picture"], report["caption"]) for report in bad] == [(3, 4, "第4张图片，说法0")]
-    assert bad[0]["reason"].startswith("little/train: picture 4 cannot be read (") and "\n" not in bad[0]["reason"]
+    assert [(report["pair"], report["image"], report["caption"]) for report in bad] == [(3, 4, "第4张图片，说法0")]
+    assert bad[0]["reason"].startswith("little/train: image 4 cannot be read (") and "\n" not in bad[0]["reason"]
     assert sorted(text_keys.tolist()) == sorted(split.text_keys[:3] + 2 * split.text_keys[4:5] + split.text_keys[5:])      # its place takes the pair after it
     with open(bad[0]["file"], "rb") as f:
         f.seek(bad[0]["offset"])
@@ -161,11 +161,11 @@ def test_a_picture_that_does_not_decode_is_replaced_and_reported(tsv_folder, con
 
 
 @pytest.mark.parametrize("rows, message", [
-    ("image,caption\nno.png,猫\n", "captions.csv, line 2: there is no picture"),
-    ("picture,text\na.png,猫\n", "captions.csv, line 1: expected the column names image,caption (with a comma between them, each once); found picture,text"),
+    ("image,caption\nno.png,猫\n", "captions.csv, line 2: there is no image"),
+    ("image,text\na.png,猫\n", "captions.csv, line 1: expected the column names image,caption (with a comma between them, each once); found image,text"),
     ("", "captions.csv, line 1: expected the column names image,caption (with a comma between them, each once); found nothing"),
     ('image,caption\na.png,"一只猫\na.png,狗\n', "captions.csv, line 2: not CSV (unexpected end of data); every"),
-    ("image,caption,split\na.png,猫,train\n./a.png,狗,test\n", "captions.csv, line 3: picture a.png is in the split test here and in train above"),
+    ("image,caption,split\na.png,猫,train\n./a.png,狗,test\n", "captions.csv, line 3: image a.png is in the split test here and in train above"),
     ("image,caption\na.png,\n", "captions.csv, line 2: the caption is empty; fill it in or delete the row"),
     ("image,caption,split\na.png,猫,train\na.png,狗,\n", "captions.csv, line 3: `split` is empty here but given in the rows above"),
     ("image,caption\ra.png,猫\r", "captions.csv, line 1: not CSV (new-line"),
@@ -186,11 +186,11 @@ def test_unknown_places(tmp_path):
 
 
 def test_command_line(called, stopped, tsv_folder, tmp_path):
-    assert "train          12 pictures       12 captions       12 pairs" in script("data.py", tsv_folder)
+    assert "train          12 images       12 captions       12 pairs" in script("data.py", tsv_folder)
     assert "train    endless; 8,192 pairs an epoch" in called(data, "demo")
     called(data, "demo", "--draw", tmp_path / "sheet.png")
     assert Image.open(tmp_path / "sheet.png").size == (804, 536)
-    assert called(data, tsv_folder, "--draw", tmp_path / "sheet.png").count("picture 2") == 12
+    assert called(data, tsv_folder, "--draw", tmp_path / "sheet.png").count("image 2") == 12
     assert "endless" in stopped(data, "demo", "--split", "train", "--draw", tmp_path / "sheet.png")
     assert "neither a folder" in refused("data.py", "nothing-here")
 
@@ -243,7 +243,7 @@ def test_workers_change_nothing(tsv_folder):
         assert all(torch.equal(x, y) for a, b in zip(several[0], other) for x, y in zip(a[:4], b[:4]))
 
 
-def test_a_reader_puts_the_pictures_of_a_batch_right_into_shared_memory(tsv_folder):
+def test_a_reader_puts_the_images_of_a_batch_right_into_shared_memory(tsv_folder):
     split = open_split(tsv_folder, "train")
     samples = [data.TrainingPairs(split, 32)[0, k] for k in range(3)]
     assert not data.collate(samples)[0].is_shared() and torch.equal(data.collate(samples)[0], torch.stack([sample[0] for sample in samples]))
@@ -251,13 +251,13 @@ def test_a_reader_puts_the_pictures_of_a_batch_right_into_shared_memory(tsv_fold
     assert list(DataLoader(samples, batch_size=3, num_workers=1, collate_fn=where)) == [True]
 
 
-def test_pictures_are_not_kept_in_memory(tsv_folder):
+def test_images_are_not_kept_in_memory(tsv_folder):
     split = open_split(tsv_folder, "train")
     assert not any(isinstance(v, (bytes, Image.Image)) for value in vars(split).values() for v in (value if isinstance(value, list) else [value]))
 
 
-def test_a_picture_knows_all_its_sentences_and_the_same_sentence_has_one_key(tmp_path):
-    write_tsv_split(tmp_path / "d", "train", pictures=3)
+def test_a_image_knows_all_its_sentences_and_the_same_sentence_has_one_key(tmp_path):
+    write_tsv_split(tmp_path / "d", "train", images=3)
     texts = [{"text_id": i, "text": text, "image_ids": images} for i, text, images in ((1, "猫", [1]), (2, "狗", [2, 1]), (3, "猫", [3]))]
     (tmp_path / "d/train_texts.jsonl").write_text("\n".join(map(json.dumps, texts)))
     split = open_split(tmp_path / "d", "train")
@@ -272,12 +272,12 @@ def test_a_picture_knows_all_its_sentences_and_the_same_sentence_has_one_key(tmp
 
 
 def shard(path, numbers):
-    """A shard of pictures that are their number's noise, captioned with it."""
+    """A shard of images that are their number's noise, captioned with it."""
     return write_tar(path, {name: content for i in numbers for name, content in ((f"{i:06}.png", png(seed=i)), (f"{i:06}.txt", f"第{i}张".encode()))})
 
 
 def read_all(split, seed=0, epoch=0):
-    """Every pair of an epoch, in its order: the pictures' bytes, the captions' tokens, the keys."""
+    """Every pair of an epoch, in its order: the images' bytes, the captions' tokens, the keys."""
     order = split.order(seed, epoch)
     return [split.sample(epoch, int(order[place])) for place in range(len(split))]
 
@@ -294,8 +294,8 @@ def test_shards_in_all_their_forms(tmp_path):
     split = open_split(tmp_path / "a.tar", "train")
     assert len(split) == 6 and split.texts == ["第一张", "第二张", "第三张", "甲", "乙", "第五张"] and split.positives == [[0], [1], [2], [3], [3], [4]]
     for k, seed in enumerate([1, 2, 3, 4, 4, 5]):
-        picture, ids, sentences, sentence = split.sample(0, k)
-        assert picture == png(seed=seed) and np.array_equal(ids, split.ids[k])
+        image, ids, sentences, sentence = split.sample(0, k)
+        assert image == png(seed=seed) and np.array_equal(ids, split.ids[k])
         assert sentence == sentence_key(split.texts[k]) and sentences == ([sentence_key("甲"), sentence_key("乙")] if k in (3, 4) else [sentence])
 
 
@@ -321,12 +321,12 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(called, stopped,
     text = json.dumps({"text_id": 1, "text": "三张", "image_ids": [3, 1, 7]}) + "\n"
     (tsv_folder / "train_texts.jsonl").write_text(text + (tsv_folder / "train_texts.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
     command = [data, tsv_folder, "--write-shards", tmp_path / "shards", "--per-shard", 5, "--processes", 2]
-    assert "12 pictures with 15 captions in 3 shards" in called(*command)
+    assert "12 images with 15 captions in 3 shards" in called(*command)
     assert sorted(p.name for p in (tmp_path / "shards").glob("*.tar")) == [f"{s}-{n:06}.tar" for s in ("test", "train", "valid") for n in range(3)]
     before, after = open_split(tsv_folder, "train"), open_split(tmp_path / "shards", "train")
     seen = lambda split: sorted((p, ids.tolist(), tuple(sorted(keys)), key) for p, ids, keys, key in read_all(split))
     assert len(after) == 15 and seen(before) == seen(after)
-    relation = lambda split: sorted((text, sorted(split.picture(i).tobytes() for i in images)) for text, images in zip(split.texts, split.positives))
+    relation = lambda split: sorted((text, sorted(split.image(i).tobytes() for i in images)) for text, images in zip(split.texts, split.positives))
     assert relation(before) == relation(after)
     whole = {p: p.read_bytes() for p in (tmp_path / "shards").glob("*.tar")}
     lost = tmp_path / "shards/train-000001.tar"
@@ -339,7 +339,7 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(called, stopped,
     again = tmp_path / "again"                                                  # shards as shards of another size
     write_shards(after, again, "train", per_shard=7)
     assert seen(open_split(again, "train")) == seen(before) and len(list(again.glob("*.tar"))) == 2
-    assert "train           3 shards         15 pairs, 0 of them without picture or caption" in called(data, tmp_path / "shards")
+    assert "train           3 shards         15 pairs, 0 of them without image or caption" in called(data, tmp_path / "shards")
 
 
 def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
@@ -386,17 +386,17 @@ def test_damaged_shards_are_named_and_what_is_whole_is_used(tmp_path):
     (tmp_path / "b.tar").write_bytes(gzip.compress(whole))
     write_tar(tmp_path / "c.tar", {"a.cls": b"1"})
     (tmp_path / "d.tar").write_bytes(b"")
-    for name, message in (("b", "not an uncompressed tar archive"), ("c", "no pictures with captions in 1 shard; expected"), ("d", "not an uncompressed tar archive")):
+    for name, message in (("b", "not an uncompressed tar archive"), ("c", "no images with captions in 1 shard; expected"), ("d", "not an uncompressed tar archive")):
         with pytest.raises(BadInput, match=message):
             open_split(tmp_path / f"{name}.tar", "train")
 
 
 BAD_SAMPLES = {
-    "truncated JPEG": ({"b.jpg": jpeg()[:-400], "b.txt": "坏".encode()}, "the picture cannot be read (image file is truncated"),
-    "wrong bytes": ({"b.jpg": b"not a picture at all", "b.txt": "坏".encode()}, "the picture cannot be read (not a picture in a format"),
-    "empty picture": ({"b.jpg": b"", "b.txt": "坏".encode()}, "the picture cannot be read (it is empty)"),
+    "truncated JPEG": ({"b.jpg": jpeg()[:-400], "b.txt": "坏".encode()}, "the image cannot be read (image file is truncated"),
+    "wrong bytes": ({"b.jpg": b"not a image at all", "b.txt": "坏".encode()}, "the image cannot be read (not a image in a format"),
+    "empty image": ({"b.jpg": b"", "b.txt": "坏".encode()}, "the image cannot be read (it is empty)"),
     "missing text": ({"b.jpg": jpeg()}, "the caption is missing"),
-    "missing picture": ({"b.txt": "坏".encode()}, "the picture cannot be read (it is missing)"),
+    "missing image": ({"b.txt": "坏".encode()}, "the image cannot be read (it is missing)"),
     "empty text": ({"b.jpg": jpeg(), "b.txt": b" \n"}, "the caption cannot be read (it is empty)"),
     "text that is no UTF-8": ({"b.jpg": jpeg(), "b.txt": b"\xff\xfe"}, "the caption cannot be read ('utf-8' codec can't decode"),
     "texts that is no list": ({"b.jpg": jpeg(), "b.json": json.dumps({"texts": "一只猫"}).encode()}, "the caption cannot be read (it needs \"text\", \"caption\" or a list \"texts\")"),
@@ -405,8 +405,8 @@ BAD_SAMPLES = {
     "JSON without a text": ({"b.jpg": jpeg(), "b.json": b'{"width": 3}'}, "the caption cannot be read (it needs \"text\", \"caption\" or a list \"texts\")"),
     "JSON that is no object": ({"b.jpg": jpeg(), "b.json": b"[1]"}, "the caption cannot be read ('list' object has no attribute"),
     "half a character": ({"b.jpg": jpeg(), "b.json": b'{"text": "\\ud800"}'}, "the caption cannot be read ('utf-8' codec can't encode"),
-    "decompression bomb": ({"b.png": bomb(), "b.txt": "坏".encode()}, "the picture cannot be read (Image size (100000000 pixels) exceeds limit"),
-    "larger bomb": ({"b.png": bomb(100_000), "b.txt": "坏".encode()}, "the picture cannot be read (Image size (10000000000 pixels) exceeds limit"),
+    "decompression bomb": ({"b.png": bomb(), "b.txt": "坏".encode()}, "the image cannot be read (Image size (100000000 pixels) exceeds limit"),
+    "larger bomb": ({"b.png": bomb(100_000), "b.txt": "坏".encode()}, "the image cannot be read (Image size (10000000000 pixels) exceeds limit"),
 }
 
 
@@ -466,10 +466,10 @@ def test_every_sample_of_the_shards_once_per_epoch_also_across_a_stop(tmp_path, 
     assert sorted(keys) == sorted(sentence_key(f"第{i}张") for i in range(n))
 
 
-# ---------------------------------------------------------------------------------------------------------------- pictures
+# ---------------------------------------------------------------------------------------------------------------- images
 
 
-def test_pictures_are_seen_as_a_person_sees_them():
+def test_images_are_seen_as_a_person_sees_them():
     """Turned as EXIF says; black on transparent is black on white; 16-bit grey keeps its shades; bilevel, palette, CMYK are converted."""
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8))
     exif = upright.getexif()
@@ -486,7 +486,7 @@ def test_pictures_are_seen_as_a_person_sees_them():
     assert all(to_rgb(upright.convert(mode)).mode == "RGB" for mode in ("1", "L", "P", "CMYK", "YCbCr"))
 
 
-def test_palette_pictures_become_rgb_before_they_are_resized():
+def test_palette_images_become_rgb_before_they_are_resized():
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).convert("P")
     assert torch.equal(to_uint8(colours, 24), to_uint8(colours.convert("RGB"), 24))
 
@@ -495,23 +495,23 @@ def test_palette_pictures_become_rgb_before_they_are_resized():
 
 
 def photo(width, height, detail=True):
-    """A picture with soft shapes and, in equal parts, every finer structure; without `detail` the soft shapes alone."""
+    """A image with soft shapes and, in equal parts, every finer structure; without `detail` the soft shapes alone."""
     rng, layers = np.random.default_rng(width), [(1.0, 4), (0.4, 12), (0.2, 40), (0.1, 150)] if detail else [(1.0, 4)]
     noise = lambda cells: Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     return Image.fromarray(sum(share * np.asarray(noise(cells), dtype=float) / sum(share for share, _ in layers) for share, cells in layers).astype(np.uint8))
 
 
-def saved(picture, kind="JPEG", **options):
+def saved(image, kind="JPEG", **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
-def turned(picture):
+def turned(image):
     """Its JPEG, stored lying on its side, with the EXIF tag that says so."""
-    exif = picture.getexif()
+    exif = image.getexif()
     exif[0x0112] = 6
-    return saved(picture.rotate(90, expand=True), quality=90, exif=exif)
+    return saved(image.rotate(90, expand=True), quality=90, exif=exif)
 
 
 def apart(encoded, size):
@@ -569,14 +569,14 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("encoded", OTHERS.values(), ids=OTHERS)
-def test_pictures_that_are_no_upright_rgb_or_grey_jpegs_train_on_what_pillow_sees_but_for_rounding(encoded, monkeypatch):
+def test_images_that_are_no_upright_rgb_or_grey_jpegs_train_on_what_pillow_sees_but_for_rounding(encoded, monkeypatch):
     most, mean = apart(encoded, 48)
     assert most <= 2 and mean < 0.2
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")                # then Pillow resizes it, too
     assert apart(encoded, 48) == (0, 0)
 
 
-def test_painted_pictures_train_on_the_pixels_of_evaluation():
+def test_painted_images_train_on_the_pixels_of_evaluation():
     assert torch.equal(training_pixels(PLAIN, 48, "it"), to_uint8(PLAIN, 48))
 
 
@@ -606,10 +606,10 @@ def test_the_decoder_warns_of_nothing_and_costs_no_import_of_torchvision(monkeyp
 
 @pytest.mark.parametrize("size", [64, 16], ids=["whole", "reduced"])
 def test_training_refuses_the_same_files_as_evaluation_in_the_same_words(size):
-    """Cut anywhere, with wrong bytes anywhere, and what is no picture: what one way refuses the other does, and what passes looks the same."""
+    """Cut anywhere, with wrong bytes anywhere, and what is no image: what one way refuses the other does, and what passes looks the same."""
     rng, whole = random.Random(0), [saved(photo(130, 96), quality=75), saved(photo(97, 70).convert("L"), progressive=True)]
     huge = whole[0].replace((96).to_bytes(2, "big") + (130).to_bytes(2, "big"), (20_000).to_bytes(2, "big") * 2)       # a header that says 20,000 x 20,000
-    files, refused = [b"", b"no picture", bomb(), huge, *(file[:n] for file in whole for n in range(0, len(file), 61))], 0
+    files, refused = [b"", b"no image", bomb(), huge, *(file[:n] for file in whole for n in range(0, len(file), 61))], 0
     for n in range(120):
         file = bytearray(whole[n % 2])
         for place in rng.sample(range(2, len(file)), 2):
@@ -617,15 +617,15 @@ def test_training_refuses_the_same_files_as_evaluation_in_the_same_words(size):
         files.append(bytes(file))
     for file in files:
         try:
-            picture = to_uint8(decoded(lambda: file, "a.jpg"), size)
+            image = to_uint8(decoded(lambda: file, "a.jpg"), size)
         except BadInput as error:
             refused += 1
             with pytest.raises(BadInput) as caught:
                 training_pixels(file, size, "a.jpg")
             assert str(caught.value) == str(error)
         else:
-            difference = (training_pixels(file, size, "a.jpg").int() - picture.int()).abs().float().mean()
-            assert difference < 1 or size == 16                                 # wild coefficients, of a picture that is none any more, are cut off elsewhere at another scale
+            difference = (training_pixels(file, size, "a.jpg").int() - image.int()).abs().float().mean()
+            assert difference < 1 or size == 16                                 # wild coefficients, of a image that is none any more, are cut off elsewhere at another scale
     assert len(files) - 110 < refused < len(files)
 
 
@@ -649,11 +649,11 @@ def test_augmentation_never_mirrors_and_keeps_paper_white():
     assert (changed[:, :, 0, 31] == 1).all() and changed.min() >= 0 and changed.max() <= 1
 
 
-def test_real_pictures(real_data):
-    """The counts of the real set, and that every picture decodes."""
+def test_real_images(real_data):
+    """The counts of the real set, and that every image decodes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, pictures, captions in (("train", 1572, 2918), ("valid", 300, 549), ("test", 1272, 2369), ("unseen", 277, 523)):
+        for name, images, captions in (("train", 1572, 2918), ("valid", 300, 549), ("test", 1272, 2369), ("unseen", 277, 523)):
             split = open_split(real_data, name)
-            assert (len(split.image_ids), len(split.texts)) == (pictures, captions)
-            assert {split.picture(i).size for i in range(pictures)} == {(64, 64)}
+            assert (len(split.image_ids), len(split.texts)) == (images, captions)
+            assert {split.image(i).size for i in range(images)} == {(64, 64)}

@@ -42,7 +42,7 @@ class InThisProcess:
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """In an empty folder: a tinier model, a few steps of a few painted pairs, a picture for each class, our scripts in this process."""
+    """In an empty folder: a tinier model, a few steps of a few painted pairs, a image for each class, our scripts in this process."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(CONFIGS, "tiny", dataclasses.replace(CONFIGS["tiny"], embed_dim=32, image_size=32, vision_layers=(1, 1, 1, 1), vision_width=8, vision_heads=4, text_width=32, text_heads=1))
     monkeypatch.setattr(demo, "STEPS", {"english": 2, "stage1": 2, "stage2": 1, "poems": 2})
@@ -76,7 +76,7 @@ def test_the_whole_paper_in_miniature(small, called, tmp_path):
     assert [number or seed for number, seed in acts] == ["seed 0", "0", "1", "2", "3", "4", "5"]
     scripts = [command[0] for command in commands(first)]
     assert scripts == ["data.py"] * 3 + ["train.py"] * 4 + ["evaluate.py"] * 3 + ["train.py", "evaluate.py"] and first.count("  finished. ") == 5
-    assert first.rstrip().splitlines()[-1].startswith("With pictures: runs/demo/seed-0/poems.html")
+    assert first.rstrip().splitlines()[-1].startswith("With images: runs/demo/seed-0/poems.html")
 
     out = tmp_path / "runs/demo/seed-0"
     rows, (classes,) = table(first), json.loads((out / "classes.json").read_text())["results"]
@@ -147,7 +147,7 @@ def test_each_seed_is_a_story_and_the_summary_their_mean(small, called, monkeypa
 
 
 def test_fresh_starts_over_and_leaves_other_seeds(small, called, monkeypatch, tmp_path):
-    """What its own seeds have made, and the pictures, are made anew."""
+    """What its own seeds have made, and the images, are made anew."""
     out, begun = tmp_path / "runs/demo", []
     monkeypatch.setattr(demo, "story", lambda out, sets, seed: begun.append(seed) or {"row": [1.0]})
     monkeypatch.setattr(demo, "paint_sets", lambda folder: begun.append(folder.exists()))

@@ -24,7 +24,7 @@ from model import CLIP, CONFIGS
 from support import system
 from support.images import decoded
 from support.processes import precision_of
-from support.tables import PUBLISHED, bootstrap_interval, bootstrap_means, pictures_asked, table
+from support.tables import PUBLISHED, bootstrap_interval, bootstrap_means, images_asked, table
 from tools.classify import class_root, classification_of, open_classes
 
 
@@ -44,13 +44,13 @@ def by_loops(image, text, positives):
     return result
 
 
-def test_hand_worked_several_captions_per_picture_and_pictures_per_caption():
+def test_hand_worked_several_captions_per_image_and_images_per_caption():
     image = torch.eye(3)
     text = F.normalize(torch.tensor([[1.0, 0.1, 0], [0, 1, 0.1], [0.1, 0.2, 1], [1, 0.5, 0]]), dim=1)
-    positives = [[0], [2], [1, 2], [1]]                                         # caption 2 describes two pictures, pictures 1 and 2 have two captions each
+    positives = [[0], [2], [1, 2], [1]]                                         # caption 2 describes two images, images 1 and 2 have two captions each
     result = retrieval_recall(image, text, positives)
     assert result["text_to_image"]["R@1"] == 50.0                               # captions 0 and 2 hit, 1 and 3 miss
-    assert result["image_to_text"]["R@1"] == pytest.approx(100 * 2 / 3)         # picture 0 -> 0 right; picture 1 -> 1 wrong; picture 2 -> 2 right
+    assert result["image_to_text"]["R@1"] == pytest.approx(100 * 2 / 3)         # image 0 -> 0 right; image 1 -> 1 wrong; image 2 -> 2 right
     assert result["text_to_image"]["R@5"] == result["image_to_text"]["R@10"] == 100.0
     assert result["text_to_image"]["MR"] == pytest.approx((50 + 100 + 100) / 3)
     assert result["text_to_image"]["chance_R@1"] == pytest.approx(100 * (1 + 1 + 2 + 1) / 3 / 4)
@@ -106,7 +106,7 @@ print(peak() - start, peak())
 
 
 def many(images=1000, texts=5000, width=512, seed=0):
-    """Random features; captions that describe several pictures, pictures with several captions. They are whole numbers, and small enough that similarities are exact in any order of
+    """Random features; captions that describe several images, images with several captions. They are whole numbers, and small enough that similarities are exact in any order of
     summation: so equal ones, of which there are a few, are equal for everyone."""
     g = torch.Generator().manual_seed(seed)
     image, text = torch.randint(-60, 61, (images, width), generator=g), torch.randint(-60, 61, (texts, width), generator=g)
@@ -133,15 +133,15 @@ def test_equals_the_published_evaluation(tmp_path):
         for k in (1, 5, 10):
             assert record[way][f"R@{k}"] == pytest.approx(100 * np.mean([bool(set(found[:k]) & set(right)) for found, right in zip(order.tolist(), correct)]))
         assert 5 < record[way]["R@1"] < 95
-    print(f"\nfrom features to the table, 1,000 pictures, 5,000 captions: cn_clip {theirs:.1f} s, ours {ours:.2f} s, ratio {theirs / ours:.0f}")
+    print(f"\nfrom features to the table, 1,000 images, 5,000 captions: cn_clip {theirs:.1f} s, ours {ours:.2f} s, ratio {theirs / ours:.0f}")
 
 
 def a_record(image, text, positives, **more):
     """What evaluate.py knows of a checkpoint, from embeddings."""
     rankings = evaluate.rank_both_ways(image, text, positives)
-    pictures = pictures_asked(rankings)
+    images = images_asked(rankings)
     record = {"model": "vit-b-16", "ckpt": "some.pt", "setting": "zero-shot", "precision": "fp32", "pairs": sum(map(len, positives))} | more
-    interval = lambda way: bootstrap_interval(rankings[way].hits_at_1(), pictures[way])
+    interval = lambda way: bootstrap_interval(rankings[way].hits_at_1(), images[way])
     return record | {way: rankings[way].recall() | {"R@1_interval": interval(way)} for way in rankings}
 
 
@@ -182,7 +182,7 @@ def test_pairs_are_compared_with_table_1():
 
 
 def test_interval_holds_what_other_samples_give():
-    """Of queries that are hits with chance 0.3, five and five of one picture alike: the 95 % interval of one sample against the spread of 300 other samples."""
+    """Of queries that are hits with chance 0.3, five and five of one image alike: the 95 % interval of one sample against the spread of 300 other samples."""
     rng = np.random.default_rng(0)
     sample = lambda: np.repeat(rng.random(200) < 0.3, 5).astype(float)
     groups = np.repeat(np.arange(200), 5)
@@ -195,7 +195,7 @@ def test_interval_holds_what_other_samples_give():
 
 def test_resampled_mean_by_hand():
     assert bootstrap_interval(np.ones(4), np.arange(4)) == [100.0, 100.0]
-    means = bootstrap_means(np.array([1.0, 1.0, 0.0]), np.array([7, 7, 9]))  # two pictures: drawn 7 7, 7 9 or 9 9
+    means = bootstrap_means(np.array([1.0, 1.0, 0.0]), np.array([7, 7, 9]))  # two images: drawn 7 7, 7 9 or 9 9
     assert set(means.round(3)) == {100.0, 66.667, 0.0}
 
 
@@ -217,9 +217,9 @@ def tiny_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def little(tmp_path):
-    """A data set of 11 pictures: with batches of 5 nothing divides. A picture has several captions, a caption several pictures; one caption and one picture have no partner."""
+    """A data set of 11 images: with batches of 5 nothing divides. A image has several captions, a caption several images; one caption and one image have no partner."""
     folder = tmp_path / "little"
-    write_tsv_split(folder, "test", pictures=11, captions_per_picture=2)
+    write_tsv_split(folder, "test", images=11, captions_per_image=2)
     lines = [json.loads(line) for line in (folder / "test_texts.jsonl").read_text(encoding="utf-8").splitlines()]
     lines[3]["image_ids"] = [2, 3]
     lines[4]["image_ids"] = []
@@ -246,7 +246,7 @@ def test_two_processes_give_the_figures_of_one(tiny_checkpoint, little, tmp_path
 def test_what_the_table_says(called, tiny_checkpoint, little, tmp_path):
     output = called(evaluate, "--ckpt", tiny_checkpoint, "--data", little, "--workers", 0, "--json", tmp_path / "a.json")
     assert "little, test split (%)" in output and f"> tiny ({tiny_checkpoint})  zero-shot" in output
-    assert "1 caption without a picture in the split: asked nothing" in output and "1 picture without a caption" in output
+    assert "1 caption without a image in the split: asked nothing" in output and "1 image without a caption" in output
     record, = figures(tmp_path / "a.json")
     low, high = record["text_to_image"]["R@1_interval"]
     assert low <= record["text_to_image"]["R@1"] <= high and record["pairs"] == 20 and record["setting"] == "zero-shot"
@@ -258,8 +258,8 @@ def test_what_the_table_says(called, tiny_checkpoint, little, tmp_path):
     ("2", 9, "demo", "demo", "trained"),
     ("finetune", 0, "coco-cn", "coco-cn", "zero-shot"),
     ("finetune", 9, "coco-cn", "muge", "zero-shot"),
-    ("finetune", 9, "a/pictures", "b/pictures", "zero-shot"),                   # other folders of the same name
-    ("finetune", 9, "a/pictures", "./a/pictures/", "fine-tuned"),
+    ("finetune", 9, "a/images", "b/images", "zero-shot"),                   # other folders of the same name
+    ("finetune", 9, "a/images", "./a/images/", "fine-tuned"),
     ("finetune", 9, "a/*.tar", "b/*.tar", "zero-shot"),
     (None, 9, "coco-cn", "coco-cn", "zero-shot"),
 ])
@@ -314,10 +314,10 @@ def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, ti
             assert "cannot be read" in stopped(*command, "fp32")
         np.save(folder / "image_embed.npy", image_embed)
         (folder / "features.json").write_text(json.dumps(about))
-        pictures, changed = (little / "test_imgs.tsv").read_text(), os.stat(little / "test_imgs.tsv")
-        (little / "test_imgs.tsv").write_text(pictures + "12\t" + pictures.split("\t")[1].split()[0][:-4] + "\n")          # one more, and with it another file
+        images, changed = (little / "test_imgs.tsv").read_text(), os.stat(little / "test_imgs.tsv")
+        (little / "test_imgs.tsv").write_text(images + "12\t" + images.split("\t")[1].split()[0][:-4] + "\n")          # one more, and with it another file
         assert "files " in stopped(*command, "fp32")
-        (little / "test_imgs.tsv").write_text(pictures)
+        (little / "test_imgs.tsv").write_text(images)
         os.utime(little / "test_imgs.tsv", ns=(changed.st_atime_ns, changed.st_mtime_ns))
     torch.manual_seed(5)
     checkpoint.save(tiny_checkpoint.with_name("new.pt"), CLIP(CONFIGS["tiny"]))
@@ -350,7 +350,7 @@ def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, ti
     (["--ckpt", "CKPT", "--classify", ".", "--features", "a"], "--features goes with --data"),
     (["--ckpt", "CKPT", "--classify", "nowhere"], "nowhere: there is no such folder"),
     (["--ckpt", "CKPT", "--classify", "LITTLE", "--split", "dev"], "no split 'dev'; it has none"),
-    (["--ckpt", "CKPT", "--classify", "LITTLE"], "0 classes and 0 pictures"),
+    (["--ckpt", "CKPT", "--classify", "LITTLE"], "0 classes and 0 images"),
 ])
 def test_wrong_arguments_give_one_line(stopped, tiny_checkpoint, little, arguments, message):
     assert message in stopped(evaluate, *[{"CKPT": tiny_checkpoint, "LITTLE": little}.get(a, a) for a in arguments])
@@ -363,10 +363,10 @@ def test_a_refusal_is_one_line_and_a_status():
 # ---------------------------------------------------------------------------------------------------------------- zero-shot classification
 
 
-def write_classes(root, folders, pictures=3):
+def write_classes(root, folders, images=3):
     for n, name in enumerate(folders):
         (root / name).mkdir(parents=True)
-        for k in range(pictures):
+        for k in range(images):
             (root / name / f"{k}.png").write_bytes(png(seed=10 * n + k))
     return root
 
@@ -379,17 +379,17 @@ def elevater(tmp_path):
 
 
 def test_class_folders_in_both_layouts(elevater, tmp_path):
-    names, pictures, labels = open_classes(class_root(elevater))
-    assert names == ["猫", "狗", "“红” 鱼"] and labels == [0, 0, 0, 1, 1, 1, 2, 2, 2] and pictures[4] == elevater / "test/001/1.png"
+    names, images, labels = open_classes(class_root(elevater))
+    assert names == ["猫", "狗", "“红” 鱼"] and labels == [0, 0, 0, 1, 1, 1, 2, 2, 2] and images[4] == elevater / "test/001/1.png"
     names, _, labels = open_classes(class_root(write_classes(tmp_path / "own", ["猫", "狗", ".cache"])))
     assert sorted(names) == sorted(["猫", "狗"]) and len(labels) == 6
     assert open_classes(class_root(write_classes(tmp_path / "split/valid", ["a", "b"]).parent, "valid"))[0] == ["a", "b"]
     named = write_classes(tmp_path / "named/test", ["狗", "猫"]).parent         # folders with the classes' names, in another order than the lines
     (named / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
-    assert {path.parent.name: names[label] for names, pictures, labels in [open_classes(class_root(named))] for path, label in zip(pictures, labels)} == {"狗": "狗", "猫": "猫"}
+    assert {path.parent.name: names[label] for names, images, labels in [open_classes(class_root(named))] for path, label in zip(images, labels)} == {"狗": "狗", "猫": "猫"}
     imagenet = write_classes(tmp_path / "imagenet/test", ["n02", "n01"]).parent
     (imagenet / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8")
-    assert {path.parent.name: label for _, pictures, labels in [open_classes(class_root(imagenet, "test"))] for path, label in zip(pictures, labels)} == {"n01": 0, "n02": 1}
+    assert {path.parent.name: label for _, images, labels in [open_classes(class_root(imagenet, "test"))] for path, label in zip(images, labels)} == {"n01": 0, "n02": 1}
 
 
 def test_a_class_may_be_called_test(tmp_path):
@@ -403,7 +403,7 @@ def test_odd_class_folders_are_named_in_a_warning(elevater):
         path.unlink()
     with pytest.warns(UserWarning) as said:
         open_classes(elevater / "test")
-    assert [str(w.message).split(": ", 1)[1] for w in said] == ["left out, for they are in no class folder: 1 (loose.jpg)", "classes without a picture, which can be guessed all the same: 1 (猫)"]
+    assert [str(w.message).split(": ", 1)[1] for w in said] == ["left out, for they are in no class folder: 1 (loose.jpg)", "classes without a image, which can be guessed all the same: 1 (猫)"]
     (elevater / "label_cn.txt").write_text("002\n001\n000\n")                   # names that are numbers: the folders of these names
     assert open_classes(elevater / "test")[2] == [1, 1, 1, 0, 0, 0]
     (elevater / "label_cn.txt").unlink()
@@ -435,7 +435,7 @@ def test_a_missing_class_folder_moves_no_label(elevater):
     (lambda root: (root / "label_cn.txt").write_text("猫\n\n鱼\n", encoding="utf-8"), "label_cn.txt, line 2: empty"),
     (lambda root: (root / "label_cn.txt").write_text("猫\n狗\n", encoding="utf-8") and (root / "test/000").rename(root / "test/cats"), "which belongs to which?"),
     (lambda root: (root / "test").rename(root / "val"), "no split 'test'; it has val"),
-    (lambda root: [path.unlink() for path in root.rglob("*.png")], "3 classes and 0 pictures"),
+    (lambda root: [path.unlink() for path in root.rglob("*.png")], "3 classes and 0 images"),
     (lambda root: (root / "label_cn.txt").write_bytes(b"\xff\xfe"), "not UTF-8"),
 ])
 def test_class_folders_that_are_not_clear_are_refused(elevater, spoil, message):
@@ -464,10 +464,10 @@ def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
     monkeypatch.setitem(CONFIGS, "small-vit", peers.VIT)                        # shapes do not tell the number of heads
     torch.save({"epoch": 1, "step": 1, "name": "peer", "state_dict": {f"module.{key}": x for key, x in peer.state_dict().items()}}, elevater / "peer.pt")
     model, _ = checkpoint.load(elevater / "peer.pt")
-    names, pictures, labels = open_classes(class_root(elevater))
+    names, images, labels = open_classes(class_root(elevater))
     autocast, _ = precision_of("fp32", torch.device("cpu"))
     classes = evaluate.class_embeddings(model, names, [template("{}") for template in templates], autocast)
-    image_embed = evaluate.embed_pictures(model, lambda i: decoded(pictures[i].read_bytes, "it"), len(pictures), torch.device("cpu"), autocast, batch_size=4)
+    image_embed = evaluate.embed_images(model, lambda i: decoded(images[i].read_bytes, "it"), len(images), torch.device("cpu"), autocast, batch_size=4)
     assert torch.allclose(classes, classifier.T, atol=1e-6)
     assert torch.allclose(evaluate.class_probabilities(image_embed, classes, 100.0), expected, atol=1e-5)
     assert classification_of(image_embed, classes, labels, names)[0]["top-1"] == pytest.approx(100 * top1)
@@ -475,19 +475,19 @@ def test_logits_are_those_of_the_published_pipeline(elevater, monkeypatch):
 
 def test_classification_by_hand():
     classes = torch.eye(6)
-    pictures = F.normalize(torch.tensor([[9.0, 8, 0, 0, 0, 0], [8, 9, 0, 0, 0, 0], [7, 6, 5, 4, 3, 9], [0, 0, 9, 0, 0, 0]]), dim=1)
-    result, right = classification_of(pictures, classes, [0, 0, 4, 2], list("甲乙丙丁戊己"))
+    images = F.normalize(torch.tensor([[9.0, 8, 0, 0, 0, 0], [8, 9, 0, 0, 0, 0], [7, 6, 5, 4, 3, 9], [0, 0, 9, 0, 0, 0]]), dim=1)
+    result, right = classification_of(images, classes, [0, 0, 4, 2], list("甲乙丙丁戊己"))
     assert right.tolist() == [1, 0, 0, 1]
     assert result["top-1"] == 50 and result["top-5"] == 75 and result["mean_per_class"] == pytest.approx((50 + 0 + 100) / 3)
     assert {(c["class"], c["taken_for"], c["times"], c["of"]) for c in result["confused"]} == {("甲", "乙", 1, 2), ("戊", "己", 1, 1)}
-    probabilities = evaluate.class_probabilities(pictures, classes, 10.0)
+    probabilities = evaluate.class_probabilities(images, classes, 10.0)
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(4)) and probabilities[0].argmax() == 0
 
 
 def test_classify_through_the_command_line(called, stopped, tiny_checkpoint, elevater, tmp_path):
     output = called(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--workers", 0, "--json", tmp_path / "a.json", "--report", tmp_path / "a.html")
     record, = figures(tmp_path / "a.json")
-    assert "top-1" in output and "9 pictures, 3 classes, 20 prompts each" in output and record["pictures"] == 9 and len(record["predictions"]) == 9
+    assert "top-1" in output and "9 images, 3 classes, 20 prompts each" in output and record["images"] == 9 and len(record["predictions"]) == 9
     assert sum(p for _, p in record["predictions"][0]["best"]) == pytest.approx(1, abs=1e-3)
     assert "红" in (tmp_path / "a.html").read_text(encoding="utf-8")
     (tmp_path / "prompts.txt").write_text("一只{}\n\n{}的样子\n", encoding="utf-8")
@@ -495,5 +495,5 @@ def test_classify_through_the_command_line(called, stopped, tiny_checkpoint, ele
     assert "2 prompts each" in output and "with 95 % interval: +0.0 (+0.0 to +0.0, which may be chance)" in output
     (tmp_path / "prompts.txt").write_text("一只{}\n一只\n", encoding="utf-8")
     assert "prompts.txt, line 2: expected one {}" in stopped(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--templates", tmp_path / "prompts.txt")
-    (elevater / "test/001/1.png").write_bytes(b"no picture")
+    (elevater / "test/001/1.png").write_bytes(b"no image")
     assert "001/1.png cannot be read" in stopped(evaluate, "--ckpt", tiny_checkpoint, "--classify", elevater, "--workers", 0)

@@ -1,4 +1,4 @@
-"""Features kept in stage 1: the same training without the vision tower; each picture embedded once; kills, damage, refusals."""
+"""Features kept in stage 1: the same training without the vision tower; each image embedded once; kills, damage, refusals."""
 import contextlib
 import json
 import pickle
@@ -28,7 +28,7 @@ from support.system import BadInput
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    """Parts of four pictures, two at a time; one thread, so that results round alike."""
+    """Parts of four images, two at a time; one thread, so that results round alike."""
     monkeypatch.setattr(features, "ROWS", 4)
     monkeypatch.setattr(features, "BATCH", 2)
     threads = torch.get_num_threads()
@@ -46,7 +46,7 @@ def start_pt(tmp_path):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How many pictures went through a vision tower at a time."""
+    """How many images went through a vision tower at a time."""
     seen, forward = [], train.CLIP.encode_image
     monkeypatch.setattr(train.CLIP, "encode_image", lambda self, pixels: seen.append(len(pixels)) or forward(self, pixels))
     return seen
@@ -61,7 +61,7 @@ def losses(out):
 
 
 def shards(path, damaged=()):
-    """12 pictures, of which picture i has 1 + i % 3 captions."""
+    """12 images, of which image i has 1 + i % 3 captions."""
     files = {}
     for i in range(12):
         files |= {f"{i:02}.png": b"damaged" if i in damaged else png(seed=i), f"{i:02}.json": json.dumps({"texts": [f"第{i}张图片，说法{c}" for c in range(1 + i % 3)]}).encode()}
@@ -82,19 +82,19 @@ def contents(folder):
 
 
 def test_training_with_features_is_training_without_and_its_steps_run_no_vision_tower(tsv_folder, start_pt, tmp_path, trained, passes, capsys):  # noqa: F811
-    """Five captions a picture, two passes over the pairs, micro-batches: losses to 1e-3, recall the same; each of 12 + 12 pictures embedded once, for all steps and validations."""
-    write_tsv_split(tsv_folder, "train", captions_per_picture=5)
+    """Five captions a image, two passes over the pairs, micro-batches: losses to 1e-3, recall the same; each of 12 + 12 images embedded once, for all steps and validations."""
+    write_tsv_split(tsv_folder, "train", captions_per_image=5)
     trained(*stage_1(start_pt, tsv_folder, tmp_path / "without", "--features", "none"))
     passes.clear()
     trained(*stage_1(start_pt, tsv_folder, tmp_path / "with", "--micro-batch", 4))
     output = capsys.readouterr().out
-    assert f"features of 12 pictures in {tmp_path / 'with/features'}, 0.0 MiB: 3 of 3 parts computed" in output and sum(passes) == 24 and passes.count(2) == 6
+    assert f"features of 12 images in {tmp_path / 'with/features'}, 0.0 MiB: 3 of 3 parts computed" in output and sum(passes) == 24 and passes.count(2) == 6
     assert losses(tmp_path / "with") == pytest.approx(losses(tmp_path / "without"), rel=1e-3) and losses(tmp_path / "with") != losses(tmp_path / "without")
     assert len(losses(tmp_path / "with")) == 6 and not (tmp_path / "without/features").exists()
     assert [m["score"] for m in metrics(tmp_path / "with") if "valid" in m] == [m["score"] for m in metrics(tmp_path / "without") if "valid" in m] and len(metrics(tmp_path / "with")) == 9
 
 
-def test_a_step_on_embeddings_is_the_step_on_their_pictures():
+def test_a_step_on_embeddings_is_the_step_on_their_images():
     """In fp32: loss and gradient to 1e-6."""
     results = []
     for given in ("pixels", "embeddings"):
@@ -108,25 +108,25 @@ def test_a_step_on_embeddings_is_the_step_on_their_pictures():
     assert torch.equal(train.prepare(halves, torch.ones(4, 6, dtype=torch.int64), range(4), (None, None), args, "cpu")[0], halves.float())
 
 
-def test_each_row_is_its_pictures_embedding_on_shards_as_on_tsv(tmp_path):
-    """Shards: picture numbers from the indexes alone, one row however many captions; rows are copies, and travel to readers."""
+def test_each_row_is_its_images_embedding_on_shards_as_on_tsv(tmp_path):
+    """Shards: image numbers from the indexes alone, one row however many captions; rows are copies, and travel to readers."""
     model = build(VIT).eval()
-    write_tsv_split(tmp_path / "tsv", "train", captions_per_picture=2)
-    shards(tmp_path / "a.tar"), write_tar(tmp_path / "b.tar", {"x.txt": b"no picture", "y.png": png(seed=99), "y.txt": "一".encode(), "z.txt": b"none either"})
+    write_tsv_split(tmp_path / "tsv", "train", captions_per_image=2)
+    shards(tmp_path / "a.tar"), write_tar(tmp_path / "b.tar", {"x.txt": b"no image", "y.png": png(seed=99), "y.txt": "一".encode(), "z.txt": b"none either"})
     for split, count in ((open_split(tmp_path / "tsv", "train"), 12), (open_split(f"{tmp_path}/*.tar", "train"), 15)):
         made, seen = pickle.loads(pickle.dumps(all_features(model, split, tmp_path / f"features{count}"))), Counter()
-        assert "_whole" not in vars(split) and split.picture_count() == count
+        assert "_whole" not in vars(split) and split.image_count() == count
         for k in range(len(split)):
-            seen[i := split.picture_of(k)] += 1
+            seen[i := split.image_of(k)] += 1
             if k >= 24 and split.where(k)["member"] != "y.png":
-                with pytest.raises(BadInput, match="the picture cannot be read .it is missing."):
+                with pytest.raises(BadInput, match="the image cannot be read .it is missing."):
                     made.sample(split, k)
                 continue
-            picture, ids, *keys = split.sample(0, k)
+            image, ids, *keys = split.sample(0, k)
             row, words, *own_keys = made.sample(split, k)
-            embed = model.encode_image(normalize(to_uint8(decoded(lambda: picture, "it"), VIT.image_size)[None].float() / 255))[0]
+            embed = model.encode_image(normalize(to_uint8(decoded(lambda: image, "it"), VIT.image_size)[None].float() / 255))[0]
             assert torch.equal(row, embed.detach().half()) and row.shape == (VIT.embed_dim,) and np.array_equal(words, ids) and own_keys == keys
-            assert split.picture_bytes(i) == picture
+            assert split.image_bytes(i) == image
         assert list(seen) == list(range(count)) and seen[1] == 2
 
 
@@ -181,23 +181,23 @@ def test_a_run_that_is_stopped_meanwhile_keeps_its_parts_and_continues_from_them
     equal_runs(tmp_path / "stopped", tmp_path / "one")
 
 
-# ---------------------------------------------------------------------------------------------------------------- pictures that cannot be read, damage, refusals
+# ---------------------------------------------------------------------------------------------------------------- images that cannot be read, damage, refusals
 
 
-def test_an_unreadable_picture_is_replaced_and_reported_alike_with_and_without_features(tmp_path, start_pt, trained, stops):  # noqa: F811
+def test_an_unreadable_image_is_replaced_and_reported_alike_with_and_without_features(tmp_path, start_pt, trained, stops):  # noqa: F811
     shards(tmp_path / "a.tar", damaged=[4])
     reports = []
     for kept in ("none", "auto"):
         command = stage_1(start_pt, tmp_path / "a.tar", tmp_path / kept, "--features", kept, "--max-steps", 8, "--max-bad")
         trained(*command, 0.5)
         reports.append((tmp_path / kept / "bad_samples.jsonl").read_text())
-    assert reports[0] == reports[1] and reports[0].count("not a picture in a format that Pillow reads") == 2        # of its two captions
+    assert reports[0] == reports[1] and reports[0].count("not a image in a format that Pillow reads") == 2        # of its two captions
     assert np.isnan(np.load(tmp_path / "auto/features/000001.npy")).all(axis=1).tolist() == [True, False, False, False]
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "none"), rel=1e-3)
     assert "cannot be read, and of 24 only 0 may be (--max-bad 0.01)" in stops(*stage_1(start_pt, tmp_path / "a.tar", tmp_path / "few"))
 
 
-def test_a_picture_that_was_mended_since_is_not_taken_for_a_damaged_one_in_silence(tmp_path):
+def test_a_image_that_was_mended_since_is_not_taken_for_a_damaged_one_in_silence(tmp_path):
     shards(tmp_path / "a.tar", damaged=[0])
     made = all_features(build(VIT), open_split(tmp_path / "a.tar", "train"), tmp_path / "f")
     shards(tmp_path / "b.tar")
@@ -213,7 +213,7 @@ def test_a_damaged_part_is_computed_again_and_never_used(damage, tsv_folder, tmp
     before = contents(tmp_path / "f")
     damage(tmp_path / "f/000001.npy")
     if not (tmp_path / "f/000001.npy").exists():
-        with pytest.raises(OSError, match="000001.npy: not the features that were there"):          # OSError: it ends the run, where BadInput would count as a bad picture
+        with pytest.raises(OSError, match="000001.npy: not the features that were there"):          # OSError: it ends the run, where BadInput would count as a bad image
             made.sample(split, 5)
     passes.clear()
     all_features(build(VIT), split, tmp_path / "f")
@@ -237,7 +237,7 @@ def test_features_of_something_else_are_refused_by_name(tsv_folder, tmp_path):
 def test_weights_that_are_no_numbers_are_refused_and_leave_no_part(tsv_folder, tmp_path):
     model = build(VIT)
     next(model.vision.parameters()).data.fill_(float("nan"))
-    with pytest.raises(BadInput, match="the embeddings of pictures 0 to 1 are not finite"):
+    with pytest.raises(BadInput, match="the embeddings of images 0 to 1 are not finite"):
         all_features(model, open_split(tsv_folder, "train"), tmp_path / "f")
     assert not contents(tmp_path / "f")
 
@@ -260,8 +260,8 @@ def test_runs_share_a_folder_and_one_waits_for_the_other(tsv_folder, start_pt, t
 
 @pytest.mark.parametrize("more, message", [
     (["--stage", 2], "stage 2 trains the vision tower, so there are no features to keep; leave it out"),
-    (["--augment", "photo"], "--augment photo changes its pictures, so"),
-    (["--data", "demo"], "demo/train has new pictures in every epoch, so"),
+    (["--augment", "photo"], "--augment photo changes its images, so"),
+    (["--data", "demo"], "demo/train has new images in every epoch, so"),
     (["--features", ""], "--features '': name a folder, auto or none"),
 ])
 def test_where_embeddings_change_a_folder_for_them_is_refused(more, message, tsv_folder, tmp_path, stops):  # noqa: F811
@@ -270,7 +270,7 @@ def test_where_embeddings_change_a_folder_for_them_is_refused(more, message, tsv
 
 
 @pytest.mark.parametrize("more, expected", [([], "OUT/features"), (["--epochs", 1], None), (["--features", "none"], None), (["--augment", "photo"], None), (["--stage", 2], None), (["--features", "x"], "x")])
-def test_by_default_features_are_kept_where_pictures_come_more_than_once(more, expected, tsv_folder):
+def test_by_default_features_are_kept_where_images_come_more_than_once(more, expected, tsv_folder):
     args = parse_args([str(a) for a in ["--stage", 1, "--out", "OUT", "--batch-size", 5, "--epochs", 2, *more]])
     settings = resolve(args, SMALL_VIT, open_split(tsv_folder, "train"), None, "fp32", 1)
     assert (settings.features, settings.features_kept) == (expected, bool(expected) or None)

@@ -39,13 +39,13 @@ def test_equals_the_formula_with_one_match_each():
     assert contrastive_loss(image, text, torch.tensor(7.0, dtype=torch.float64)).item() == pytest.approx(by_loops(image, text, 7.0, torch.eye(8).tolist()), rel=1e-12)
 
 
-# Captions 0..5 are the sentences a b c a d e; picture 0 has a and c, picture 1 b, 2 c and (in another pair) d, 3 a, 4 d, 5 e and one that is not in the batch.
+# Captions 0..5 are the sentences a b c a d e; image 0 has a and c, image 1 b, 2 c and (in another pair) d, 3 a, 4 d, 5 e and one that is not in the batch.
 IMAGE_KEYS = torch.tensor([[1, 3], [2, -1], [3, 4], [1, -1], [4, 4], [5, 77]])
 TEXT_KEYS = torch.tensor([1, 2, 3, 1, 4, 5])
 TRUTH = [[1, 0, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0], [0, 0, 1, 0, 1, 0], [1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 0, 1]]
 
 
-def test_a_caption_matches_every_picture_that_it_describes():
+def test_a_caption_matches_every_image_that_it_describes():
     i, j = matches(IMAGE_KEYS, TEXT_KEYS)
     assert list(zip(i.tolist(), j.tolist())) == [(a, b) for a in range(6) for b in range(6) if TRUTH[a][b]]
     image, text = embeddings(6)
@@ -64,7 +64,7 @@ def test_matches_of_large_batches_equal_a_plain_comparison():
 
 
 def _case(several):
-    """12 pairs and their truth; `several`: pairs 0-7-… share captions, and pictures have a second caption that stands elsewhere in the batch."""
+    """12 pairs and their truth; `several`: pairs 0-7-… share captions, and images have a second caption that stands elsewhere in the batch."""
     sentences = torch.arange(12) % 7
     return embeddings(n=12), (matches(torch.stack([sentences, torch.arange(12) * 5 % 11], dim=1), sentences) if several else None)
 

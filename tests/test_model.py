@@ -94,7 +94,7 @@ def test_captions_of_a_batch_do_not_see_each_other():
     torch.testing.assert_close(model.encode_text(ids), one_by_one, rtol=1e-5, atol=1e-6)
 
 
-def test_pictures_encoded_a_few_at_a_time_are_those_of_the_whole_batch():
+def test_images_encoded_a_few_at_a_time_are_those_of_the_whole_batch():
     """Without a graph, on a CPU, at most as many at a time as have 2^18 pixels."""
     model = build(VIT).eval()
     pixels = batch(VIT, n=300)[0]

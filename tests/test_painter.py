@@ -1,4 +1,4 @@
-"""The painted data sets: what their pictures show is what their captions say, and it is the same everywhere and for ever."""
+"""The painted data sets: what their images show is what their captions say, and it is the same everywhere and for ever."""
 import hashlib
 import random
 from itertools import combinations
@@ -27,14 +27,14 @@ def scenes(n, seed=0):
 
 
 def test_the_demo_says_what_it_said():
-    """Results of earlier versions stay comparable. (How polygons are filled is up to Pillow, so of the pictures there is no such test.)"""
+    """Results of earlier versions stay comparable. (How polygons are filled is up to Pillow, so of the images there is no such test.)"""
     rng, digest = random.Random(0), hashlib.sha256()
     for scene in [painter.random_scene(rng) for _ in range(200)]:
         digest.update((painter.describe(scene) + painter.describe(scene, rng) + painter.split_of_scene(scene)).encode())
     assert digest.hexdigest()[:16] == "8c637b7149fb1c40"
 
 
-def test_painted_pictures_are_reproducible_and_captions_say_every_statement():
+def test_painted_images_are_reproducible_and_captions_say_every_statement():
     train = open_split("demo", "train")
     a, b = train.sample(3, 5), train.sample(3, 5)
     assert np.array_equal(np.array(a[0]), np.array(b[0])) and np.array_equal(a[1], b[1])
@@ -44,8 +44,8 @@ def test_painted_pictures_are_reproducible_and_captions_say_every_statement():
 
 
 def test_painted_place_and_colour_are_where_the_caption_says():
-    picture = np.array(painter.paint(frozenset({("左上角", 1, "红色", "方块")}), random.Random(0))).astype(int)
-    red = picture[..., 0] - picture[..., 1:].max(axis=2) > 80
+    image = np.array(painter.paint(frozenset({("左上角", 1, "红色", "方块")}), random.Random(0))).astype(int)
+    red = image[..., 0] - image[..., 1:].max(axis=2) > 80
     rows, columns = np.nonzero(red)
     assert len(rows) > 300 and rows.max() < 80 and columns.max() < 80
 
@@ -55,7 +55,7 @@ def test_painted_place_and_colour_are_where_the_caption_says():
 
 @pytest.mark.parametrize("element", painter.ELEMENTS)
 def test_every_element_is_seen_at_64_pixels(element, monkeypatch):
-    """Under the same light, many pixels differ between a picture with it and one without it."""
+    """Under the same light, many pixels differ between a image with it and one without it."""
     monkeypatch.setattr(painter, "LIGHTS", [("", *next(light for names, *light in painter.LIGHTS if not names or element in names.split()))])
     scene = painter.with_water({element})
     a, b = (np.array(painter.paint_landscape(s, random.Random(1), 64)).astype(int) for s in (scene, scene - {element}))
@@ -108,13 +108,13 @@ def test_every_character_is_in_the_vocabulary():
 # ---------------------------------------------------------------------------------------------------------------- splits
 
 
-def test_each_painted_caption_is_true_of_one_picture(poems):
+def test_each_painted_caption_is_true_of_one_image(poems):
     for name in PAINTED:
         for split_name in ("valid", "test"):
             split = poems[split_name] if name == "poems" else open_split(name, split_name)
             assert len(set(split.texts)) == len(split.texts) == len(split) == PAINTED[name].sizes[split_name]
             assert not any(a <= b or b <= a for a, b in combinations(split.scenes, 2))
-            assert split.picture(0).size == (128, 128)
+            assert split.image(0).size == (128, 128)
 
 
 def test_painted_training_scenes_never_show_a_test_scene_and_are_new_in_every_epoch(monkeypatch):
@@ -163,8 +163,8 @@ def test_command_line_of_painted_sets(called, tmp_path, monkeypatch):
         endless = PAINTED[name].endless
         monkeypatch.setitem(PAINTED, name, PAINTED[name]._replace(sizes=dict.fromkeys(PAINTED[name].sizes, 24)))
         assert called(data, name).count("24 pairs") == 3
-        assert called(data, name, "--draw", tmp_path / "sheet.png").count("picture") == 24
+        assert called(data, name, "--draw", tmp_path / "sheet.png").count("image") == 24
         called(data, name, "--write-shards", tmp_path / name)
         assert data.split_names(tmp_path / name) == (["valid", "test"] if endless else ["train", "valid", "test"])
         shown, written = open_split(name, "test"), open_split(tmp_path / name, "test")
-        assert {shown.picture(i).tobytes() for i in range(24)} == {written.picture(i).tobytes() for i in range(24)}
+        assert {shown.image(i).tobytes() for i in range(24)} == {written.image(i).tobytes() for i in range(24)}

@@ -229,10 +229,10 @@ def noise(height, width, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def stored(picture, format, **options):
-    """Through a file, as pictures come."""
+def stored(image, format, **options):
+    """Through a file, as images come."""
     file = io.BytesIO()
-    picture.save(file, format, **options)
+    image.save(file, format, **options)
     return Image.open(io.BytesIO(file.getvalue()))
 
 
@@ -244,13 +244,13 @@ def peer_transform():
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (900, 1), (2, 3), (224, 224), (223, 225), (64, 64), (375, 500), (500, 375), (40, 3000), (1200, 1600)])
 def test_pixels_equal_cn_clip_on_jpeg_and_png(shape, peer_transform):
     smooth = Image.effect_mandelbrot(shape[::-1], (-2, -1.2, 1, 1.2), 90)
-    pictures = [stored(noise(*shape), "JPEG", quality=90), stored(noise(*shape), "PNG"), stored(smooth.convert("RGB"), "JPEG", progressive=True), stored(smooth, "JPEG"), stored(smooth, "PNG")]
-    for picture in pictures:                                                    # the last two are grey
-        assert torch.equal(Transform(224)(picture), peer_transform(picture)), (picture.mode, picture.format)
+    images = [stored(noise(*shape), "JPEG", quality=90), stored(noise(*shape), "PNG"), stored(smooth.convert("RGB"), "JPEG", progressive=True), stored(smooth, "JPEG"), stored(smooth, "PNG")]
+    for image in images:                                                    # the last two are grey
+        assert torch.equal(Transform(224)(image), peer_transform(image)), (image.mode, image.format)
 
 
-def test_pixels_of_other_kinds_of_pictures(peer_transform):
-    """What is done, why, and that the rest is as in cn_clip: ours equals the peer's on the RGB picture that is named here; on the file itself the peer's differs."""
+def test_pixels_of_other_kinds_of_images(peer_transform):
+    """What is done, why, and that the rest is as in cn_clip: ours equals the peer's on the RGB image that is named here; on the file itself the peer's differs."""
     rgb = noise(60, 80)
     exif = rgb.getexif()
     exif[0x0112] = 6
@@ -260,7 +260,7 @@ def test_pixels_of_other_kinds_of_pictures(peer_transform):
     grey16 = np.random.default_rng(1).integers(0, 65536, (60, 80), dtype=np.uint16)
     gif = rgb.quantize(16)
     gif.paste(3, (0, 0, 40, 60))
-    on_white = lambda picture: Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
+    on_white = lambda image: Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     cases = {
         "palette: colours are mixed by resizing, not numbers of a table": (p := stored(palette, "PNG"), p.convert("RGB")),
         "CMYK: converted before resizing like all others": (c := stored(rgb.convert("CMYK"), "JPEG"), c.convert("RGB")),
@@ -270,6 +270,6 @@ def test_pixels_of_other_kinds_of_pictures(peer_transform):
         "EXIF orientation: turned upright": (stored(rgb, "PNG", exif=exif), rgb.rotate(270, expand=True)),
         "bilevel: the shades between black and white that resizing makes are kept": (b := stored(rgb.convert("1"), "PNG"), b.convert("RGB")),
     }
-    for what, (picture, seen) in cases.items():
-        assert torch.equal(Transform(224)(picture), peer_transform(seen)), what
-        assert not torch.equal(peer_transform(picture), peer_transform(seen)), what
+    for what, (image, seen) in cases.items():
+        assert torch.equal(Transform(224)(image), peer_transform(seen)), what
+        assert not torch.equal(peer_transform(image), peer_transform(seen)), what

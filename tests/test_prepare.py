@@ -39,8 +39,8 @@ def write_zip(path, files):
 
 
 def relation(split):
-    """What a split says, apart from the numbers of its pictures: captions in order, each with the bytes of its pictures."""
-    return [(text, [split.picture_bytes(i) for i in images]) for text, images in zip(split.texts, split.positives)]
+    """What a split says, apart from the numbers of its images: captions in order, each with the bytes of its images."""
+    return [(text, [split.image_bytes(i) for i in images]) for text, images in zip(split.texts, split.positives)]
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_a_published_set_is_fetched_and_told_beside_table_1(published, called):
     said = called(data, "fetch", "coco-cn", "--data-root", published.root)
     assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
     assert published.hub.asked[0][1] == "/datasets/OFA-Sys/chinese-clip-eval/resolve/main/COCO-CN.zip"
-    assert "train           5 pictures        5 captions        5 pairs; the paper's table 1 has 22,980\n" in said
+    assert "train           5 images        5 captions        5 pairs; the paper's table 1 has 22,980\n" in said
     assert said.splitlines()[-1] == (f"Next: python data.py check coco-cn --data-root {published.root}; then python train.py --recipe coco-cn-base --micro-batch 256 --data-root {published.root}. "
                                      "COCO-CN.zip is no longer needed.")
     asked = len(published.hub.asked)
@@ -236,8 +236,8 @@ def write_files(folder, files):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    return write_files(tmp_path / "pictures", {**{f"train2014/COCO_train2014_{n:012}.jpg": jpeg(n) for n in (11,)}, **{f"val2014/COCO_val2014_{n:012}.jpg": jpeg(n) for n in (12, 21, 31)},
+def image_folder(tmp_path):
+    return write_files(tmp_path / "images", {**{f"train2014/COCO_train2014_{n:012}.jpg": jpeg(n) for n in (11,)}, **{f"val2014/COCO_val2014_{n:012}.jpg": jpeg(n) for n in (12, 21, 31)},
                                                **{f"flickr/{n}.jpg": jpeg(n) for n in (11, 12, 21, 31)}, "val2014/._COCO_val2014_000000000031.jpg": b"x"})
 
 
@@ -255,8 +255,8 @@ def packed(tmp_path, files, how):
 
 @pytest.mark.parametrize("how", ["folder", "zip", "tar", "tar.gz", "tgz"])
 @pytest.mark.parametrize("release, files", [("coco", COCO), ("flickr", FLICKR)])
-def test_original_releases(release, files, how, tmp_path, pictures, called):
-    said = called(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--pictures", pictures)
+def test_original_releases(release, files, how, tmp_path, image_folder, called):
+    said = called(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--images", image_folder)
     assert "; the paper's table 1 has " in said and ("zhm_test.txt" in said) == (release == "flickr")
     for name, expected in SAID[release].items():
         split = open_split(tmp_path / "out", name)
@@ -265,8 +265,8 @@ def test_original_releases(release, files, how, tmp_path, pictures, called):
     assert sorted(contents(tmp_path / "out")) == sorted(f"{split}_{kind}" for split in SAID[release] for kind in ("imgs.tsv", "texts.jsonl")) and not (tmp_path / "out.ce-clip-part").exists()
 
 
-def test_releases_become_shards(tmp_path, pictures, called):
-    called(data, "convert", packed(tmp_path, COCO, "folder"), tmp_path / "out", "--pictures", pictures, "--shards")
+def test_releases_become_shards(tmp_path, image_folder, called):
+    called(data, "convert", packed(tmp_path, COCO, "folder"), tmp_path / "out", "--images", image_folder, "--shards")
     for name, expected in SAID["coco"].items():
         assert sorted(relation(open_split(tmp_path / "out", name))) == sorted((text, [jpeg(number)]) for text, number in expected)
 
@@ -301,7 +301,7 @@ def edited(files, name, change):
 
 
 @pytest.mark.parametrize("files, message", [
-    (edited(COCO, "coco-cn_val.txt", lambda t: t + "两 个\n"), "release/deep/coco-cn_val.txt, line 2: expected a picture id"),
+    (edited(COCO, "coco-cn_val.txt", lambda t: t + "两 个\n"), "release/deep/coco-cn_val.txt, line 2: expected a image id"),
     (edited(COCO, "coco-cn_test.txt", lambda t: t + "\nCOCO_val2014_000000000021\n"), "coco-cn_test.txt, line 3: COCO_val2014_000000000021 stands in the valid split already"),
     (edited(COCO, "imageid.human-written-caption.txt", lambda t: "COCO_x 无\n" + t), "caption.txt, line 1: expected `ID#number<TAB>caption`"),
     (edited(COCO, "imageid.human-written-caption.txt", lambda t: t + "COCO_val2014_000000000031#1\t \n"), "caption.txt, line 6: expected `ID#number<TAB>caption`"),
@@ -316,50 +316,50 @@ def edited(files, name, change):
     ({**FLICKR, "other/a.txt": "31#zhm#0 海:n\n"}, "is it the train, the val or the test split?"),
     ({"a.txt": "nothing"}, "neither the original COCO-CN")])
 @pytest.mark.parametrize("how", ["folder", "zip"])
-def test_what_is_wrong_with_a_release_is_named_with_its_line(files, message, how, tmp_path, pictures, stopped):
-    line = stopped(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--pictures", pictures)
+def test_what_is_wrong_with_a_release_is_named_with_its_line(files, message, how, tmp_path, image_folder, stopped):
+    line = stopped(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--images", image_folder)
     assert message.removeprefix("release/deep/") in line and "-part" not in line
     assert str(tmp_path / ("release" if how == "folder" else "release.zip")) in line and not (tmp_path / "out").exists() and not (tmp_path / "out.ce-clip-part").exists()
 
 
-def test_missing_pictures_are_counted_and_left_out_only_when_told_to(tmp_path, pictures, called, stopped):
-    (pictures / "val2014/COCO_val2014_000000000012.jpg").unlink()
-    command = data, "convert", packed(tmp_path, COCO, "tgz"), tmp_path / "out", "--pictures", pictures
-    assert re.search(r"1 of 4 pictures are not under .*, the first COCO_val2014_000000000012.jpg \(coco-cn_train.txt, line 2\).*--skip-missing", stopped(*command))
+def test_missing_images_are_counted_and_left_out_only_when_told_to(tmp_path, image_folder, called, stopped):
+    (image_folder / "val2014/COCO_val2014_000000000012.jpg").unlink()
+    command = data, "convert", packed(tmp_path, COCO, "tgz"), tmp_path / "out", "--images", image_folder
+    assert re.search(r"1 of 4 images are not under .*, the first COCO_val2014_000000000012.jpg \(coco-cn_train.txt, line 2\).*--skip-missing", stopped(*command))
     assert not (tmp_path / "out").exists()
-    assert re.search("left out: 1 of 4 pictures .*; 1 captions with them", called(*command, "--skip-missing"))
+    assert re.search("left out: 1 of 4 images .*; 1 captions with them", called(*command, "--skip-missing"))
     assert open_split(tmp_path / "out", "train").image_ids == [11]
 
 
-def test_captions_of_no_list_and_pictures_of_no_caption_are_said(tmp_path, pictures, called):
+def test_captions_of_no_list_and_images_of_no_caption_are_said(tmp_path, image_folder, called):
     files = edited(COCO, "imageid.human-written-caption.txt", lambda t: t.replace("COCO_val2014_000000000012#0", "COCO_val2014_000000000099#0"))
     with pytest.warns(UserWarning) as said:
-        called(data, "convert", packed(tmp_path, files, "folder"), tmp_path / "out", "--pictures", pictures)
+        called(data, "convert", packed(tmp_path, files, "folder"), tmp_path / "out", "--images", image_folder)
     assert [re.sub("/.*/", "", str(w.message)) for w in said] == [
-        "1 captions are left out, for their pictures are in no list; the first: imageid.human-written-caption.txt, line 3",
-        "1 pictures have no caption; they are kept as candidates for a search. The first: coco-cn_train.txt, line 2"]
+        "1 captions are left out, for their images are in no list; the first: imageid.human-written-caption.txt, line 3",
+        "1 images have no caption; they are kept as candidates for a search. The first: coco-cn_train.txt, line 2"]
     assert open_split(tmp_path / "out", "train").image_ids == [11, 12] and len(open_split(tmp_path / "out", "train")) == 2
 
 
-def test_convert_refuses(tmp_path, tsv_folder, pictures, stopped, called):
+def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
     release = packed(tmp_path, COCO, "folder")
-    assert "name the folder of the pictures (MSCOCO's, or Flickr30K's) with --pictures" in stopped(data, "convert", release, tmp_path / "out")
-    assert "there is no such folder" in stopped(data, "convert", release, tmp_path / "out", "--pictures", tmp_path / "none")
-    assert "it holds its own pictures" in stopped(data, "convert", tsv_folder, tmp_path / "out", "--pictures", pictures)
+    assert "name the folder of the images (MSCOCO's, or Flickr30K's) with --images" in stopped(data, "convert", release, tmp_path / "out")
+    assert "there is no such folder" in stopped(data, "convert", release, tmp_path / "out", "--images", tmp_path / "none")
+    assert "it holds its own images" in stopped(data, "convert", tsv_folder, tmp_path / "out", "--images", image_folder)
     assert "is there already" in stopped(data, "convert", tsv_folder, release)
     assert "neither a folder" in stopped(data, "convert", tmp_path / "none", tmp_path / "out")
-    write_files(pictures, {"again/COCO_val2014_000000000031.jpg": b"x"})
-    assert "has the same name; which is meant?" in stopped(data, "convert", release, tmp_path / "out", "--pictures", pictures)
+    write_files(image_folder, {"again/COCO_val2014_000000000031.jpg": b"x"})
+    assert "has the same name; which is meant?" in stopped(data, "convert", release, tmp_path / "out", "--images", image_folder)
     link = tarfile.TarInfo("coco-cn_val.txt")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     with tarfile.open(tmp_path / "evil.tar", "w") as tar:
         tar.addfile(link)
-    assert "a link or a device; nothing was unpacked" in stopped(data, "convert", tmp_path / "evil.tar", tmp_path / "out", "--pictures", pictures)
+    assert "a link or a device; nothing was unpacked" in stopped(data, "convert", tmp_path / "evil.tar", tmp_path / "out", "--images", image_folder)
     content = packed(tmp_path, COCO, "tar").read_bytes()
     with tarfile.open(tmp_path / "release.tar") as tar:
         at = tar.getmembers()[4].offset                                         # a header in the middle, where tarfile would stop without a word
     (tmp_path / "header.tar").write_bytes(content[:at] + b"\xff" * 512 + content[at + 512 :])
-    assert "damaged or cut short" in stopped(data, "convert", tmp_path / "header.tar", tmp_path / "out", "--pictures", pictures)
+    assert "damaged or cut short" in stopped(data, "convert", tmp_path / "header.tar", tmp_path / "out", "--images", image_folder)
     (tmp_path / "out").mkdir()                                                  # an empty folder may be there
     called(data, "convert", tsv_folder, tmp_path / "out")
     assert len(contents(tmp_path / "out")) == 6
@@ -384,7 +384,7 @@ def checked(called, tmp_path):
 
 
 def in_layout(layout, tmp_path, splits):
-    """{split: [(picture bytes, captions)]} as a data set in one of the layouts."""
+    """{split: [(image bytes, captions)]} as a data set in one of the layouts."""
     folder = tmp_path / "set"
     for split, samples in splits.items():
         if layout == "shards":
@@ -402,27 +402,27 @@ def in_layout(layout, tmp_path, splits):
 
 
 def other_bytes(encoded, **options):
-    """The same picture, written again."""
+    """The same image, written again."""
     out = io.BytesIO()
     Image.open(io.BytesIO(encoded)).save(out, **options)
     return out.getvalue()
 
 
 def landscape(seed):
-    """A picture without sharp edges, as photographs are."""
+    """A image without sharp edges, as photographs are."""
     return Image.open(io.BytesIO(png(size=(7, 6), seed=seed))).resize((160, 120), Image.Resampling.BICUBIC)
 
 
 def faint(corner):
-    """A nearly flat picture, from left to right a little brighter, as a wall is; and the brightness of one pixel."""
+    """A nearly flat image, from left to right a little brighter, as a wall is; and the brightness of one pixel."""
     grey = np.tile(np.linspace(100, 108, 64).astype(np.uint8), (48, 1))
     grey[0, 0] = corner
     return encoded(Image.fromarray(grey).convert("RGB"), format="PNG")
 
 
-def encoded(picture, **options):
+def encoded(image, **options):
     out = io.BytesIO()
-    picture.save(out, **options)
+    image.save(out, **options)
     return out.getvalue()
 
 
@@ -435,9 +435,9 @@ def test_every_kind_of_finding_in_every_layout(layout, processes, tmp_path, chec
     monkeypatch.setattr(prepare, "DataLoader", lambda *args, **options: readers.append(options["num_workers"]) or real(*args, **options))
     status, _, found, rows = checked(in_layout(layout, tmp_path, splits), "--processes", processes)
     assert readers == [0 if processes == 1 else 2] * 2
-    assert status == 1 and [(row["pictures"], row["captions"], row["pairs"]) for row in rows] == [(44, 44, 44), (8, 9, 9)]
+    assert status == 1 and [(row["images"], row["captions"], row["pairs"]) for row in rows] == [(44, 44, 44), (8, 9, 9)]
     name = {"tsv": "{1}", "folder": "{0}/{1}.png", "shards": f"{{1}}.jpg of {tmp_path}/set/{{0}}-000000.tar"}[layout].format
-    assert [line.partition(": it cannot be read")[0] for line in found.pop(BROKEN)] == [f"{split}: picture {name(split, i)}" for split, i in (("train", 43), ("test", 6), ("test", 7))]
+    assert [line.partition(": it cannot be read")[0] for line in found.pop(BROKEN)] == [f"{split}: image {name(split, i)}" for split, i in (("train", 43), ("test", 6), ("test", 7))]
     assert found.pop(LEAKED) == [f"train {name('train', 3)}, test {name('test', 0)}: the same bytes", f"train {name('train', 4)}, test {name('test', 1)}: the same pixels in other bytes"]
     assert found.pop(TWICE) == [f"train {name('train', 0)}, train {name('train', 42)}: the same bytes"]
     assert found.pop(SIMILAR) == [f"test {name('test', 2)}, train {name('train', 40)}"]
@@ -451,7 +451,7 @@ def test_leaks_are_told_in_full(tmp_path, checked, capsys):
     assert status == 1 and list(found) == [LEAKED] and "train 5, valid 2, test 1: the same bytes" in found[LEAKED]
     said = capsys.readouterr().out
     assert f"{LEAKED}: 12\n" in said and "    … and 2 more\n" in said and said.count("the same bytes") == 10
-    assert said.endswith("set: not sound: 12 pictures that are in two splits\n")
+    assert said.endswith("set: not sound: 12 images that are in two splits\n")
 
 
 @pytest.mark.parametrize("layout", ["tsv", "shards"])
@@ -483,9 +483,9 @@ def test_a_sound_set_by_name_beside_table_1_and_the_painted_one(tmp_path, tsv_fo
     for name in (["coco-cn", "--data-root", tmp_path], [tmp_path / "COCO-CN"]):
         status, said, found, _ = checked(*name)
         assert status == 0 and not found and said.endswith("sound\n")
-        assert said.splitlines()[:2] == ["train          12 pictures       12 captions       12 pairs, as in the paper's table 1", "valid          12 pictures       12 captions       12 pairs; the paper's table 1 has 3,185"]
+        assert said.splitlines()[:2] == ["train          12 images       12 captions       12 pairs, as in the paper's table 1", "valid          12 images       12 captions       12 pairs; the paper's table 1 has 3,185"]
     status, said, found, rows = checked("demo")
-    assert status == 0 and set(found) <= {SIMILAR} and "train is endless: not looked through" in said and [row["pictures"] for row in rows] == [300, 500]
+    assert status == 0 and set(found) <= {SIMILAR} and "train is endless: not looked through" in said and [row["images"] for row in rows] == [300, 500]
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
@@ -494,7 +494,7 @@ def test_a_sound_set_by_name_beside_table_1_and_the_painted_one(tmp_path, tsv_fo
 def test_commands(called, stopped, tsv_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tsv_folder.rename("check")
-    assert "train          12 pictures" in called(data, "./check")
+    assert "train          12 images" in called(data, "./check")
     for args, text in ((["--help"], "data.py check DATA"), (["check", "--help"], "usage: data.py check [-h]"), (["fetch", "--help"], "{coco-cn,flickr30k-cn}"), (["convert", "--help"], "--skip-missing")):
         with pytest.raises(SystemExit) as stop:
             called(data, *args)
@@ -516,7 +516,7 @@ def test_a_folder_of_the_users_is_never_removed(tmp_path, called, stopped):
 def test_shards_are_written_whole_or_not_at_all(tmp_path, tsv_folder):
     path = tsv_folder / "valid_imgs.tsv"
     path.write_text(path.read_text().replace("\tiVBOR", "\t!", 1))
-    assert "picture 101 cannot be read" in script("data.py", "convert", tsv_folder, tmp_path / "out", "--shards", ok=False) and not (tmp_path / "out").exists()
+    assert "image 101 cannot be read" in script("data.py", "convert", tsv_folder, tmp_path / "out", "--shards", ok=False) and not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_the_name_of_a_split_is_none(tmp_path, tsv_folder):

@@ -49,7 +49,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if "__main__" in path.r
 NO_COMMANDS = ("image,caption\n", "vit-b-16, batches of 16, ")                  # how the blocks begin that hold something else: a captions.csv, what bench.py prints
 # What is not run here: tests/test_demo.py runs the demo; tests are tests; make and pip would install for minutes. That what they name is there is tested.
 ELSEWHERE = ("python demo.py", "python -m pytest ", "make ", "pip ")
-# What is appended to a command, so that it takes a moment: the last of two equal flags counts. (A fresh process costs seconds, so pictures are read without.)
+# What is appended to a command, so that it takes a moment: the last of two equal flags counts. (A fresh process costs seconds, so images are read without.)
 TOY = {
     "train": "--max-steps 1 --batch-size 4 --workers 0 --precision fp32",
     "evaluate": "--workers 0 --precision fp32",
@@ -97,7 +97,7 @@ def world(tmp_path_factory):
         write_files(folder / "path/to/mscoco", {f"{line}.jpg": png(seed=i) for i, line in enumerate(re.findall(r"COCO_\w+(?=\n)", "".join(COCO.values())))})
         write_zip(folder / "path/to/coco-cn-release.zip", COCO)
         (folder / "emoji-cn").rename(folder / "path/to/emoji-cn")
-        write_files(folder, {"Pictures/2026/a.png": png(seed=1), "Pictures/b.png": png(seed=2), "query.jpg": png(seed=3), "cat.jpg": png(seed=4), "prompts.txt": "一张{}的照片\n"})
+        write_files(folder, {"Images/2026/a.png": png(seed=1), "Images/b.png": png(seed=2), "query.jpg": png(seed=3), "cat.jpg": png(seed=4), "prompts.txt": "一张{}的照片\n"})
         pair = lambda i: {f"{i:04}.png": png(seed=i), f"{i:04}.txt": f"第{i}张".encode()}
         for name, numbers in (("shards/000000.tar", (1, 2, 3)), ("shards/000001.tar", (4, 5, 6)), ("held-out/0.tar", (7, 8, 9))):
             write_tar(folder / name, functools.reduce(dict.__or__, map(pair, numbers)))
@@ -210,10 +210,10 @@ def test_every_flag_exists(text, called, monkeypatch):
 
 @each_readme
 def test_the_captions_file_is_read(text, there, called):
-    """Its three rows: two pictures, one of them with two captions."""
+    """Its three rows: two images, one of them with two captions."""
     (captions,) = [block for block in blocks(text, "") if block.startswith("image,caption")]
     write_files(there / "photos-of-mine", {"captions.csv": captions, **{name: png(seed=90 + i) for i, name in enumerate(sorted(set(re.findall(r"^photos\S+?(?=,)", captions, re.M))))}})
-    rows = [[int(n) for n in re.findall(r"(\d+) (?:pictures|captions|pairs)", line)] for line in called(data, "photos-of-mine").splitlines()]
+    rows = [[int(n) for n in re.findall(r"(\d+) (?:images|captions|pairs)", line)] for line in called(data, "photos-of-mine").splitlines()]
     assert [sum(numbers) for numbers in zip(*rows)] == [2, 3, 3]
 
 
@@ -260,7 +260,7 @@ def test_released_weights_say_which_caption_fits(code, there, tmp_path, capsys):
 
 
 def siglip_by_loops(image, text, scale, truth):
-    """-1/N Σ_i Σ_j log 1 / (1 + exp(-y_ij (s I_i·T_j - 10))), y 1 where caption j describes picture i and else -1, and its gradients; truth (N, N) as lists."""
+    """-1/N Σ_i Σ_j log 1 / (1 + exp(-y_ij (s I_i·T_j - 10))), y 1 where caption j describes image i and else -1, and its gradients; truth (N, N) as lists."""
     N, loss, d_image, d_text, d_scale = len(image), 0.0, torch.zeros_like(image), torch.zeros_like(text), 0.0
     for i in range(N):
         for j in range(N):
@@ -412,7 +412,7 @@ def test_sections_that_are_spoken_of_are_there():
     assert {name.lower() for name in re.findall(r"(?:see|as for|See) \*([^*]+)\*", text)} <= set(re.findall(r"^## (.*)$", text.lower(), re.M))
 
 
-def test_the_picture_of_the_model_is_drawn_for_light_and_dark():
+def test_the_image_of_the_model_is_drawn_for_light_and_dark():
     svg = "{http://www.w3.org/2000/svg}"
     root = ET.parse(ROOT / "model.svg").getroot()
     assert root.tag == f"{svg}svg" and root.find(f"{svg}title").text.strip()

@@ -44,9 +44,9 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.fixture
 def page(called, tmp_path):
-    """The report of an untrained model on 40 noise pictures; caption 3 would be markup, and so would the folder's name."""
+    """The report of an untrained model on 40 noise images; caption 3 would be markup, and so would the folder's name."""
     folder = tmp_path / "<b>数据&"
-    write_tsv_split(folder, "test", pictures=40, captions_per_picture=2)
+    write_tsv_split(folder, "test", images=40, captions_per_image=2)
     lines = (folder / "test_texts.jsonl").read_text(encoding="utf-8").splitlines()
     lines = [json.dumps(json.loads(line) | {"text": ATTACK + f" {n}"}) for n, line in enumerate(lines)]
     (folder / "test_texts.jsonl").write_text("\n".join(lines))
@@ -87,13 +87,13 @@ def test_report_shows_what_was_measured(page):
 
 
 def test_largest_page_is_under_5_megabytes(monkeypatch, tmp_path):
-    """Every picture that a page can show, as noise, which compresses least, and every text at its longest."""
+    """Every image that a page can show, as noise, which compresses least, and every text at its longest."""
     import io
 
     from PIL import Image
-    picture = Image.open(io.BytesIO(png(size=(600, 600), seed=0)))
+    image = Image.open(io.BytesIO(png(size=(600, 600), seed=0)))
     most = 2 * report.SAMPLE * (report.BEST + 1) + 2 * report.SAMPLE            # text-to-image: each with five and the right one; image-to-text: one each
-    assert most * (len(report.thumbnail(picture)) + 6 * 3 * report.LONGEST) + 4 * 2 * report.SAMPLE * report.LONGEST * 18 < 4e6
+    assert most * (len(report.thumbnail(image)) + 6 * 3 * report.LONGEST) + 4 * 2 * report.SAMPLE * report.LONGEST * 18 < 4e6
 
 
 def test_answers_show_five_and_the_first_right_one():

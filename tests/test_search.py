@@ -13,7 +13,7 @@ import checkpoint
 import data
 from model import CLIP, CONFIGS
 from support import system
-from support.images import decoded, picture_files
+from support.images import decoded, image_files
 from tools import search
 
 
@@ -27,20 +27,20 @@ def tiny_checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def album(tmp_path, monkeypatch):
-    """What lies in folders of pictures: every common kind, sub-folders, names with spaces and Chinese characters, and much that is no picture."""
+    """What lies in folders of images: every common kind, sub-folders, names with spaces and Chinese characters, and much that is no image."""
     monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "我的 相册"
     (folder / "去 海边/2024").mkdir(parents=True)
     (folder / ".trash").mkdir()
-    picture = Image.open(io.BytesIO(png(size=(40, 30), seed=1)))
+    image = Image.open(io.BytesIO(png(size=(40, 30), seed=1)))
     for kind in ("jpg", "png", "webp", "gif", "bmp", "tif"):
-        picture.save(folder / f"kind.{kind}")
-    picture.convert("P").save(folder / "palette.PNG")
-    picture.convert("CMYK").save(folder / "cmyk.jpeg")
-    picture.convert("L").save(folder / "去 海边/grey.png")
+        image.save(folder / f"kind.{kind}")
+    image.convert("P").save(folder / "palette.PNG")
+    image.convert("CMYK").save(folder / "cmyk.jpeg")
+    image.convert("L").save(folder / "去 海边/grey.png")
     (folder / "去 海边/2024/日落 1.jpg").write_bytes(jpeg(seed=7))
     (folder / os.fsdecode(b"not utf-8 \xff.jpg")).write_bytes(jpeg(seed=8))
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     (folder / ".trash/gone.jpg").write_bytes(jpeg())
     (folder / "._kind.jpg").write_bytes(b"of a Mac")
     (folder / "broken.jpg").write_bytes(jpeg()[:200])
@@ -70,11 +70,11 @@ def searched(monkeypatch, capsys, album, tiny_checkpoint):
 
 def test_indexes_once_then_only_what_has_changed(searched, album, monkeypatch, tmp_path):
     lines, said = searched("一只猫", "--top", 3)
-    assert len(lines) == 3 and f"{READABLE} pictures and {BROKEN} that cannot be read" in said and f"; {READABLE + BROKEN} new or changed, 0 gone" in said
+    assert len(lines) == 3 and f"{READABLE} images and {BROKEN} that cannot be read" in said and f"; {READABLE + BROKEN} new or changed, 0 gone" in said
     place, = (tmp_path / "cache/search").glob("*.npz")
     written, encoded = place.stat().st_ino, []
-    real = search.encode_pictures
-    monkeypatch.setattr(search, "encode_pictures", lambda model, read, batches, *rest: encoded.extend(sum(map(list, batches), [])) or real(model, read, batches, *rest))
+    real = search.encode_images
+    monkeypatch.setattr(search, "encode_images", lambda model, read, batches, *rest: encoded.extend(sum(map(list, batches), [])) or real(model, read, batches, *rest))
     again, said = searched("一只猫", "--top", 3)
     assert place.stat().st_ino == written                                       # nothing to write
     assert again == lines and len(encoded) == BROKEN and "; 0 new or changed, 0 gone" in said
@@ -82,14 +82,14 @@ def test_indexes_once_then_only_what_has_changed(searched, album, monkeypatch, t
     (album / "broken.jpg").write_bytes(jpeg(seed=3))                            # mended
     (album / "new.png").write_bytes(png(seed=9))
     lines, said = searched("一只猫", "--top", 100)
-    assert len(encoded) == 2 * BROKEN + 1 and f"{READABLE + 1} pictures and {BROKEN - 1} that" in said and "; 2 new or changed, 1 gone" in said and len(lines) == READABLE + 1
+    assert len(encoded) == 2 * BROKEN + 1 and f"{READABLE + 1} images and {BROKEN - 1} that" in said and "; 2 new or changed, 1 gone" in said and len(lines) == READABLE + 1
     assert not any("kind.bmp" in line for line in lines) and any("new.png" in line for line in lines)
-    assert not list(album.rglob("*.npz"))                                       # nothing is written among the pictures
+    assert not list(album.rglob("*.npz"))                                       # nothing is written among the images
 
 
 def test_finds_what_a_plain_comparison_finds(searched, album, tiny_checkpoint):
     model, transform = checkpoint.load(tiny_checkpoint)
-    files = [album / path for path in picture_files(album)[0]]
+    files = [album / path for path in image_files(album)[0]]
     with torch.no_grad():
         asked = model.encode_image(transform(Image.open(album / "kind.png"))[None])
         expected = {}
@@ -119,7 +119,7 @@ def test_contact_sheet(searched, album, tmp_path):
 
 
 def test_an_interrupted_index_goes_on(searched, album, monkeypatch):
-    real, count = search.encode_pictures, [0]
+    real, count = search.encode_images, [0]
 
     def interrupted(*args):
         for batch in real(*args):
@@ -128,10 +128,10 @@ def test_an_interrupted_index_goes_on(searched, album, monkeypatch):
             if count[0] == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(search, "encode_pictures", interrupted)
+    monkeypatch.setattr(search, "encode_images", interrupted)
     with pytest.raises(KeyboardInterrupt):
         searched("猫", "--batch-size", 4)
-    monkeypatch.setattr(search, "encode_pictures", real)
+    monkeypatch.setattr(search, "encode_images", real)
     _, said = searched("猫")
     assert f"{READABLE + BROKEN - 8} new or changed" in said
 
@@ -141,7 +141,7 @@ def test_an_empty_folder_does_not_cost_the_index(searched, album, tmp_path):
     first, _ = searched("猫")
     album.rename(tmp_path / "away")
     album.mkdir()
-    with pytest.raises(system.BadInput, match="no picture to search in"):
+    with pytest.raises(system.BadInput, match="no image to search in"):
         searched("猫")
     album.rmdir()
     (tmp_path / "away").rename(album)
@@ -151,8 +151,8 @@ def test_an_empty_folder_does_not_cost_the_index(searched, album, tmp_path):
 
 def test_a_part_that_cannot_be_read_stays_in_the_index(searched, album, monkeypatch):
     searched("猫")
-    real = picture_files
-    monkeypatch.setattr(data, "picture_files", lambda folder: ([path for path in real(folder)[0] if not path.startswith("去 海边")], {"去 海边": "Permission denied"}))
+    real = image_files
+    monkeypatch.setattr(data, "image_files", lambda folder: ([path for path in real(folder)[0] if not path.startswith("去 海边")], {"去 海边": "Permission denied"}))
     _, said = searched("猫")
     assert "去 海边: cannot be read (Permission denied); what was indexed of it stays" in said and "; 0 new or changed, 0 gone" in said
 
@@ -199,7 +199,7 @@ def test_names_of_files_cannot_write_to_the_terminal(searched, album):
 @pytest.mark.parametrize("arguments, message", [
     (["--images", "nowhere", "猫"], "--images nowhere: there is no such folder"),
     (["--ckpt", "nowhere.pt", "猫"], "nowhere.pt: there is no such checkpoint"),
-    (["猫", "--image", "ALBUM/kind.png"], "ask with a sentence or with a picture"),
+    (["猫", "--image", "ALBUM/kind.png"], "ask with a sentence or with a image"),
     (["--image", "ALBUM/broken.jpg"], "broken.jpg cannot be read"),
     (["--image", "nowhere.jpg"], "nowhere.jpg cannot be read"),
     ([" "], "the query is empty"),
@@ -207,7 +207,7 @@ def test_names_of_files_cannot_write_to_the_terminal(searched, album):
     (["--images", "", "猫"], "there is no such folder"),
     (["猫", "--top", "0"], "--top 0"),
     (["猫", "--html", "nowhere/a.html"], "name a file in a folder that is there"),
-    (["猫", "--images", "EMPTY"], "no picture to search in"),
+    (["猫", "--images", "EMPTY"], "no image to search in"),
 ])
 def test_wrong_arguments_give_one_line(searched, album, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()

@@ -24,7 +24,7 @@ REAL_SLEEP = time.sleep
 
 def test_messages_are_one_line_and_a_workers_message_is_unwrapped():
     assert str(BadInput("a.jsonl, line 3: 第一行\n第二行\u2028?")) == "a.jsonl, line 3: 第一行 第二行 ?"
-    assert str(BadInput("Caught BadInput in DataLoader worker process 0.\nTraceback …\nsystem.BadInput: picture 3 cannot be read\n")) == "picture 3 cannot be read"
+    assert str(BadInput("Caught BadInput in DataLoader worker process 0.\nTraceback …\nsystem.BadInput: image 3 cannot be read\n")) == "image 3 cannot be read"
 
 
 def test_writing_keeps_links_and_devices(tmp_path):
@@ -39,7 +39,7 @@ def test_writing_keeps_links_and_devices(tmp_path):
 
 def test_progress_shows_the_time_left_in_a_terminal_and_nothing_elsewhere(capfd, monkeypatch):
     def work(seconds):
-        with system.Progress("pictures embedded", 40) as progress:
+        with system.Progress("images embedded", 40) as progress:
             for _ in range(20):
                 time.sleep(seconds / 20)
                 progress.add(2)
@@ -54,7 +54,7 @@ def test_progress_shows_the_time_left_in_a_terminal_and_nothing_elsewhere(capfd,
         monkeypatch.setenv("RANK", "1")
         work(0)
     shown = os.read(reader, 2**16).decode()
-    assert "pictures embedded: 20 of 40, 0:00:" in shown and shown.endswith("\x1b[K") and shown.count("40 of 40") == 1
+    assert "images embedded: 20 of 40, 0:00:" in shown and shown.endswith("\x1b[K") and shown.count("40 of 40") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- from the web

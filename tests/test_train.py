@@ -82,7 +82,7 @@ def test_stage_1_starts_from_a_vision_tower_and_a_fresh_text_tower(trained, stop
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folder):
-    """With a learning rate of 0, what is trained stays what it was in the two files; what is left out of them is said. The pictures' features are kept, on one process and on two."""
+    """With a learning rate of 0, what is trained stays what it was in the two files; what is left out of them is said. The images' features are kept, on one process and on two."""
     clip, bert, cfg = peers.openai_clip_model(train.CONFIGS["tiny"]), peers.bert_model(train.CONFIGS["tiny"]), train.CONFIGS["tiny"]
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     bert.save_pretrained(tmp_path / "bert")
@@ -96,12 +96,12 @@ def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folde
     with torch.no_grad():
         torch.testing.assert_close(got.vision(pixels), clip.float().encode_image(pixels), rtol=1e-4, atol=1e-5)
         split = data.open_split(tsv_folder, "train")
-        embeds = got.encode_image(torch.stack([Transform(cfg.image_size)(split.picture(i)) for i in range(12)]))
+        embeds = got.encode_image(torch.stack([Transform(cfg.image_size)(split.image(i)) for i in range(12)]))
         torch.testing.assert_close(torch.from_numpy(np.load(tmp_path / "features/000000.npy")), embeds.half(), rtol=1e-2, atol=1e-4)
         torch.testing.assert_close(got.text(ids), bert.bert(ids, ids.ne(0)).last_hidden_state[:, 0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_for_larger_pictures_starts_from_one_for_smaller_ones(tmp_path, tsv_folder, monkeypatch):
+def test_a_model_for_larger_images_starts_from_one_for_smaller_ones(tmp_path, tsv_folder, monkeypatch):
     monkeypatch.setitem(train.CONFIGS, "large", dataclasses.replace(train.CONFIGS["tiny"], image_size=96))
     torch.manual_seed(0)
     checkpoint.save(tmp_path / "small.pt", train.CLIP(train.CONFIGS["tiny"]))
@@ -122,7 +122,7 @@ def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path, called)
     assert all(0 <= m["waiting"] <= 1 for m in metrics(tmp_path) if "loss" in m)
 
 
-def test_the_log_says_when_a_run_waits_for_its_pictures(monkeypatch):
+def test_the_log_says_when_a_run_waits_for_its_images(monkeypatch):
     """Steps of one second, before each of them a wait: the share of both since the last line. The first wait, in which the readers start, does not count, nor does a validation."""
     clock, lines = [0.0], []
     passes = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
@@ -139,7 +139,7 @@ def test_the_log_says_when_a_run_waits_for_its_pictures(monkeypatch):
             with meter.paused():
                 passes(50)
     assert [line["waiting"] for line in lines[1::2]] == pytest.approx([0, 0.4 / 2.4, 0.6]) and [line["samples_per_s"] for line in lines[1::2]] == pytest.approx([8, 16 / 2.4, 3.2])
-    assert [line.partition(" MiB")[2] for line in lines[::2]] == ["", "", " waits for pictures 60% of the time: --workers 3 read 3/s"]
+    assert [line.partition(" MiB")[2] for line in lines[::2]] == ["", "", " waits for images 60% of the time: --workers 3 read 3/s"]
 
 
 def test_recall_is_measured_before_the_first_step_and_as_often_as_asked(tmp_path, tsv_folder, trained):
@@ -164,7 +164,7 @@ SMALL_VIT = Config(embed_dim=64, image_size=64, vision_layers=2, vision_width=64
 
 
 def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, tsv_folder):
-    """20 steps of 60 pairs, fp32, dropout 0, on real pictures where they are at hand: the same loss at each step to 1e-5 relative, the same norm of the gradient to 1e-3."""
+    """20 steps of 60 pairs, fp32, dropout 0, on real images where they are at hand: the same loss at each step to 1e-5 relative, the same norm of the gradient to 1e-3."""
     torch.manual_seed(0)
     checkpoint.save(tmp_path / "start.pt", train.CLIP(SMALL_VIT))
     folder = os.environ.get("CE_CLIP_REAL_DATA") or tsv_folder
@@ -587,10 +587,10 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
 def test_a_mistake_that_one_process_meets_is_told_by_it(tsv_folder, tmp_path):
     path = tsv_folder / "valid_imgs.tsv"
     lines = path.read_text().splitlines(keepends=True)
-    lines[1] = lines[1].replace("\tiVBOR", "\tiVBOX")                           # the second picture: read by the second process
+    lines[1] = lines[1].replace("\tiVBOR", "\tiVBOX")                           # the second image: read by the second process
     path.write_text("".join(lines))
     output = script("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, *QUICK, "--out", tmp_path / "run", processes=2, ok=False)
-    assert output.count("error: little/valid: picture 102 cannot be read") == 1 and "in embed_split" not in output
+    assert output.count("error: little/valid: image 102 cannot be read") == 1 and "in embed_split" not in output
 
 
 # ---------------------------------------------------------------------------------------------------------------- bad samples, bad numbers
@@ -600,7 +600,7 @@ def test_a_mistake_that_one_process_meets_is_told_by_it(tsv_folder, tmp_path):
 def damaged_shards(tmp_path_factory):
     """1,000 pairs on shards, 2 % damaged: five of each kind."""
     folder = tmp_path_factory.mktemp("damaged")
-    kinds = [{"jpg": jpeg()[:-400], "txt": b"x"}, {"jpg": b"no picture at all", "txt": b"x"}, {"jpg": jpeg()}, {"png": bomb(), "txt": b"x"}]
+    kinds = [{"jpg": jpeg()[:-400], "txt": b"x"}, {"jpg": b"no image at all", "txt": b"x"}, {"jpg": jpeg()}, {"png": bomb(), "txt": b"x"}]
     for s in range(4):
         files = {}
         for i in range(s * 250, (s + 1) * 250):
@@ -617,7 +617,7 @@ def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(damaged
     assert "no validation, so no best.pt" in output and "20 so far, 50 may be" in output and "finished" in output
     bad = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert len(bad) == 20 and {b["pair"] for b in bad} == {i for i in range(1000) if i % 50 == 7} and all(1 <= b["step"] <= 10 for b in bad)              # each once, all in the first epoch
-    for reason in ("image file is truncated", "not a picture in a format", "the caption is missing", "exceeds limit"):
+    for reason in ("image file is truncated", "not a image in a format", "the caption is missing", "exceeds limit"):
         assert sum(reason in b["reason"] for b in bad) == 5
     assert all(Path(b["file"]).is_file() and b["offset"] > 0 for b in bad)
 
@@ -628,19 +628,19 @@ def test_too_many_damaged_samples_stop_the_run(damaged_shards, tmp_path, stops):
     assert len((tmp_path / "run/bad_samples.jsonl").read_text().splitlines()) == 11 and checkpoint.read(tmp_path / "run/last.pt")["step"] < 20
 
 
-def test_in_a_small_data_set_one_bad_picture_stops_the_run_with_its_id(tsv_folder, tmp_path, stops):
+def test_in_a_small_data_set_one_bad_image_stops_the_run_with_its_id(tsv_folder, tmp_path, stops):
     path = tsv_folder / "train_imgs.tsv"
     lines = path.read_text().splitlines(keepends=True)
     lines[4] = lines[4].replace("\tiVBOR", "\tiVBOX")
     path.write_text("".join(lines))
-    assert "little/train: picture 5 cannot be read" in stops("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, "--batch-size", 6, "--workers", 1, "--out", tmp_path / "run")
+    assert "little/train: image 5 cannot be read" in stops("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, "--batch-size", 6, "--workers", 1, "--out", tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tsv_folder, tmp_path, stops):
     line = stops("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 30, *QUICK, "--valid-every", 30, "--lr", 1e30, "--warmup", 0, "--out", tmp_path / "run")
     assert "step 2: the loss is nan and the norm of its gradient nan; the step was not taken" in line
     record = json.loads((tmp_path / "run/nonfinite.json").read_text())
-    assert record["step"] == 2 and len(record["pairs"]) == 6 and all(pair["file"].endswith("train_imgs.tsv") and pair["picture"] in range(1, 13) for pair in record["pairs"])
+    assert record["step"] == 2 and len(record["pairs"]) == 6 and all(pair["file"].endswith("train_imgs.tsv") and pair["image"] in range(1, 13) for pair in record["pairs"])
     assert checkpoint.read(tmp_path / "run/last.pt")["step"] == 0
 
 
@@ -726,7 +726,7 @@ def test_the_cached_step_equals_autograd_through_the_same_chunks_kept_in_memory(
 
 
 def test_with_positives_pair_only_its_own_caption_is_right(tsv_folder, tmp_path, trained, monkeypatch):
-    write_tsv_split(tsv_folder, "train", captions_per_picture=3)
+    write_tsv_split(tsv_folder, "train", captions_per_image=3)
     given, loss = {}, train.tiled_loss
     for positives in ("all", "pair"):
         monkeypatch.setattr(train, "tiled_loss", lambda *arguments: given.update({positives: arguments[3]}) or loss(*arguments))
@@ -777,7 +777,7 @@ def test_gradients_are_summed_while_the_backward_pass_runs_and_only_what_trains_
 def test_patch_dropout_leaves_out_patches_in_training_alone():
     model, (pixels, _) = build(VIT), batch(VIT)
     seen = []
-    model.vision.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]) // len(pixels)))            # tokens of a picture
+    model.vision.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0]) // len(pixels)))            # tokens of a image
     model.vision.patch_dropout = 0.75
     for mode in (True, False):
         model.train(mode).encode_image(pixels)

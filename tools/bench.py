@@ -4,16 +4,16 @@
     python -m tools.bench --peer                                  # beside cn_clip, with ratios (pip install --no-deps cn_clip==1.6.0 six)
     python -m tools.bench --model vit-l-14 --batch-size 256 --rows image,stage2 --peer
 
-One table: how many pictures, captions or pairs a second; what share that is of the fastest large matrix product of this
+One table: how many images, captions or pairs a second; what share that is of the fastest large matrix product of this
 device in the same run (operations are counted from the sizes: two for each multiplication that the result needs); and with
 --peer how many times cn_clip's rate, from the same weights and the same batches in the same process, with what the two
 results differ by. Everything is run once to warm up, then in rounds, ours and the peer's in turn. Figures are medians over
 the rounds, ratios those of each round. The rows:
 
-    image        pictures -> image embeddings, as in an evaluation
+    image        images -> image embeddings, as in an evaluation
     text         captions -> text embeddings, 64 at a time, as in an evaluation
     stage1       a training step whose vision tower is frozen
-    features     the same from kept features of the pictures (features.py): the text tower alone
+    features     the same from kept features of the images (features.py): the text tower alone
     stage2       a training step of both towers
     cached       the same in several micro-batches: gradient caching, which embeds everything twice
     loss         the loss of a large batch, and its gradient at the embeddings
@@ -70,7 +70,7 @@ class Row(NamedTuple):
 
     what: str
     precision: str
-    count: int                                                                  # pictures, captions or pairs of one call
+    count: int                                                                  # images, captions or pairs of one call
     ours: Callable
     theirs: Callable | None = None                                              # the peer's way to the same thing
     operations: float = 0.0                                                     # that one call of ours needs; 0: none are counted
@@ -81,14 +81,14 @@ class Row(NamedTuple):
 
 
 def operations(cfg, token_counts):
-    """Floating-point operations of encoding one picture, and of encoding captions with these numbers of tokens."""
+    """Floating-point operations of encoding one image, and of encoding captions with these numbers of tokens."""
     if isinstance(cfg.vision_layers, int):
         patches = (cfg.image_size // cfg.patch_size) ** 2
-        picture = 2 * patches * 3 * cfg.patch_size**2 * cfg.vision_width        # the convolution that embeds the patches
-        picture += transformer([1 + patches], cfg.vision_layers, cfg.vision_width, cfg.embed_dim)
+        image = 2 * patches * 3 * cfg.patch_size**2 * cfg.vision_width        # the convolution that embeds the patches
+        image += transformer([1 + patches], cfg.vision_layers, cfg.vision_width, cfg.embed_dim)
     else:
-        picture = resnet(cfg)
-    return picture, transformer(token_counts, cfg.text_layers, cfg.text_width, cfg.embed_dim)
+        image = resnet(cfg)
+    return image, transformer(token_counts, cfg.text_layers, cfg.text_width, cfg.embed_dim)
 
 
 def transformer(lengths, layers, C, D):
@@ -107,7 +107,7 @@ def transformer(lengths, layers, C, D):
 
 
 def resnet(cfg):
-    """One picture through the ModifiedResNet: a convolution of k x k from c to c' channels takes 2 k² c c' for each place of its output."""
+    """One image through the ModifiedResNet: a convolution of k x k from c to c' channels takes 2 k² c c' for each place of its output."""
     conv = lambda side, k, c_in, c_out: 2 * k * k * c_in * c_out * side * side
     C, side = cfg.vision_width, cfg.image_size // 2
     total = conv(side, 3, 3, C // 2) + conv(side, 3, C // 2, C // 2) + conv(side, 3, C // 2, C)
@@ -186,11 +186,11 @@ class Bench:
         self.pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)           # (B, 3, R, R)
         counts = torch.randint(14, 27, (batch_size,), generator=generator)      # 20 tokens on average, [CLS] and [SEP] among them
         self.ids = captions_of(counts, self.cfg, generator)                     # (B, L)
-        self.picture_ops, text_ops = operations(self.cfg, token_counts(self.ids))
+        self.image_ops, text_ops = operations(self.cfg, token_counts(self.ids))
         self.text_ops = text_ops / batch_size
 
     def encoding(self, what, encode, theirs, count, ops, precision):
-        """A row from two functions that embed the same `count` pictures or captions, in the precision of an evaluation."""
+        """A row from two functions that embed the same `count` images or captions, in the precision of an evaluation."""
         autocast, name = precision_of(precision, self.device, evaluating=True)
         peer_autocast = self.peer.autocast(precision) if self.peer else None
 
@@ -213,7 +213,7 @@ class Bench:
     def image(self, precision):
         pixels = normalize(self.pixels.to(self.device).float() / 255)
         ours, theirs = lambda: self.model.encode_image(pixels), lambda: self.peer.model.encode_image(pixels)
-        return self.encoding("image encoding", ours, theirs, len(pixels), len(pixels) * self.picture_ops, precision)
+        return self.encoding("image encoding", ours, theirs, len(pixels), len(pixels) * self.image_ops, precision)
 
     def text(self, precision):
         ids = repeated(self.ids, CAPTIONS)
@@ -223,7 +223,7 @@ class Bench:
         return self.encoding("text encoding", ours, theirs, len(ids), ops, precision)
 
     def step(self, what, precision, frozen=False, features=False, micro_batches=1):
-        """A training step, from uint8 pictures and ids on the CPU to new weights.
+        """A training step, from uint8 images and ids on the CPU to new weights.
 
         With a learning rate of 0, which costs the same, so that the weights of ours and the peer's stay the same.
         """
@@ -251,8 +251,8 @@ class Bench:
             theirs = self.peer.step(self.pixels, self.ids, precision, frozen)
             difference = self.peer.difference(self.model, *ready[0](), self.pixels, self.ids)
         # 3: the backward pass takes two products for each one of the forward pass. What `cached` embeds a second time does not count
-        of_picture = 0 if features else self.picture_ops if frozen else 3 * self.picture_ops
-        needed = 3 * self.text_ops + of_picture
+        of_image = 0 if features else self.image_ops if frozen else 3 * self.image_ops
+        needed = 3 * self.text_ops + of_image
         return Row(f"{what}, {name}", name, len(self.ids), ours, theirs, len(self.ids) * needed, difference)
 
     def stage1(self, precision):
@@ -315,13 +315,13 @@ class Bench:
             theirs = one_core(lambda: [self.peer.transform(Image.open(path)) for path in paths])
             of_255 = 0.27 * 255                                                 # 0.27: CLIP's deviation, about, undone
             difference = statistics.mean((normalize(x / 255) - y).abs().mean().item() * of_255 for x, y in zip(ours(), theirs()))
-        return Row(f"pictures 500 x 375 to {R} on a core", "", len(paths), ours, theirs, 0, f"{difference:.3f} of 255 on average")
+        return Row(f"images 500 x 375 to {R} on a core", "", len(paths), ours, theirs, 0, f"{difference:.3f} of 255 on average")
 
     def evaluation(self, _):
-        """Recall of 1,000 pictures and 5,000 captions. (The peer's five scripts are timed in tests/test_evaluate.py.)"""
+        """Recall of 1,000 images and 5,000 captions. (The peer's five scripts are timed in tests/test_evaluate.py.)"""
         image, text = (torch.nn.functional.normalize(torch.randn(n, self.cfg.embed_dim), dim=1) for n in (1000, 5000))
         positives = [[t // 5] for t in range(5000)]
-        return Row("recall of 1,000 pictures, 5,000 captions", "", 5000, lambda: evaluate.retrieval_recall(image, text, positives))
+        return Row("recall of 1,000 images, 5,000 captions", "", 5000, lambda: evaluate.retrieval_recall(image, text, positives))
 
 
 def token_counts(ids):
@@ -344,14 +344,14 @@ def captions_of(counts, cfg, generator):
 
 
 def photo(seed):
-    """A picture with the smooth parts, edges and grain of a photo, 500 x 375."""
+    """A image with the smooth parts, edges and grain of a photo, 500 x 375."""
     rng = np.random.default_rng(seed)
-    picture = np.zeros((375, 500, 3))
+    image = np.zeros((375, 500, 3))
     for side, weight in ((4, 0.6), (16, 0.3), (60, 0.1)):                       # from coarse to fine
         noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-        picture += weight * np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
-    picture += rng.normal(0, 4, picture.shape)                                  # grain
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+        image += weight * np.asarray(noise.resize((500, 375), Image.Resampling.BICUBIC), dtype=np.float32)
+    image += rng.normal(0, 4, image.shape)                                  # grain
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
 def one_core(call):
@@ -397,7 +397,7 @@ class Peer:
         return functools.partial(torch.autocast, self.device.type, dtype=torch.float16, enabled=on)
 
     def loss_of(self, pixels, ids):
-        """Its loss of normalised pictures (B, 3, R, R) and captions (B, L)."""
+        """Its loss of normalised images (B, 3, R, R) and captions (B, L)."""
         args = types.SimpleNamespace(accum_freq=1, mask_ratio=0, distillation=False, aggregate=False,
                                      local_device_rank=self.device.index, report_training_batch_acc=False)
         entropy, context = torch.nn.CrossEntropyLoss(), contextlib.nullcontext()
@@ -478,7 +478,7 @@ def in_own_process(function, *arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit-b-16", help=f"{', '.join(CONFIGS)} (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="pairs in a step and pictures at a time (default: 16, on a GPU 256)")
+    parser.add_argument("--batch-size", type=int, help="pairs in a step and images at a time (default: 16, on a GPU 256)")
     parser.add_argument("--rows", default=",".join(ROWS), help=f"which rows, of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--peer", action="store_true", help="measure cn_clip beside it")

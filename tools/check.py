@@ -35,21 +35,21 @@ def nothing_is_cut():
 
 ROOM = Config.context_length - 2                                                # tokens of a caption that are read, without [CLS] and [SEP]
 
-# So many of 256 bits may differ between pictures that look alike: a JPEG written again at quality 60 differs by up to 6.
+# So many of 256 bits may differ between images that look alike: a JPEG written again at quality 60 differs by up to 6.
 ALIKE = 6
 
 # What is looked for, each kind with what it is called …
 CLOSED = "splits that cannot be opened, or are cut short"
-BROKEN = "pictures that cannot be read"
-LEAKED = "pictures that are in two splits"
+BROKEN = "images that cannot be read"
+LEAKED = "images that are in two splits"
 EMPTY = "captions that are empty or cannot be read"
-SIMILAR = "pictures that look alike, in two splits"
-TWICE = "pictures that are in one split twice"
+SIMILAR = "images that look alike, in two splits"
+TWICE = "images that are in one split twice"
 SHARED = "captions that are in two splits"
 LONG = f"captions longer than the {ROOM} tokens that are read; the rest is cut off"
 UNKNOWN = "captions that are mostly [UNK]: characters that the model does not know"
-SILENT = "pictures without a caption"
-BLIND = "captions without a picture"
+SILENT = "images without a caption"
+BLIND = "captions without a image"
 
 # … and whether it is wrong, or only worth knowing. In this order they are told.
 KINDS = {CLOSED: True, BROKEN: True, LEAKED: True, EMPTY: True,
@@ -58,9 +58,9 @@ KINDS = {CLOSED: True, BROKEN: True, LEAKED: True, EMPTY: True,
 
 @nothing_is_cut()
 def check(name, data_root, processes, json_file):
-    """Look at every picture and every caption of a data set, print what was found -> whether it is sound.
+    """Look at every image and every caption of a data set, print what was found -> whether it is sound.
 
-    Of each picture 56 bytes are kept in memory, of each caption 8. json_file: where all that was found is written, or None.
+    Of each image 56 bytes are kept in memory, of each caption 8. json_file: where all that was found is written, or None.
     """
     known, found, rows = data_name(name), {kind: [] for kind in KINDS}, []
     looks, sentences, texts, shown = {}, {}, {}, {}                             # of each split, for find_repeats
@@ -75,14 +75,14 @@ def check(name, data_root, processes, json_file):
             count, read, shown[title], captions = (shard_content if in_shards else content)(split, title, found)
             sentences[title] = check_captions(title, captions, found)
             texts[title] = None if in_shards else split.texts
-            looks[title] = check_pictures(title, count, read, shown[title], found, processes)
+            looks[title] = check_images(title, count, read, shown[title], found, processes)
         except (BadInput, OSError) as error:
             found[CLOSED].append(f"{title}: {error}")
             continue
         different = np.unique(sentences[title]) if in_shards else sentences[title]                  # a shard has them pair by pair
-        row = {"split": title, "pictures": count, "captions": len(different), "pairs": len(split)}
+        row = {"split": title, "images": count, "captions": len(different), "pairs": len(split)}
         rows.append(row | {"table_1": TABLE_1.get(known, {}).get(split_name)})
-        print(f"{title:8} {count:8,} pictures {row['captions']:8,} captions {len(split):8,} pairs{against_paper}")
+        print(f"{title:8} {count:8,} images {row['captions']:8,} captions {len(split):8,} pairs{against_paper}")
     for missing in sorted({"train", "valid", "test"} - {row["split"] for row in rows}) if not is_pattern(name) else ():
         print(f"note: there is no split {missing!r}, which {'evaluate.py' if missing == 'test' else 'train.py'} looks for")
     find_repeats(looks, sentences, texts, shown, found)
@@ -100,20 +100,20 @@ def check(name, data_root, processes, json_file):
 
 
 def content(split, title, found):
-    """-> number of pictures, read(i) their bytes, shown(i) their names, the captions as (name, text).
+    """-> number of images, read(i) their bytes, shown(i) their names, the captions as (name, text).
 
-    Pictures and captions that stand alone go to `found`.
+    Images and captions that stand alone go to `found`.
     """
     shown = lambda i: system.printable(split.image_ids[i])
     described = {i for images in split.positives for i in images}
-    found[SILENT] += [f"{title}: picture {shown(i)}" for i in range(len(split.image_ids)) if i not in described]
+    found[SILENT] += [f"{title}: image {shown(i)}" for i in range(len(split.image_ids)) if i not in described]
     found[BLIND] += [f"{title}: caption {t + 1}: {quoted(split.texts[t])}" for t, images in enumerate(split.positives) if not images]
-    return len(split.image_ids), split.picture_bytes, shown, ((f"caption {t + 1}", text) for t, text in enumerate(split.texts))
+    return len(split.image_ids), split.image_bytes, shown, ((f"caption {t + 1}", text) for t, text in enumerate(split.texts))
 
 
 def shard_content(split, title, found):
     """The same of shards, whose captions are not kept in memory."""
-    numbers = array.array("q")                                                  # of the pairs that have a picture, each picture once
+    numbers = array.array("q")                                                  # of the pairs that have a image, each image once
     for s, path in enumerate(split.shards):
         _, image_size, _, text_size, _, which = opened_index(path)[1:].T
         numbers.extend((np.flatnonzero((image_size >= 0) & (which == 0)) + split.starts[s]).tolist())
@@ -121,7 +121,7 @@ def shard_content(split, title, found):
         found[BLIND] += [f"{title}: {place_in(split, k + split.starts[s])}" for k in np.flatnonzero((image_size < 0) & (which == 0))]
     found[CLOSED] += [f"{title}: {path}: damaged or cut short; replace it" for path in split.damaged]
     shown = lambda i: place_in(split, numbers[i])
-    return len(numbers), functools.partial(shard_picture, split, numbers), shown, shard_captions(split, title, found)
+    return len(numbers), functools.partial(shard_image, split, numbers), shown, shard_captions(split, title, found)
 
 
 def place_in(split, k):
@@ -130,7 +130,7 @@ def place_in(split, k):
     return f"{system.printable(where['member'])} of {where['file']}"
 
 
-def shard_picture(split, numbers, i):
+def shard_image(split, numbers, i):
     return split.pair_bytes(numbers[i])
 
 
@@ -170,7 +170,7 @@ def check_captions(title, captions, found):
 
 
 def look(read, numbers):
-    """Of each picture a tuple: why it cannot be read or "", a key of its bytes, a key of its pixels, 32 bytes of what it looks like.
+    """Of each image a tuple: why it cannot be read or "", a key of its bytes, a key of its pixels, 32 bytes of what it looks like.
 
     (The last b"" when it is nearly flat.) Runs in the readers.
     """
@@ -178,20 +178,20 @@ def look(read, numbers):
     for i in numbers:
         encoded = functools.cache(functools.partial(read, i))
         try:
-            picture = decoded(encoded, "it")
+            image = decoded(encoded, "it")
         except BadInput as error:
             seen.append((str(error), 0, 0, b""))
             continue
         # what it looks like: whether each of 16 x 16 places is brighter than its left neighbour
-        grey = np.asarray(picture.convert("L").resize((17, 16), Image.Resampling.BOX)).astype(int)
+        grey = np.asarray(image.convert("L").resize((17, 16), Image.Resampling.BOX)).astype(int)
         brighter = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
         flat = grey.max() - grey.min() < 16
-        seen.append(("", key(encoded()), key(repr(picture.size).encode() + picture.tobytes()), b"" if flat else brighter))
+        seen.append(("", key(encoded()), key(repr(image.size).encode() + image.tobytes()), b"" if flat else brighter))
     return seen
 
 
-def check_pictures(title, count, read, shown, found, processes):
-    """Decode every picture, in `processes` processes; what cannot be read goes to `found`.
+def check_images(title, count, read, shown, found, processes):
+    """Decode every image, in `processes` processes; what cannot be read goes to `found`.
 
     -> of the others (n,) numbers, (n,) keys of the bytes, (n,) keys of the pixels, (n, 32) looks, zeros for nearly flat ones.
     """
@@ -199,16 +199,16 @@ def check_pictures(title, count, read, shown, found, processes):
     workers = processes * (processes > 1)
     loader = DataLoader(range(count), batch_size=32, collate_fn=functools.partial(look, read), num_workers=workers,
                         worker_init_fn=system.reader_start(), timeout=system.READER_SECONDS * (workers > 0))
-    with system.Progress(f"{title}: pictures looked at", count) as progress:
+    with system.progress(f"{title}: images looked at", count) as progress:
         for i, (reason, bytes_key, pixels_key, brighter) in enumerate(itertools.chain.from_iterable(loader)):
             if reason:
-                found[BROKEN].append(f"{title}: picture {shown(i)}: {reason}")
+                found[BROKEN].append(f"{title}: image {shown(i)}: {reason}")
             else:
                 numbers.append(i)
                 of_bytes.append(bytes_key)
                 of_pixels.append(pixels_key)
                 looks += brighter or bytes(32)
-            progress.add()
+            progress.update()
     looks = np.frombuffer(bytes(looks), np.uint8).reshape(-1, 32)
     return np.array(numbers, np.int64), np.array(of_bytes, np.uint64), np.array(of_pixels, np.uint64), looks
 
@@ -228,10 +228,10 @@ def repeated(keys):
 
 
 def find_repeats(looks, sentences, texts, shown, found):
-    """What comes several times goes to `found`: the same pictures and captions in two splits, pictures twice in one, and pictures that
+    """What comes several times goes to `found`: the same images and captions in two splits, images twice in one, and images that
     look alike in two.
 
-    looks: of each split what check_pictures gives; sentences: what check_captions gives; texts: its captions, or None.
+    looks: of each split what check_images gives; sentences: what check_captions gives; texts: its captions, or None.
     """
     named = lambda places: ", ".join(f"{split} {shown[split](looks[split][0][at])}" for split, at in places)
     for places in repeated({split: of_pixels for split, (_, _, of_pixels, _) in looks.items()}):
@@ -249,7 +249,7 @@ def find_repeats(looks, sentences, texts, shown, found):
     # bits as -1 and 1, (n, 32) bytes -> (n, 256): the product of two looks is 256 less twice the number of bits that differ
     signs = lambda bits: torch.from_numpy(np.unpackbits(bits, axis=1)).float() * 2 - 1
     for (one, (_, _, pixels, bits)), (other, (_, _, other_pixels, other_bits)) in itertools.combinations(looks.items(), 2):
-        near = collections.defaultdict(list)                                    # picture of the second split -> those like it in the first
+        near = collections.defaultdict(list)                                    # image of the second split -> those like it in the first
         for a, b in itertools.product(range(0, len(bits), 4096), range(0, len(other_bits), 4096)):
             products = signs(other_bits[b : b + 4096]) @ signs(bits[a : a + 4096]).T                # (4096, 4096) at most
             alike = products >= 256 - 2 * ALIKE

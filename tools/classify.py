@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 import checkpoint
-from evaluate import best_ranks, class_embeddings, class_probabilities, embed_pictures
+from evaluate import best_ranks, class_embeddings, class_probabilities, embed_images
 from support import report, system
 from support.captions import is_text
-from support.images import ENDINGS, picture_at, picture_files
+from support.images import ENDINGS, image_at, image_files
 from support.processes import precision_of, start_processes
 from support.system import BadInput, write_json
 from support.tables import bootstrap_interval, change_of, class_notes, class_table
@@ -41,7 +41,7 @@ def class_root(folder, split=None):
 
 
 def open_classes(root):
-    """Pictures in one folder for each class, for zero-shot classification -> (C class names, I pictures as paths, I class numbers).
+    """Images in one folder for each class, for zero-shot classification -> (C class names, I images as paths, I class numbers).
 
     Without label_cn.txt, in `root` or beside it, the folders' names are the classes': root/猫/*.jpg. With it: see _class_numbers.
     """
@@ -57,22 +57,22 @@ def open_classes(root):
     if len(set(class_of.values())) < len(class_of) or not all(names) or any(not is_text(name) for name in names):
         raise BadInput(f"{root}: two folders with one name or number, or a name that is empty or not UTF-8 ({_listed(folders)})")
 
-    pictures = []                                                               # (path, class number)
+    images = []                                                               # (path, class number)
     for name, c in class_of.items():
-        files, unread = picture_files(root / name)
-        pictures += [(root / name / file, c) for file in files]
+        files, unread = image_files(root / name)
+        images += [(root / name / file, c) for file in files]
         if unread:
             place, reason = next(iter(unread.items()))
             raise BadInput(f"{root / name / place}: cannot be read ({reason}), so the figures would be those of a part")
-    if len(names) < 2 or not pictures:
-        raise BadInput(f"{root}: {len(names)} classes and {len(pictures)} pictures; "
-                       f"expected two or more folders, one for each class, with pictures in them")
+    if len(names) < 2 or not images:
+        raise BadInput(f"{root}: {len(names)} classes and {len(images)} images; "
+                       f"expected two or more folders, one for each class, with images in them")
     if loose := sorted(path.name for path in root.iterdir() if path.is_file() and path.suffix.lower() in ENDINGS):
         warnings.warn(f"{root}: left out, for they are in no class folder: {len(loose):,} ({_listed(loose)})")
-    seen = {c for _, c in pictures}
+    seen = {c for _, c in images}
     if empty := [name for c, name in enumerate(names) if c not in seen]:
-        warnings.warn(f"{root}: classes without a picture, which can be guessed all the same: {len(empty):,} ({_listed(empty)})")
-    return names, [path for path, _ in pictures], [c for _, c in pictures]
+        warnings.warn(f"{root}: classes without a image, which can be guessed all the same: {len(empty):,} ({_listed(empty)})")
+    return names, [path for path, _ in images], [c for _, c in images]
 
 
 def _read_labels(path):
@@ -86,7 +86,7 @@ def _read_labels(path):
 
 
 def _class_numbers(root, folders, names, label_file):
-    """Which folder has the pictures of which class -> {folder: class number}, for the three ways in which ELEVATER-cn and ImageNet
+    """Which folder has the images of which class -> {folder: class number}, for the three ways in which ELEVATER-cn and ImageNet
     do it: the folders have the classes' names; or numbers, 000, 001, …; or are as many, with other names (n01440764, …), in
     alphabetical order."""
     strange = [name for name in folders if _composed(name) not in names]
@@ -117,7 +117,7 @@ def _listed(names):
     return system.printable(", ".join(names[:5]) + ", …" * (len(names) > 5))
 
 
-# A class's embedding is the mean over these sentences. They differ in what they say of the picture, not of the class.
+# A class's embedding is the mean over these sentences. They differ in what they say of the image, not of the class.
 TEMPLATES = ("{}", "{}。", "这是{}。", "一张{}的照片。", "一张{}的图片。", "一张清晰的{}照片。", "一张模糊的{}照片。", "一张{}的特写。",
              "一张{}的黑白照片。", "远处的{}。", "画面里有{}。", "照片中的{}。", "许多{}。", "一个{}。", "小小的{}。", "巨大的{}。",
              "{}的插图。", "{}的素描。", "一幅{}的画。", "卡通风格的{}。")
@@ -139,11 +139,11 @@ def read_templates(path):
 
 
 def classification_of(image_embed, class_embed, labels, names):
-    """A picture belongs to the class whose embedding is most like its own; of equal ones to the first.
+    """A image belongs to the class whose embedding is most like its own; of equal ones to the first.
 
     image_embed (I, D), class_embed (C, D) unit vectors, labels: I class indices, names: C texts
-    -> ({"top-1", "top-5", "mean_per_class", "top-1_interval", "chance_top-1" in percent; "pictures", "classes"; "per_class" of the classes
-    that have pictures; "confused", the 20 pairs that are most often}, whether each picture was right (I,) 0 or 1).
+    -> ({"top-1", "top-5", "mean_per_class", "top-1_interval", "chance_top-1" in percent; "images", "classes"; "per_class" of the classes
+    that have images; "confused", the 20 pairs that are most often}, whether each image was right (I,) 0 or 1).
     """
     ranks = best_ranks(image_embed, class_embed, [[label] for label in labels])                     # (I,)
     right, labels = (ranks == 0).double().numpy(), np.array(labels)             # (I,), (I,)
@@ -153,8 +153,8 @@ def classification_of(image_embed, class_embed, labels, names):
                "top-5": 100 * (ranks < 5).double().mean().item(),
                "mean_per_class": accuracy[counts > 0].mean().item(),
                "top-1_interval": bootstrap_interval(right, np.arange(len(right))),
-               "chance_top-1": 100 / len(names), "pictures": len(labels), "classes": len(names)}
-    figures["per_class"] = [{"class": names[c], "pictures": int(counts[c]), "top-1": accuracy[c].item()} for c in np.flatnonzero(counts)]
+               "chance_top-1": 100 / len(names), "images": len(labels), "classes": len(names)}
+    figures["per_class"] = [{"class": names[c], "images": int(counts[c]), "top-1": accuracy[c].item()} for c in np.flatnonzero(counts)]
 
     guesses = torch.cat([(some @ class_embed.T).argmax(dim=1) for some in image_embed.split(1024)]).tolist()
     taken_for = collections.Counter((label, guess) for label, guess in zip(labels.tolist(), guesses) if label != guess)
@@ -164,7 +164,7 @@ def classification_of(image_embed, class_embed, labels, names):
 
 
 def predictions(image_embed, class_embed, scale, names):
-    """For each picture its five most probable classes, best first, of equal ones the first: I lists of [name, probability]."""
+    """For each image its five most probable classes, best first, of equal ones the first: I lists of [name, probability]."""
     found = []
     for some in image_embed.split(1024):
         best = class_probabilities(some, class_embed, scale).sort(dim=1, descending=True, stable=True)
@@ -177,16 +177,16 @@ def classify(args, device, is_main):
     """Zero-shot classification by each checkpoint of a folder of classes; the main process prints the table and writes what was
     asked for."""
     root = class_root(args.classes, args.split)
-    names, pictures, labels = open_classes(root)                           # C, I, I
+    names, images, labels = open_classes(root)                           # C, I, I
     templates = read_templates(args.templates) if args.templates is not None else TEMPLATES
-    read = functools.partial(picture_at, pictures)
+    read = functools.partial(image_at, images)
     records, all_right = [], []
     for source in args.ckpt:
-        record, right, embeds = classify_with(source, args, names, pictures, labels, templates, device)
+        record, right, embeds = classify_with(source, args, names, images, labels, templates, device)
         if records:
             record["change_of_top-1"] = change_of(all_right[0], right, np.arange(len(right)))
         best = predictions(*embeds, names)
-        record["predictions"] = [{"picture": str(path), "class": names[c], "best": some} for path, c, some in zip(pictures, labels, best)]
+        record["predictions"] = [{"image": str(path), "class": names[c], "best": some} for path, c, some in zip(images, labels, best)]
         records.append(record)
         all_right.append(right)
 
@@ -203,14 +203,14 @@ def classify(args, device, is_main):
         print(f"wrote {args.report}")
 
 
-def classify_with(source, args, names, pictures, labels, templates, device):
-    """One checkpoint -> (its record, whether each picture was right (I,), (image_embed (I, D), class_embed (C, D), scale)).
+def classify_with(source, args, names, images, labels, templates, device):
+    """One checkpoint -> (its record, whether each image was right (I,), (image_embed (I, D), class_embed (C, D), scale)).
     The model is let go afterwards."""
     model, _ = checkpoint.load(source, device)
     autocast, precision = precision_of(args.precision, device, evaluating=True)
     class_embed = class_embeddings(model, names, templates, autocast, args.batch_size)
-    read = functools.partial(picture_at, pictures)
-    image_embed = embed_pictures(model, read, len(pictures), device, autocast, args.batch_size, args.workers)
+    read = functools.partial(image_at, images)
+    image_embed = embed_images(model, read, len(images), device, autocast, args.batch_size, args.workers)
     if not (image_embed.sum().isfinite() and class_embed.sum().isfinite()):
         raise BadInput(f"{source}: its embeddings hold NaN or infinity; --precision fp32 may help")
     figures, right = classification_of(image_embed, class_embed, labels, names)

@@ -49,7 +49,7 @@ def main():
     figures = [story(OUT / f"seed-{seed}", OUT / "data", seed) for seed in args.seeds]
     print("\n" + summary(figures))
     page = OUT / f"seed-{args.seeds[-1]}" / "poems.html"
-    print(f"\nWith pictures: {page} (open it in a browser). All that the commands said: {OUT / 'log.txt'}. "
+    print(f"\nWith images: {page} (open it in a browser). All that the commands said: {OUT / 'log.txt'}. "
           f"This took {time.time() - begin:.0f} s.")
     lock.close()
 
@@ -86,14 +86,14 @@ def paint_sets(folder):
 
 
 def paint_classes(folder, each=8):
-    """Pictures with one thing in each (and the water it needs), in a folder for each thing, as --classify takes them. All, or none."""
+    """Images with one thing in each (and the water it needs), in a folder for each thing, as --classify takes them. All, or none."""
     part = folder.with_name("classes.part")
     shutil.rmtree(part, ignore_errors=True)
     for name, element in painter.ELEMENTS.items():
         (part / element.names[0]).mkdir(parents=True)
         for k in range(each):
-            picture = painter.paint_landscape(painter.with_water({name}), random.Random(f"classes {name} {k}"))
-            picture.save(part / element.names[0] / f"{k}.png")
+            image = painter.paint_landscape(painter.with_water({name}), random.Random(f"classes {name} {k}"))
+            image.save(part / element.names[0] / f"{k}.png")
     system.write_text(part / "templates.txt", "".join(f"{template}\n" for template in TEMPLATES))
     os.replace(part, folder)
 
@@ -112,7 +112,7 @@ def story(out, sets, seed):
     call("train.py", "--stage", 2, "--data", english, "--lr", 2e-3, *steps(STEPS["english"], 30), *common, "--out", out / "english")
     towers = ["--vision-weights", out / "english/last.pt", "--data", chinese]
 
-    act("1. Stage 1 (section 3.2): a fresh Chinese text tower learns to say what the frozen vision tower sees. Pictures are embedded once, "
+    act("1. Stage 1 (section 3.2): a fresh Chinese text tower learns to say what the frozen vision tower sees. Images are embedded once, "
         "so steps are cheap.")
     call("train.py", "--stage", 1, *towers, "--lr", 4e-3, *steps(STEPS["stage1"], 10), *common, "--out", out / "stage1")
 
@@ -125,13 +125,13 @@ def story(out, sets, seed):
     # last.pt, not best.pt: these runs are validated at their two ends only, and the story is of where they end.
     call("evaluate.py", "--ckpt", out / "alone/last.pt", out / "stage2/last.pt", "--data", chinese, "--json", out / "landscapes.json")
 
-    act("3. Zero-shot (figure 2, steps 2 and 3): what is in pictures of one thing each, by names in Chinese; and which picture a poem "
+    act("3. Zero-shot (figure 2, steps 2 and 3): what is in images of one thing each, by names in Chinese; and which image a poem "
         "speaks of, though nobody told the model what poems are.")
     call("evaluate.py", "--ckpt", out / "stage2/last.pt", "--classify", sets / "classes", "--templates", sets / "classes/templates.txt",
          "--json", out / "classes.json")
     call("evaluate.py", "--ckpt", out / "stage2/last.pt", "--data", poems, "--json", out / "zero-shot.json")
 
-    act("4. Fine-tuning on 2,000 poems and their pictures (sections 3.2 and 4.1: AP-ID).")
+    act("4. Fine-tuning on 2,000 poems and their images (sections 3.2 and 4.1: AP-ID).")
     call("train.py", "--stage", "finetune", "--init", out / "stage2/last.pt", "--data", poems, "--no-average", *steps(STEPS["poems"], 20),
          *common, "--out", out / "poems")
 

@@ -1,9 +1,9 @@
 """Getting the data: published sets from the web, original releases in a layout that is read here, a look through all before training.
 
     python -m tools.prepare fetch coco-cn                            # or flickr30k-cn: downloaded and unpacked -> data/COCO-CN
-    python -m tools.prepare convert coco-cn-version1805v1.1.tar.gz data/COCO-CN --pictures /path/to/mscoco         # an original release
+    python -m tools.prepare convert coco-cn-version1805v1.1.tar.gz data/COCO-CN --images /path/to/mscoco         # an original release
     python -m tools.prepare convert /path/to/folder my-shards --shards                                    # any layout that is read here
-    python -m tools.prepare check coco-cn --processes 4              # every picture and caption; exit status 1 when something is wrong
+    python -m tools.prepare check coco-cn --processes 4              # every image and caption; exit status 1 when something is wrong
 
 A folder that is made here is there whole or not at all: it is filled beside its place, under its name + .ce-clip-part, and then
 renamed. What a killed run left there the next one removes.
@@ -33,7 +33,7 @@ from support.shards import ShardSplit, is_pattern, split_shards
 from support.system import BadInput
 from support.tables import against_paper
 from tools.check import check, nothing_is_cut
-from tools.releases import is_release, read_release, unpack, with_pictures
+from tools.releases import is_release, read_release, unpack, with_images
 
 # What the Hugging Face data set OFA-Sys/chinese-clip-eval has, as COCO-CN.zip and Flickr30k-CN.zip.
 FETCHED = ("coco-cn", "flickr30k-cn")
@@ -113,10 +113,10 @@ def holds(folder, name):
 
 
 @nothing_is_cut()
-def convert(source, dest, pictures, shards, skip_missing):
-    """Write a data set, in any form, to the new folder `dest`, and say what it holds. The pictures' bytes stay as they are.
+def convert(source, dest, images, shards, skip_missing):
+    """Write a data set, in any form, to the new folder `dest`, and say what it holds. The images' bytes stay as they are.
 
-    In the Chinese-CLIP layout, or with `shards` as tar shards. `pictures`: the folder of an original release's pictures; with
+    In the Chinese-CLIP layout, or with `shards` as tar shards. `images`: the folder of an original release's images; with
     `skip_missing` those that are not there are left out. BadInput when that cannot be, and nothing is left at `dest`.
     """
     path, dest, name = Path(source), Path(dest), data_name(source)
@@ -126,12 +126,12 @@ def convert(source, dest, pictures, shards, skip_missing):
     packed = path.is_file() and (by_name or is_pattern(source) and is_release(path))
     folder = None if packed or is_pattern(source) or source in data.PAINTED else data.find(source)
     original = packed or folder and not (caption_file(folder) or any(folder.glob("[!.]*_imgs.tsv")) or split_shards(folder))
-    if original and (pictures is None or not Path(pictures).is_dir()):
-        raise BadInput(f"--pictures {pictures}: there is no such folder" if pictures else
-                       f"{source}: an original release has no pictures, and no other layout was found there; "
-                       "name the folder of the pictures (MSCOCO's, or Flickr30K's) with --pictures")
-    if not original and (pictures is not None or skip_missing):
-        raise BadInput(f"{source}: it holds its own pictures; --pictures and --skip-missing are for the original COCO-CN and Flickr30K-CN")
+    if original and (images is None or not Path(images).is_dir()):
+        raise BadInput(f"--images {images}: there is no such folder" if images else
+                       f"{source}: an original release has no images, and no other layout was found there; "
+                       "name the folder of the images (MSCOCO's, or Flickr30K's) with --images")
+    if not original and (images is not None or skip_missing):
+        raise BadInput(f"{source}: it holds its own images; --images and --skip-missing are for the original COCO-CN and Flickr30K-CN")
     with filled_beside(dest) as part:
         new = part / "new"
         new.mkdir()
@@ -144,7 +144,7 @@ def convert(source, dest, pictures, shards, skip_missing):
                 name, described = read_release(folder)
             except BadInput as error:
                 raise BadInput(str(error).replace(f"{folder}/", f"{source}/")) from None            # not the temporary folder's name
-            splits = with_pictures(described, Path(pictures), skip_missing)
+            splits = with_images(described, Path(images), skip_missing)
         else:
             splits = ((split_name, data.open_split(source, split_name)) for split_name in data.all_names(source))
         for split_name, split in splits:
@@ -161,24 +161,24 @@ def convert(source, dest, pictures, shards, skip_missing):
 
 
 def write_tsv(split, folder, name):
-    """Write a split in the Chinese-CLIP layout: NAME_imgs.tsv and NAME_texts.jsonl. BadInput when a picture cannot be read."""
+    """Write a split in the Chinese-CLIP layout: NAME_imgs.tsv and NAME_texts.jsonl. BadInput when a image cannot be read."""
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise BadInput(f"{split.name}: the split's name becomes a part of file names; give it one of letters and digits")
-    # the number in a picture's name is its id, if all have one and no two the same; else they are counted
+    # the number in a image's name is its id, if all have one and no two the same; else they are counted
     numbers = [re.fullmatch(r"(?:COCO_\w+_)?(\d{1,18})", str(id_)) for id_ in split.image_ids]      # COCO_val2014_000000043734 -> 43734
     ids = [int(found[1]) for found in numbers if found]
     ids = ids if len(set(ids)) == len(numbers) else list(range(len(numbers)))
 
     def fill(f):
-        with system.Progress(f"{name}: pictures written", len(ids)) as progress:
+        with system.progress(f"{name}: images written", len(ids)) as progress:
             for i, number in enumerate(ids):
                 try:
-                    encoded = split.picture_bytes(i)
+                    encoded = split.image_bytes(i)
                 except (OSError, ValueError) as error:                          # ValueError: base64
-                    raise BadInput(f"{split.name}: picture {system.printable(split.image_ids[i])} cannot be read ({error}); "
+                    raise BadInput(f"{split.name}: image {system.printable(split.image_ids[i])} cannot be read ({error}); "
                                    "replace or remove it") from None
                 f.write(b"%d\t%s\n" % (number, base64.b64encode(encoded)))
-                progress.add()
+                progress.update()
 
     system.write(folder / f"{name}_imgs.tsv", fill)
     records = ({"text_id": t, "text": text, "image_ids": [ids[i] for i in images]}
@@ -194,7 +194,7 @@ def main():
     if args.command == "fetch":
         fetch(args.name, args.data_root)
     elif args.command == "convert":
-        convert(args.source, args.dest, args.pictures, args.shards, args.skip_missing)
+        convert(args.source, args.dest, args.images, args.shards, args.skip_missing)
     elif args.command == "check":
         system.check_place("--json", args.json)
         if not check(args.data, args.data_root, args.processes, args.json):
@@ -224,12 +224,12 @@ def parse_args():
     one.add_argument("source", help="an original release (a folder, .zip, .tar, .tar.gz or .tgz), a folder in any layout, or a pattern of "
                                     "tar shards")
     one.add_argument("dest", help="the folder to make")
-    one.add_argument("--pictures", metavar="DIR", help="where the pictures of an original release are, ID.jpg at any depth")
+    one.add_argument("--images", "--pictures", metavar="DIR", help="where the images of an original release are, ID.jpg at any depth")
     one.add_argument("--shards", action="store_true", help="write tar shards")
-    one.add_argument("--skip-missing", action="store_true", help="leave out pictures that are not under --pictures, and their captions")
-    one = add("check", "look at every picture and every caption; exit status 1 when something is wrong")
+    one.add_argument("--skip-missing", action="store_true", help="leave out images that are not under --images, and their captions")
+    one = add("check", "look at every image and every caption; exit status 1 when something is wrong")
     one.add_argument("data", help=known)
-    one.add_argument("--processes", type=int, default=1, help="that read pictures side by side (default: 1)")
+    one.add_argument("--processes", type=int, default=1, help="that read images side by side (default: 1)")
     one.add_argument("--json", metavar="FILE", help="write all that was found, not only the first ten of each kind")
     one = add("counts", "say what each split holds")
     one.add_argument("data", help=known)
@@ -237,9 +237,9 @@ def parse_args():
     one.add_argument("data", help=known)
     one.add_argument("dest", help="the folder of the shards")
     one.add_argument("--split", help="the only split to write (default: all)")
-    one.add_argument("--per-shard", type=int, default=10_000, help="pictures in a shard (default: 10000)")
+    one.add_argument("--per-shard", type=int, default=10_000, help="images in a shard (default: 10000)")
     one.add_argument("--processes", type=int, default=1, help="that write shards side by side (default: 1)")
-    one = add("sheet", "draw a sheet of up to 24 pictures and print a caption of each")
+    one = add("sheet", "draw a sheet of up to 24 images and print a caption of each")
     one.add_argument("data", help=known)
     one.add_argument("file", metavar="FILE.png")
     one.add_argument("--split", default="test", help="(default: test)")
@@ -270,35 +270,35 @@ def summary(name, split):
     if split.endless:
         return f"{name:8} endless; {len(split):,} pairs an epoch"
     if isinstance(split, ShardSplit):
-        return f"{name:8} {len(split.shards):8,} shards   {len(split):8,} pairs, {split.incomplete():,} of them without picture or caption"
-    return f"{name:8} {len(split.image_ids):8,} pictures {len(split.texts):8,} captions {len(split):8,} pairs"
+        return f"{name:8} {len(split.shards):8,} shards   {len(split):8,} pairs, {split.incomplete():,} of them without image or caption"
+    return f"{name:8} {len(split.image_ids):8,} images {len(split.texts):8,} captions {len(split):8,} pairs"
 
 
 def draw_sheet(split, path):
-    """Up to 24 pictures that have a caption, evenly out of the split, six in a row; prints a caption of each."""
+    """Up to 24 images that have a caption, evenly out of the split, six in a row; prints a caption of each."""
     if split.endless:
         raise BadInput(f"{split.name} is endless: draw valid or test")
-    caption_of = {}                                                             # each picture's first caption
+    caption_of = {}                                                             # each image's first caption
     for text, images in zip(split.texts, split.positives):
         for i in images:
             caption_of.setdefault(i, text)
     described = sorted(caption_of)
     if not described:
-        raise BadInput(f"{split.name}: no caption names a picture, so there is nothing to draw")
+        raise BadInput(f"{split.name}: no caption names a image, so there is nothing to draw")
     count = min(24, len(described))
     chosen = [described[n * len(described) // count] for n in range(count)]
     cell = lambda n: (n // 6, n % 6)                                            # row, column of the n-th one
     sheet = Image.new("RGB", (min(6, count) * 134, -(-count // 6) * 134), "white")
     for n, i in enumerate(chosen):
         row, column = cell(n)
-        sheet.paste(split.picture(i).resize((128, 128)), (column * 134, row * 134))
+        sheet.paste(split.image(i).resize((128, 128)), (column * 134, row * 134))
     try:
         sheet.save(path)
     except (OSError, ValueError, KeyError) as error:                            # KeyError: a format that Pillow reads but cannot write
         raise BadInput(f"--draw {path}: cannot be written ({error})") from None
     for n, i in enumerate(chosen):
         row, column = cell(n)
-        print(f"row {row + 1}, column {column + 1}: picture {split.image_ids[i]}: {caption_of[i]}")
+        print(f"row {row + 1}, column {column + 1}: image {split.image_ids[i]}: {caption_of[i]}")
     print(f"wrote {path}")
 
 

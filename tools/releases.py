@@ -17,7 +17,7 @@ from pathlib import Path
 
 import data
 from support import system
-from support.images import PICTURES, picture_files
+from support.images import IMAGE_TYPES, image_files
 from support.system import BadInput
 
 # What reading a damaged archive raises.
@@ -93,14 +93,14 @@ def unpack(path, folder, remedy):
         if needed > free:
             raise BadInput(f"{path}: {needed / 2**20:,.0f} MiB when unpacked, and {folder.parent} has room for {free / 2**20:,.0f}; "
                            "make room, or name another place")
-        with system.Progress(f"{path.name}: MiB unpacked", needed / 2**20) as progress:
+        with system.progress(f"{path.name}: MiB unpacked", needed / 2**20) as progress:
             for parts, (size, open_it) in files.items():
                 place = folder.joinpath(*parts)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with open_it() as source, open(place, "xb") as target:
                     while block := source.read(2**20):
                         target.write(block)
-                        progress.add(len(block) / 2**20)
+                        progress.update(len(block) / 2**20)
                     if target.tell() != size:
                         raise EOFError(f"{system.printable('/'.join(parts))} has {target.tell():,} of {size:,} bytes")
                     target.flush()
@@ -109,13 +109,13 @@ def unpack(path, folder, remedy):
 
 CAPTIONS = "imageid.human-written-caption.txt"                                  # of COCO-CN
 LISTS = {"coco-cn_train.txt": "train", "coco-cn_val.txt": "valid", "coco-cn_test.txt": "test"}
-FLICKR = re.compile(r"\ufeff?([^#\s]+)#(zh\w*)#(\d+)\s+(\S.*)")                 # picture # kind of text # number, words with their tags
+FLICKR = re.compile(r"\ufeff?([^#\s]+)#(zh\w*)#(\d+)\s+(\S.*)")                 # image # kind of text # number, words with their tags
 
 
 class Release(data.Split):
-    """A split of an original release: texts apart from the pictures.
+    """A split of an original release: texts apart from the images.
 
-    `described`: {picture id: (captions, where it is named)}, `paths`: {picture id: its file}.
+    `described`: {image id: (captions, where it is named)}, `paths`: {image id: its file}.
     """
 
     def __init__(self, name, described, paths):
@@ -123,7 +123,7 @@ class Release(data.Split):
         self.paths = [paths[id_] for id_ in described]
         super().__init__(name, [text for text, _ in pairs], list(described), [[i] for _, i in pairs])
 
-    def picture_bytes(self, i):
+    def image_bytes(self, i):
         return self.paths[i].read_bytes()
 
 
@@ -131,14 +131,14 @@ def is_release(path):
     """Whether a .tar holds texts alone, or is a shard."""
     with opened(path, "get it again") as archive:
         names = [name.lower() for name, *_ in entries(archive)]
-    pictures = tuple(f".{kind}" for kind in PICTURES)
-    return any(name.rpartition("/")[2] in LISTS for name in names) or not any(name.endswith(pictures) for name in names)
+    images = tuple(f".{kind}" for kind in IMAGE_TYPES)
+    return any(name.rpartition("/")[2] in LISTS for name in names) or not any(name.endswith(images) for name in names)
 
 
 def read_release(folder):
     """The texts of an original release, at any depth -> ("coco-cn" or "flickr30k-cn", what each split describes).
 
-    That is {split: {picture id: (captions, "file, line n" where it is named first)}}. BadInput when it is no release.
+    That is {split: {image id: (captions, "file, line n" where it is named first)}}. BadInput when it is no release.
     """
     files = sorted(path for path in folder.rglob("*.txt") if path.is_file() and not is_litter(path.relative_to(folder).parts))
     if any(path.name in (CAPTIONS, *LISTS) for path in files):
@@ -197,16 +197,16 @@ def rows_of(path, pattern, expected):
 
 
 def read_coco_cn(folder, files):
-    """The lists name the pictures of each split, the file of captions names their pictures -> as read_release."""
+    """The lists name the images of each split, the file of captions names their images -> as read_release."""
     paths = {name: [path for path in files if path.name == name] for name in (*LISTS, CAPTIONS)}
     if wrong := next((name for name in paths if len(paths[name]) != 1), None):
             how_many = "more than one" if paths[wrong] else "no"
             raise BadInput(f"{folder}/: {how_many} {wrong}; the original COCO-CN has one of each: {', '.join(paths)}")
     described, split_of, strange = {split: {} for split in LISTS.values()}, {}, []
     for name, split in LISTS.items():
-        for found, place in rows_of(paths[name][0], r"([\w.-]+)()", "a picture id such as COCO_val2014_000000043734"):
+        for found, place in rows_of(paths[name][0], r"([\w.-]+)()", "a image id such as COCO_val2014_000000043734"):
             if split_of.setdefault(found[1], split) != split:
-                raise BadInput(f"{place}: {found[1]} stands in the {split_of[found[1]]} split already; a picture belongs to one split")
+                raise BadInput(f"{place}: {found[1]} stands in the {split_of[found[1]]} split already; a image belongs to one split")
             described[split][found[1]] = [], place
     for found, place in rows_of(paths[CAPTIONS][0], r"([^#\s]+)#(\d+)\t\s*(\S.*)", "`ID#number<TAB>caption`"):
         if found[1] in split_of:
@@ -214,14 +214,14 @@ def read_coco_cn(folder, files):
         else:
             strange.append(place)
     if strange:
-        warnings.warn(f"{len(strange):,} captions are left out, for their pictures are in no list; the first: {strange[0]}")
-    if silent := [place for pictures in described.values() for texts, place in pictures.values() if not texts]:
-        warnings.warn(f"{len(silent):,} pictures have no caption; they are kept as candidates for a search. The first: {silent[0]}")
+        warnings.warn(f"{len(strange):,} captions are left out, for their images are in no list; the first: {strange[0]}")
+    if silent := [place for images in described.values() for texts, place in images.values() if not texts]:
+        warnings.warn(f"{len(silent):,} images have no caption; they are kept as candidates for a search. The first: {silent[0]}")
     return described
 
 
 def read_flickr(path):
-    """One text file of Flickr30K-CN, whose words have tags -> {picture id: (captions, where it is named first)}."""
+    """One text file of Flickr30K-CN, whose words have tags -> {image id: (captions, where it is named first)}."""
     described = {}
     for found, place in rows_of(path, FLICKR, "a line like 1009692167#zhm#1 在:p 警车:n"):
         words = [re.sub(r"(?<=.):[A-Za-z][A-Za-z0-9]*$", "", word) for word in found[4].split()]    # the tag stands after the last colon
@@ -229,23 +229,23 @@ def read_flickr(path):
     return described
 
 
-def with_pictures(described, folder, skip_missing):
-    """What read_release found, and the pictures ID.jpg under a folder, at any depth -> [(split name, Release)]."""
-    files, unread = picture_files(folder)
+def with_images(described, folder, skip_missing):
+    """What read_release found, and the images ID.jpg under a folder, at any depth -> [(split name, Release)]."""
+    files, unread = image_files(folder)
     if unread:
         raise BadInput(f"{folder / next(iter(unread))}: cannot be read ({next(iter(unread.values()))})")
-    wanted, paths = {id_ for pictures in described.values() for id_ in pictures}, {}
+    wanted, paths = {id_ for images in described.values() for id_ in images}, {}
     for file in files:
         id_, ending = os.path.splitext(os.path.basename(file))
         if id_ in wanted and ending.lower() in (".jpg", ".jpeg") and paths.setdefault(id_, folder / file) != folder / file:
             raise BadInput(f"{folder / file}: {paths[id_]} has the same name; which is meant? Leave one of them under {folder}")
-    missing = [(id_, place) for pictures in described.values() for id_, (_, place) in pictures.items() if id_ not in paths]
+    missing = [(id_, place) for images in described.values() for id_, (_, place) in images.items() if id_ not in paths]
     if missing:
-        line = f"{len(missing):,} of {len(wanted):,} pictures are not under {folder}, the first {missing[0][0]}.jpg"
+        line = f"{len(missing):,} of {len(wanted):,} images are not under {folder}, the first {missing[0][0]}.jpg"
         if not skip_missing:
             raise BadInput(f"{line} ({Path(missing[0][1]).name}). Folders that are links are not looked into. "
                            "--skip-missing leaves them and their captions out")
-        lost = sum(len(texts) for pictures in described.values() for id_, (texts, _) in pictures.items() if id_ not in paths)
+        lost = sum(len(texts) for images in described.values() for id_, (texts, _) in images.items() if id_ not in paths)
         print(f"left out: {line}; {lost:,} captions with them")
-    kept = {split: {id_: about for id_, about in pictures.items() if id_ in paths} for split, pictures in described.items()}
-    return [(split, Release(split, pictures, paths)) for split, pictures in kept.items()]
+    kept = {split: {id_: about for id_, about in images.items() if id_ in paths} for split, images in described.items()}
+    return [(split, Release(split, images, paths)) for split, images in kept.items()]

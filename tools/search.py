@@ -1,12 +1,12 @@
-"""Find your own pictures by a Chinese sentence, or by another picture: the trained model put to use.
+"""Find your own images by a Chinese sentence, or by another image: the trained model put to use.
 
     python -m tools.search --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落"
     python -m tools.search --ckpt cn-clip-vit-b-16 --images ~/Pictures "海边的日落" --html found.html        # a contact sheet for the browser
-    python -m tools.search --ckpt runs/own/best.pt --images ~/Pictures --image query.jpg                # pictures like this one
+    python -m tools.search --ckpt runs/own/best.pt --images ~/Pictures --image query.jpg                # images like this one
     python -m tools.search --ckpt runs/own/best.pt --images ~/Pictures                                  # asks for queries, again and again
 
-The first call embeds every picture of the folder, at any depth; later ones only what is new or has changed. The index lies in
-CE_CLIP_CACHE (default ~/.cache/ce-clip); nothing is written among the pictures. A picture that cannot be read is skipped and
+The first call embeds every image of the folder, at any depth; later ones only what is new or has changed. The index lies in
+CE_CLIP_CACHE (default ~/.cache/ce-clip); nothing is written among the images. A image that cannot be read is skipped and
 counted.
 """
 import argparse
@@ -24,10 +24,10 @@ import numpy as np
 import torch
 
 import checkpoint
-from evaluate import embed_texts, encode_pictures
+from evaluate import embed_texts, encode_images
 from support import report, system
 from support.captions import is_text
-from support.images import ENDINGS, decoded, picture_at, picture_files
+from support.images import ENDINGS, decoded, image_at, image_files
 from support.processes import own_batches, precision_of
 from support.system import BadInput
 from tokenizer import Tokenizer
@@ -36,7 +36,7 @@ SAVE_SECONDS = 60                                                               
 
 
 class Index:
-    """The embeddings of a folder's pictures. Which file has which row, and whether it is still the same file: `files` says it.
+    """The embeddings of a folder's images. Which file has which row, and whether it is still the same file: `files` says it.
 
     files    {path relative to the folder: [size, time of change in ns, why it could not be read, or None]}, in the order of the rows
     embed    (n, D) float16, zeros for what could not be read
@@ -79,12 +79,12 @@ class Index:
     def update(self, encode):
         """Look at the folder again: forget what has gone, embed what is new or has changed, try again what could not be read.
 
-        -> (how many pictures were new or changed, how many have gone). Raises BadInput when there is none.
+        -> (how many images were new or changed, how many have gone). Raises BadInput when there is none.
 
         encode(paths) yields (paths, embeddings, {path: reason}).
         """
         # 1. what lies there now: {path: [size, time of change]}
-        now, (paths, unread) = {}, picture_files(self.folder)
+        now, (paths, unread) = {}, image_files(self.folder)
         for path in paths:
             with contextlib.suppress(OSError):                                  # gone this moment, or a link to nowhere
                 status = os.stat(self.folder / path)
@@ -94,7 +94,7 @@ class Index:
             inside = place + os.sep
             now |= {path: about[:2] for path, about in self.files.items() if path.startswith(inside) and path not in now}
         if not now:
-            raise BadInput(f"{self.folder}: no picture to search in; their names end in {', '.join(sorted(ENDINGS))}")
+            raise BadInput(f"{self.folder}: no image to search in; their names end in {', '.join(sorted(ENDINGS))}")
 
         # 2. what of the index stays. The rest is to do, also what could not be read: a right may have been given, a disk come back
         before, row_of = self.files, {path: row for row, path in enumerate(self.files)}
@@ -128,7 +128,7 @@ class Index:
 
 
 def best(query, embed, readable, count):
-    """The `count` most similar pictures of a query -> [(row, cosine similarity), …], best first; equal ones in the order of the rows.
+    """The `count` most similar images of a query -> [(row, cosine similarity), …], best first; equal ones in the order of the rows.
 
     query (D,), embed (n, D) float32, readable (n,) bool.
     """
@@ -143,17 +143,17 @@ def main():
     parser.add_argument("query", nargs="?", help="a sentence; without one, and without --image, queries are asked for")
     parser.add_argument("--ckpt", required=True, help="a checkpoint: a file, a folder, or the name of released weights (see checkpoint.py)")
     parser.add_argument("--images", required=True, metavar="DIR", help="the folder to search, with everything in it")
-    parser.add_argument("--image", metavar="FILE", help="a picture to find similar ones of")
-    parser.add_argument("--top", type=int, default=10, help="how many pictures to show (default: 10)")
+    parser.add_argument("--image", metavar="FILE", help="a image to find similar ones of")
+    parser.add_argument("--top", type=int, default=10, help="how many images to show (default: 10)")
     parser.add_argument("--html", metavar="FILE.html", help="write them as a contact sheet, too")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures embedded at a time (default: 64)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that read pictures (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images embedded at a time (default: 64)")
+    parser.add_argument("--workers", type=int, default=1, help="processes that read images (default: 1)")
     args = parser.parse_args()
     folder = Path(args.images).expanduser()
     if not args.images or not folder.is_dir():
         raise BadInput(f"--images {args.images}: there is no such folder")
     if args.query is not None and args.image is not None:
-        raise BadInput(f"{args.query!r} and --image {args.image}: ask with a sentence or with a picture")
+        raise BadInput(f"{args.query!r} and --image {args.image}: ask with a sentence or with a image")
     if args.query is not None and not (args.query.strip() and is_text(args.query)):
         raise BadInput("the query is empty or not UTF-8; write a sentence, or leave it out and be asked for one")
     limits = (("--top", args.top, 1, 1000), ("--batch-size", args.batch_size, 1, 100_000), ("--workers", args.workers, 0, 512))
@@ -170,9 +170,9 @@ def main():
     tokenizer = Tokenizer("the query")
 
     def encode(paths):
-        read = functools.partial(picture_at, paths, folder=folder)
+        read = functools.partial(image_at, paths, folder=folder)
         batches = own_batches(len(paths), args.batch_size)
-        for numbers, embed, unreadable in encode_pictures(model, read, batches, device, autocast, args.workers):
+        for numbers, embed, unreadable in encode_images(model, read, batches, device, autocast, args.workers):
             if not embed.isfinite().all():
                 raise BadInput(f"{args.ckpt}: its embeddings hold NaN or infinity: the weights are damaged, or too large for {precision}")
             yield [paths[i] for i in numbers], embed, {paths[i]: reason for i, reason in unreadable.items()}
@@ -182,10 +182,10 @@ def main():
     fresh, gone = index.update(encode)
     bad = index.unreadable()
     if len(bad) == len(index.files):
-        raise BadInput(f"{folder}: no picture to search in, for none of the {len(bad):,} can be read; "
+        raise BadInput(f"{folder}: no image to search in, for none of the {len(bad):,} can be read; "
                        f"the first: {next(iter(bad.values()))}")
     unread = f" and {len(bad):,} that cannot be read (the first: {next(iter(bad.values()))})" if bad else ""
-    print(f"{folder}: {len(index.files) - len(bad):,} pictures{unread}; {fresh:,} new or changed, {gone:,} gone", file=sys.stderr)
+    print(f"{folder}: {len(index.files) - len(bad):,} images{unread}; {fresh:,} new or changed, {gone:,} gone", file=sys.stderr)
     embed = torch.from_numpy(index.embed).float()                               # (n, D)
     readable = torch.tensor([about[2] is None for about in index.files.values()])                   # (n,)
     paths = list(index.files)
@@ -195,7 +195,7 @@ def main():
         for place, (path, similarity) in enumerate(found, 1):
             print(f"{place:3}  {similarity:.3f}  {system.printable(folder / path)}")
         if args.html is not None:
-            note = (f"{len(index.files) - len(bad):,} pictures in {folder.resolve()}, searched by {args.ckpt}. "
+            note = (f"{len(index.files) - len(bad):,} images in {folder.resolve()}, searched by {args.ckpt}. "
                     "The figures are cosine similarities.")
             read = lambda path: decoded((folder / path).read_bytes, path)
             address = lambda path: (folder / path).resolve().as_uri()
@@ -213,7 +213,7 @@ def main():
     if args.query is not None:
         return by_text(args.query)
     if sys.stdin.isatty():
-        print("Write what the picture shows; Ctrl-D ends.", file=sys.stderr)
+        print("Write what the image shows; Ctrl-D ends.", file=sys.stderr)
     with contextlib.suppress(ImportError):
         import readline                                                         # noqa: F401  arrow keys at the prompt
     if hasattr(sys.stdin, "reconfigure"):
