@@ -1,6 +1,7 @@
 """What the paper's five files call and a student need not open. Each module imports only modules above it:
 
 system           errors of one line, whole files or none, locks, helper processes, a script's main
+folders          a folder that is there whole or not at all
 processes        the processes of one run, their devices, the precision
 images           an image file -> pixels
 captions         caption files: csv and jsonl

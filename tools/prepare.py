@@ -11,14 +11,11 @@ renamed. What a killed run left there the next one removes.
 import argparse
 import base64
 import contextlib
-import errno
-import fcntl
 import io
 import json
 import os
 import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -28,6 +25,7 @@ import data
 from data import data_name
 from support import system
 from support.captions import caption_file
+from support.folders import filled_beside
 from support.shard_writer import write_shards
 from support.shards import ShardSplit, is_pattern, split_shards
 from support.system import BadInput
@@ -37,35 +35,6 @@ from tools.releases import is_release, read_release, unpack, with_images
 
 # What the Hugging Face data set OFA-Sys/chinese-clip-eval has, as COCO-CN.zip and Flickr30k-CN.zip.
 FETCHED = ("coco-cn", "flickr30k-cn")
-
-
-# ---------------------------------------------------------------------------------------------------------------- whole folders or none
-
-
-@contextlib.contextmanager
-def filled_beside(folder):
-    """An empty folder beside the place of `folder`, for a `with`. The caller fills it and renames it, or a folder in it.
-
-    In the end it is gone, whatever happens. Other processes that ask wait. BadInput when the disk refuses.
-    """
-    part, lock = Path(f"{folder.absolute()}.ce-clip-part"), None
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(part.parent, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)                                        # let go when the process dies
-        if part.is_dir():
-            shutil.rmtree(part)                                                 # of a killed run
-        part.mkdir()
-        try:
-            yield part
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        remedy = "; make room, or name another place" * (error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS))
-        raise BadInput(f"{folder}: cannot be made ({str(error)[:300]}){remedy}") from None
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 # ---------------------------------------------------------------------------------------------------------------- fetch
