@@ -56,11 +56,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from support import painter, system
 from support.captions import caption_file, caption_rows, check_text, read_jsonl, sentence_key
-from support.images import decoded, refused_as, training_pixels
+from support.images import decoded, reader_loader, refused_as, training_pixels
 from support.shards import ShardSplit, is_pattern, shards_of, split_shards
 from support.system import BadInput
 from support.tables import TABLE_1
@@ -565,9 +565,8 @@ def collate(samples):
 
 def training_loader(split, image_size, batches, workers, pin_memory=False, features=None):
     """A DataLoader of micro-batches, each as collate gives it, in the order of `batches` (a Batches)."""
-    return DataLoader(TrainingPairs(split, image_size, features=features), batch_sampler=batches, collate_fn=collate, num_workers=workers,
-                      pin_memory=pin_memory, prefetch_factor=4 if workers else None, worker_init_fn=system.reader_start(),
-                      timeout=system.READER_SECONDS * (workers > 0))
+    return reader_loader(TrainingPairs(split, image_size, features=features), workers, batch_sampler=batches, collate_fn=collate,
+                         pin_memory=pin_memory, prefetch_factor=4 if workers else None)
 
 
 def own_memory(batch):

@@ -29,18 +29,19 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+from support import report, system                              # before torch: see support/__init__.py
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 import checkpoint
 import data
 from data import data_name
-from support import report, system
 from support.features import load_or_compute
-from support.images import normalize, to_uint8
-from support.processes import from_shares, own_batches, precision_of, start_processes
+from support.images import normalize, reader_loader, to_uint8
+from support.processes import all_gather_rows, own_batches, precision_of, start_processes
 from support.shards import is_pattern
 from support.system import BadInput, write_json
 from support.tables import KS, bootstrap_interval, change_of, compare_rows, notes, images_asked, recalls_as_text, table
@@ -77,8 +78,7 @@ def encode_images(model, read, batches, device, autocast, workers=0):
 
     read(i) -> image i, or raises BadInput. The model is in evaluation mode.
     """
-    loader = DataLoader(Images(read, model.cfg.image_size), batch_sampler=batches, collate_fn=_collate, num_workers=workers,
-                        worker_init_fn=system.reader_start(), timeout=system.READER_SECONDS * (workers > 0))
+    loader = reader_loader(Images(read, model.cfg.image_size), workers, batch_sampler=batches, collate_fn=_collate)
     with system.progress("images embedded", sum(map(len, batches))) as progress:
         for numbers, pixels, unreadable in loader:
             embed = torch.empty(0, model.cfg.embed_dim)
@@ -101,7 +101,7 @@ def embed_texts(model, ids, autocast, batch_size=128):
             with autocast():
                 rows.append(model.encode_text(tokens).float().cpu())            # (B, D)
             progress.update(len(batch))
-    return from_shares(batches, rows, torch.empty(len(ids), model.cfg.embed_dim))
+    return all_gather_rows(batches, rows, torch.empty(len(ids), model.cfg.embed_dim))
 
 
 def embed_images(model, read, count, device, autocast, batch_size=128, workers=0):
@@ -114,7 +114,7 @@ def embed_images(model, read, count, device, autocast, batch_size=128, workers=0
         if unreadable:
             raise BadInput(next(iter(unreadable.values())))
         rows.append(embed)
-    return from_shares(batches, rows, torch.empty(count, model.cfg.embed_dim))
+    return all_gather_rows(batches, rows, torch.empty(count, model.cfg.embed_dim))
 
 
 def embed_split(model, split, device, autocast, batch_size=128, workers=0, image_embed=None):
@@ -148,7 +148,7 @@ def best_ranks(queries, candidates, correct, chunk=None):
         for batch in batches:
             ranks.append(_ranks_of_chunk(queries[batch.start : batch.stop], candidates, [correct[q] for q in batch], place))
             progress.update(len(batch))
-    return from_shares(batches, ranks, torch.empty(len(queries), dtype=torch.int64))
+    return all_gather_rows(batches, ranks, torch.empty(len(queries), dtype=torch.int64))
 
 
 def _ranks_of_chunk(queries, candidates, correct, place):

@@ -42,7 +42,7 @@ from model import CLIP, CONFIGS, statistics_kept, to_device
 from support import system
 from support.features import Features
 from support.images import normalize
-from support.processes import from_all, largest, precision_of, start_processes
+from support.processes import all_gather_objects, all_reduce_max, precision_of, start_processes
 from support.run import Meter, Run, asked_to_stop, catch_signals
 from support.settings import description, parse_args, resolve
 from support.shards import is_pattern
@@ -312,18 +312,18 @@ class GradientSum:
 def exchange(image_keys, text_keys, bad, positives):
     """Before a step, between all processes: lists of the micro-batches' keys -> the truth of the global batch (loss.py, matches; None for
     --positives pair, where as in the paper each pair is its own only match), and all reports of bad pairs."""
-    if largest(len(bad)):
-        bad = sum(from_all(bad), [])
+    if all_reduce_max(len(bad)):
+        bad = sum(all_gather_objects(bad), [])
     if positives == "pair":
         return None, bad
-    most = largest(max(keys.shape[1] for keys in image_keys))
+    most = all_reduce_max(max(keys.shape[1] for keys in image_keys))
     image_keys = torch.cat([F.pad(keys, (0, most - keys.shape[1]), value=-1) for keys in image_keys])           # (B, M)
     return matches(gather(image_keys), gather(torch.cat(text_keys))), bad
 
 
 def agree(**facts):
     """Stop when the processes do not have the same settings, data, step and weights: on several nodes each must see the same files."""
-    first, *others = from_all(facts)
+    first, *others = all_gather_objects(facts)
     for rank, other in enumerate(others, 1):
         differ = [f"{name} {other[name]} where process 0 has {first[name]}" for name in first if other[name] != first[name]]
         if differ:

@@ -23,7 +23,7 @@ import torch
 
 from support import system, weights
 from support.formats import TOWER_SIZES
-from support.processes import from_all, rank_and_world
+from support.processes import all_gather_objects, rank_and_world
 from support.system import BadInput, is_locked
 
 ROWS = 4096                                                                     # images in a part
@@ -81,7 +81,7 @@ class Features:
         elif any(self.path(n).exists() for n in own):
             raise system.BadInput(f"--features {self.folder}: it has no features.json, so nobody knows what its parts were made of; "
                                   "delete it or name another folder")
-        return sorted(sum(from_all([n for n in own if not self.is_sound(n)]), []))
+        return sorted(sum(all_gather_objects([n for n in own if not self.is_sound(n)]), []))
 
     def is_sound(self, n):
         """Whether part n is there, and each row a unit vector, or NaN throughout."""
@@ -105,7 +105,7 @@ class Features:
                 content = json.dumps({"made_of": self.made_of}, ensure_ascii=False, indent=1)
                 system.write_text(self.folder / "features.json", content + "\n")
             self.compute(todo[self.rank :: self.world], encode, split, stop)
-            from_all(None)                                                      # all have written theirs
+            all_gather_objects(None)                                                      # all have written theirs
             if lock:
                 lock.close()
         opened_part.cache_clear()                                               # what was opened before may be another file by now
@@ -121,7 +121,7 @@ class Features:
                 lock = open(self.folder / "lock", "w")
             except OSError as error:
                 raise system.BadInput(f"--features {self.folder}: {error.strerror}; name another folder, or none") from None
-        while not from_all(is_locked(lock))[0]:
+        while not all_gather_objects(is_locked(lock))[0]:
             if not waited:
                 say(f"{self.folder}: another run computes features there; this one waits for them")
             waited = True
@@ -135,7 +135,7 @@ class Features:
         for images in map(self.images, parts):
             batches += [range(start, min(start + BATCH, images.stop)) for start in images[::BATCH]]
         embedded, rows = encode(batches), []
-        for k in range(max(from_all(len(batches)))):                            # in step with the others, that none waits long for another
+        for k in range(max(all_gather_objects(len(batches)))):                            # in step with the others, that none waits long for another
             stop()
             if k >= len(batches):
                 continue
@@ -203,7 +203,7 @@ def load_or_compute(folder, made_of, rows_of, compute):
     """
     folder = Path(folder)
     is_main = rank_and_world()[0] == 0
-    if any(from_all((folder / "features.json").exists())):                      # any: all processes must go the same way
+    if any(all_gather_objects((folder / "features.json").exists())):                      # any: all processes must go the same way
         embeds = _load(folder, made_of, rows_of)
         if is_main:
             print(f"embeddings of {folder} used again")
@@ -212,7 +212,7 @@ def load_or_compute(folder, made_of, rows_of, compute):
     if is_main:
         _keep(folder, made_of, rows_of, embeds)
         print(f"embeddings kept in {folder}")
-    from_all(None)                                                              # all wait until they are there
+    all_gather_objects(None)                                                              # all wait until they are there
     return embeds
 
 

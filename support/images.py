@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader
 
 from support import system
 from support.system import BadInput
@@ -178,3 +179,12 @@ def image_files(folder):
         paths = [os.path.join(where, name) for name in names]
         found += [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]          # a pipe would be waited for
     return sorted(found), unread
+
+
+def reader_loader(dataset, workers, **options):
+    """A DataLoader whose workers end with this process; it raises RuntimeError when they are stuck.
+
+    options: as DataLoader takes them.
+    """
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=system.reader_start(),
+                      timeout=system.READER_SECONDS if workers else 0, **options)

@@ -1,11 +1,11 @@
-"""The processes of one run, the device of each, and the precision that it computes in.
+"""The processes of one run: their devices, what they exchange, and the precision they compute in.
 
-    device, rank, world = start_processes()                     # joins the others, when torchrun has started this process
+    device, rank, world_size = start_processes()                # under torchrun: joins the others
     autocast, name = precision_of("auto", device)
     for batch in own_batches(len(split), 128): …                # this process's share of the work
-    whole = from_shares(batches, rows, whole)                   # … and what all have computed
+    whole = all_gather_rows(batches, rows, whole)               # the results of all processes
 
-What the loss sends between processes stands in loss.py, what the gradients do in train.py (`GradientSum`).
+loss.py shows what the loss exchanges, train.py (`GradientSum`) how gradients are summed.
 """
 import functools
 import os
@@ -21,65 +21,71 @@ from support import system
 from support.system import BadInput
 
 
-# ---------------------------------------------------------------------------------------------------------------- together
-
-
 def start_processes():
-    """-> (device, rank, world): what this process computes on, its number, how many there are.
+    """-> (device, rank, world_size) of this process.
 
-    Under torchrun it joins the process group: NCCL for tensors on GPUs (one per process), gloo for those on the CPU.
+    Under torchrun it joins the process group: NCCL for tensors on GPUs (one per process), gloo for
+    those on the CPU.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    rank, local_rank, local_world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
-    device = torch.device("cuda", local_rank) if local_world <= gpus else torch.device("cpu")
+    device = torch.device("cuda", local_rank) if local_size <= gpus else torch.device("cpu")
     if gpus and device.type == "cpu" and rank == 0:
-        print(f"{local_world} processes but {gpus} GPU: running on the CPU. Use --nproc_per_node {gpus} to run on the GPU.")
+        print(f"{local_size} processes but {gpus} GPU: running on the CPU. "
+              f"Use --nproc_per_node {gpus} to run on the GPU.")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if rank:
-        warnings.simplefilter("ignore")                                         # the first process warns for all
-    if world > 1:
+        warnings.simplefilter("ignore")                     # the first process warns for all
+    if world_size > 1:
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            # should torchrun itself be killed, its processes save and stop
+            # If torchrun itself is killed, its processes save and stop.
             system.end_with(os.getppid(), signal.SIGTERM)
-        store, rank, world = next(dist.rendezvous("env://", rank, world))
+        store, rank, world_size = next(dist.rendezvous("env://", rank, world_size))
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            store = fresh_store(store, rank, world)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
-    return device, rank, world
+            store = fresh_store(store, rank, world_size)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    return device, rank, world_size
 
 
-def fresh_store(store, rank, world, minutes=30):
-    """A part of torchrun's store that only living processes share. BadInput when they have not all come after `minutes`.
+def fresh_store(store, rank, world_size, minutes=30):
+    """A part of torchrun's store that only living processes share.
 
-    The store outlives the processes: after a restart it still holds the addresses of those that died, and the counts of restarts
-    differ from node to node (pytorch issue 135712). So process 0 draws a name, and answers everybody's question under that
-    question, which no dead process ever asked.
+    After a restart the store still holds the addresses of the processes that died, and the nodes
+    count restarts differently (pytorch issue 135712). So process 0 draws a new name. Every other
+    process asks for it under a key of its own, which no dead process has used, and gets the answer
+    there. BadInput when some process is missing after `minutes`.
     """
     name = uuid.uuid4().hex
     if rank:
         store.set(f"question {rank}", name)
-        name = store.get(f"answer {name}").decode()                             # waits for it
+        name = store.get(f"answer {name}").decode()         # waits for it
         store.add(f"{name} heard", 1)
     deadline = time.time() + 60 * minutes
-    while rank == 0 and store.add(f"{name} heard", 0) < world - 1:
-        for other in range(1, world):
+    while rank == 0 and store.add(f"{name} heard", 0) < world_size - 1:
+        for other in range(1, world_size):
             if store.check([f"question {other}"]):
                 store.set(f"answer {store.get(f'question {other}').decode()}", name)
         if time.time() > deadline:
-            raise BadInput(f"not all of the {world} processes of this run came within {minutes} minutes")
+            raise BadInput(f"not all of the {world_size} processes of this run came "
+                           f"within {minutes} minutes")
         time.sleep(0.05)
     return dist.PrefixStore(name, store)
 
 
+# ---- together: each function works without torch.distributed, too
+
+
 def rank_and_world():
-    """This process's number, and how many there are: 0 and 1 without torchrun."""
+    """(rank, world_size) of this process: (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def from_all(thing):
-    """What each process passes here, in rank order: a list of any objects."""
+def all_gather_objects(thing):
+    """The list of what each process passes, in rank order."""
     things = [thing]
     if dist.is_initialized():
         things *= dist.get_world_size()
@@ -87,46 +93,51 @@ def from_all(thing):
     return things
 
 
-def largest(number):
-    """The largest of all processes' whole numbers."""
+def all_reduce_max(number):
+    """The maximum over all processes of a whole number."""
     number = torch.tensor(number)
     if dist.is_initialized():
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
     return int(number)
 
 
-def wait_for_all():
-    """Return when every process has come here."""
+def barrier():
+    """Return when every process has called it."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def own_batches(count, batch_size):
-    """This process's batches of 0 … count - 1, as ranges. On any number of processes they are the same batches, so results round alike."""
-    rank, world = rank_and_world()
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    return batches[rank::world]
+    """This process's batches of 0 … count - 1, as ranges.
 
-
-def from_shares(batches, rows, whole):
-    """Fill `whole` with the rows that each process has computed for its own batches -> whole, the same on every process.
-
-    batches: ranges, as own_batches gives them; rows: for each its rows of `whole`, a tensor or an array.
+    The batches do not depend on the number of processes, so neither does the rounding of results.
     """
-    for some_batches, some_rows in from_all((batches, rows)):
+    rank, world_size = rank_and_world()
+    starts = range(0, count, batch_size)[rank::world_size]
+    return [range(start, min(start + batch_size, count)) for start in starts]
+
+
+def all_gather_rows(batches, rows, whole):
+    """Fill `whole` with the rows that all processes have computed -> whole, the same on each.
+
+    batches: ranges, as own_batches gives them. rows: for each batch its rows of `whole`, a tensor
+    or an array.
+    """
+    for some_batches, some_rows in all_gather_objects((batches, rows)):
         for batch, x in zip(some_batches, some_rows):
             whole[batch.start : batch.stop] = x
     return whole
 
 
-# ---------------------------------------------------------------------------------------------------------------- precision
+# ---- precision
 
 
 def precision_of(name, device, evaluating=False):
-    """"auto", "fp32", "bf16" or "fp16" -> (a context for the towers' forward pass, the name that auto came to).
+    """"auto", "fp32", "bf16" or "fp16" -> (autocast context for the towers, the precision's name).
 
-    auto is the fastest that is safe. For training bf16, whose range is that of fp32. For evaluation on a GPU fp16: as fast, and
-    eight times nearer to fp32; should it overflow, the embeddings are not finite and refused.
+    "auto" is the fastest safe one. For training that is bf16, which has the range of fp32. For
+    evaluation on a GPU it is fp16: as fast, and its rounding errors are an eighth. Should fp16
+    overflow, the embeddings are not finite and evaluation refuses them.
     """
     if name == "auto":
         if evaluating and device.type == "cuda":
@@ -140,9 +151,13 @@ def precision_of(name, device, evaluating=False):
 
 
 def bf16_is_fast(device):
-    """Whether this hardware multiplies bfloat16 matrices natively: NVIDIA from Ampere on; CPUs with AMX or AVX-512 BF16."""
+    """Whether the hardware multiplies bfloat16 matrices natively.
+
+    NVIDIA does from Ampere on, CPUs do with AMX or AVX-512 BF16.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    # private functions of torch: another version may not have them
-    probes = [getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")]
+    # These are private functions of torch: another version may lack them.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    probes = [getattr(torch.cpu, name, None) for name in names]
     return any(probe() for probe in probes if probe)

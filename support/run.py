@@ -22,7 +22,7 @@ import torch
 
 from support import system, weights
 from support.formats import compare
-from support.processes import largest, wait_for_all
+from support.processes import all_reduce_max, barrier
 from support.system import BadInput
 
 # May differ when a run continues, for they do not change the result. (The data may have moved: it has a fingerprint, of captions and
@@ -124,7 +124,7 @@ class Run:
 
         Raises BadInput when another run is writing there, or has left its best.pt.
         """
-        wait_for_all()                                                          # everyone has read last.pt before it is written again
+        barrier()                                                          # everyone has read last.pt before it is written again
         if not self.first:
             return
         self.out.mkdir(parents=True, exist_ok=True)
@@ -265,7 +265,7 @@ class Run:
 
         The model gets (1 - share) start.pt + share last.pt.
         """
-        wait_for_all()                                                          # both have been written
+        barrier()                                                          # both have been written
         start, end = self.start_weights(), weights.read(self.out / "last.pt")["model"]
         average = {key: x.lerp(end[key], share) if x.is_floating_point() else end[key] for key, x in start.items()}
         self.model.load_state_dict(average)
@@ -436,4 +436,4 @@ def catch_signals(first):
 
 def asked_to_stop(signals):
     """Whether a signal came to any process: then all of them stop after the same step."""
-    return largest(len(signals)) > 0
+    return all_reduce_max(len(signals)) > 0

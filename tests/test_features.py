@@ -148,7 +148,7 @@ def test_killed_and_continued_on_other_processes_the_files_are_the_same(tsv_fold
     assert list(contents(tmp_path / "killed")) == ["000000.npy"]
     things, own, meet, wrote = [None, None], threading.local(), threading.Barrier(2, timeout=60), []
 
-    def from_all(thing):
+    def all_gather_objects(thing):
         things[own.rank] = thing
         meet.wait()
         got = list(things)
@@ -160,7 +160,7 @@ def test_killed_and_continued_on_other_processes_the_files_are_the_same(tsv_fold
         made.rank, made.world = rank, 2
         made.complete(model, split, torch.device("cpu"), contextlib.nullcontext, 0, lambda line: None, lambda: None)
 
-    monkeypatch.setattr(features, "from_all", from_all)
+    monkeypatch.setattr(features, "all_gather_objects", all_gather_objects)
     monkeypatch.setattr(system, "write", lambda path, *rest, write=system.write, **more: wrote.append((own.rank, Path(path).name)) or write(path, *rest, **more))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(process, range(2)))

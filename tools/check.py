@@ -11,14 +11,13 @@ import warnings
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import data
 from data import data_name
 from model import Config
 from support import system
 from support.captions import sentence_key
-from support.images import decoded
+from support.images import decoded, reader_loader
 from support.shards import ShardSplit, captions_in, is_pattern, opened_index, read_at
 from support.system import BadInput
 from support.tables import TABLE_1, against_paper
@@ -197,8 +196,7 @@ def check_images(title, count, read, shown, found, processes):
     """
     numbers, of_bytes, of_pixels, looks = array.array("Q"), array.array("Q"), array.array("Q"), bytearray()
     workers = processes * (processes > 1)
-    loader = DataLoader(range(count), batch_size=32, collate_fn=functools.partial(look, read), num_workers=workers,
-                        worker_init_fn=system.reader_start(), timeout=system.READER_SECONDS * (workers > 0))
+    loader = reader_loader(range(count), workers, batch_size=32, collate_fn=functools.partial(look, read))
     with system.progress(f"{title}: images looked at", count) as progress:
         for i, (reason, bytes_key, pixels_key, brighter) in enumerate(itertools.chain.from_iterable(loader)):
             if reason:
