@@ -44,13 +44,10 @@ most, R pixels along a side, D width of an embedding.
 """
 import base64
 import hashlib
-import io
 import json
 import math
 import mmap
-import random
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -58,16 +55,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from support import painter, system
+from support import system
 from support.captions import caption_file, caption_rows, check_text, read_jsonl, sentence_key
 from support.images import decoded, reader_loader, refused_as, training_pixels
 from support.shards import ShardSplit, is_pattern, shards_of, split_shards
 from support.system import BadInput
-from support.tables import TABLE_1
 from tokenizer import Tokenizer
 
+PAINTED = ("demo", "landscapes", "english-landscapes", "poems")
 # Folder names of the published archives (Hugging Face data set OFA-Sys/chinese-clip-eval) and of the paper's own set, under --data-root.
-NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "ap-id": "AP-ID"}
+NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "ap-id": "AP-ID",
+         **{name: name for name in PAINTED}}
 
 
 # ---------------------------------------------------------------------------------------------------------------- a split
@@ -278,100 +276,12 @@ class FolderSplit(Split):
         return (self.folder / self.image_ids[i]).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------------- painted data sets
-
-
-class Painted(NamedTuple):
-    """What PaintedSplit must know of a painted data set: its sizes, and functions of painter.py."""
-
-    sizes: dict                                                                 # pairs in each split
-    endless: bool                                                               # whether train has new images in each epoch
-    draw: Callable                                                              # (rng) -> what is drawn by lot: a scene, or two verses
-    describe: Callable                                                          # (it, rng or None) -> its caption
-    shown: Callable                                                             # (it) -> the scene that its image shows
-    paint: Callable                                                             # (scene, rng) -> the image
-    split_of: Callable                                                          # (it) -> the split to which it belongs for ever
-
-
-PAINTED = {
-    "demo": Painted({"train": 8192, "valid": 300, "test": 500}, True, painter.random_scene, painter.describe, frozenset,
-                    painter.paint, painter.split_of_scene),
-    "landscapes": Painted({"train": 2000, "valid": 300, "test": 500}, False, painter.random_landscape, painter.describe_landscape,
-                          frozenset, painter.paint_landscape, painter.split_of_landscape),
-    "english-landscapes": Painted({"train": 4000, "valid": 300, "test": 500}, False, painter.random_landscape,
-                                  painter.describe_in_english, frozenset, painter.paint_landscape, painter.split_of_landscape),
-    "poems": Painted(TABLE_1["ap-id"], False, painter.random_poem, painter.poem_caption, painter.scene_of_poem,
-                     painter.paint_landscape, painter.split_of_poem),
-}
-
-
-class PaintedSplit(Split):
-    """A split of a painted data set: data for a first try, without a download. Pair k is image k with caption k.
-
-    Where `train` is endless each epoch paints so many new images. The others are fixed. In `valid` and `test` what a image
-    shows is never contained in what another shows, so that each caption is true of exactly one; in a fixed `train` no two show the
-    same.
-    """
-
-    def __init__(self, data, split, context_length=52):
-        sizes, endless, self.draw, self.describe, shown, self.paint, self.split_of = PAINTED[data]
-        if split not in sizes:
-            raise BadInput(f"{data}: no split {split!r}; it has {', '.join(sizes)}")
-        self.name, self.seed, size = f"{data}/{split}", f"{data} {split}", sizes[split]
-        self.endless = endless and split == "train"
-        if self.endless:
-            self.tokenizer, self.context_length = Tokenizer(self.name), context_length
-            self.texts, self.image_ids, self.positives, self.pairs = [], [], [], range(size)
-            return
-        rng, texts, self.scenes, seen = random.Random(self.seed), [], [], set()
-        while len(texts) < size:
-            drawn = self.draw(rng)
-            scene = shown(drawn)
-            if split == "train":
-                alike = scene in seen
-            else:
-                alike = any(scene <= other or other <= scene for other in self.scenes)
-            if self.split_of(drawn) == split and not alike:
-                self.scenes.append(scene)
-                seen.add(scene)
-                texts.append(self.describe(drawn, rng if split == "train" else None))
-        super().__init__(self.name, texts, list(range(size)), [[i] for i in range(size)], context_length)
-
-    def sample(self, epoch, k):
-        if not self.endless:
-            return self.image(k), *self.words(k)
-        number = epoch * len(self) + k                                          # of all images that are ever painted
-        rng = random.Random(f"{self.seed} {number}")
-        scene = self.draw(rng)
-        while self.split_of(scene) != "train":
-            scene = self.draw(rng)
-        ids = self.tokenizer([self.describe(scene, rng)], self.context_length)[0].numpy()
-        meaning = sentence_key(self.describe(scene))                            # the same scene in other words has the same key
-        return self.paint(scene, rng), ids, [meaning], meaning
-
-    def image(self, i):
-        return self.paint(self.scenes[i], random.Random(f"{self.seed} {i}"))
-
-    def image_bytes(self, i):
-        file = io.BytesIO()
-        self.image(i).save(file, "PNG", compress_level=1)                     # fast
-        return file.getvalue()
-
-    def where(self, k):
-        return {"file": self.name, "offset": k}
-
-    def image_name(self, k):
-        return f"{self.name}: image {k}"
-
-
 # ---------------------------------------------------------------------------------------------------------------- finding a data set
 
 
 def open_split(data, split, data_root="data", context_length=52) -> Split:
     """A split of the data set that `data` names: a known name (NAMES, PAINTED), a folder, or a pattern of tar shards. Raises
     BadInput when there is none."""
-    if data in PAINTED:
-        return PaintedSplit(data, split, context_length)
     if is_pattern(data):
         return ShardSplit(shards_of(str(data)), str(data), context_length)
     folder = find(data, data_root)
@@ -398,10 +308,12 @@ def find(data, data_root="data"):
     folder = Path(data)
     if data in NAMES:
         folder = Path(data_root) / NAMES[data]
+        if not folder.is_dir() and data in PAINTED:
+            raise BadInput(f"{data}: there is no folder {folder}; paint it: python -m tools.prepare paint {data} {folder}")
         if not folder.is_dir():
             raise BadInput(f"{data}: there is no folder {folder}; unpack the data set there or name another place with --data-root")
     elif not folder.is_dir():
-        raise BadInput(f"{data}: neither a folder, nor a pattern of tar shards, nor a known data set ({', '.join([*NAMES, *PAINTED])})")
+        raise BadInput(f"{data}: neither a folder, nor a pattern of tar shards, nor a known data set ({', '.join(NAMES)})")
     return folder
 
 
@@ -424,7 +336,7 @@ def all_names(data, data_root="data"):
     """Names of the splits of whatever --data can be."""
     if is_pattern(data):
         return ["train"]
-    return list(PAINTED[data].sizes) if data in PAINTED else split_names(find(data, data_root))
+    return split_names(find(data, data_root))
 
 
 # ---------------------------------------------------------------------------------------------------------------- augmentation

@@ -266,8 +266,6 @@ def features_folder(args, settings, train_split):
         changing = f"stage {args.stage} trains the vision tower"
     elif args.augment != "none":
         changing = f"--augment {args.augment} changes its images"
-    elif train_split.endless:
-        changing = f"{train_split.name} has new images in every epoch"
     if args.features not in ("auto", "none"):
         if changing:
             raise BadInput(f"--features {args.features}: {changing}, so there are no features to keep; leave it out")

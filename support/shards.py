@@ -35,8 +35,6 @@ class ShardSplit:
     shards at the first use.
     """
 
-    endless = False
-
     def __init__(self, shards, name, context_length):
         self.shards, self.name, self.context_length = shards, name, context_length
         self.tokenizer = Tokenizer(name)

@@ -57,6 +57,7 @@ from support.images import normalize, training_pixels
 from support.processes import precision_of
 from support.run import memory_mib
 from tokenizer import CLS, SEP, Tokenizer
+from tools import landscapes
 
 ROWS = ("image", "text", "stage1", "features", "stage2", "cached", "loss", "tokenizer", "loading", "evaluation", "memory")
 
@@ -294,7 +295,7 @@ class Bench:
         """1,000 captions of the painted sets, one in five with letters and digits."""
         rng = random.Random(0)
         texts = [painter.describe(painter.random_scene(rng)) for _ in range(500)]
-        texts += [painter.describe_landscape(painter.random_landscape(rng)) for _ in range(500)]
+        texts += [landscapes.describe_landscape(landscapes.random_landscape(rng)) for _ in range(500)]
         texts = [f"{text}，共{i}个 No.{i}" if i % 5 == 0 else text for i, text in enumerate(texts)]
         ours, theirs, equal = functools.partial(Tokenizer(), texts), None, False
         if self.peer:
@@ -486,7 +487,7 @@ def main():
     parser.add_argument("--compile", action="store_true", help="torch.compile for the vision tower, as with train.py")
     args = parser.parse_args()
     names = args.rows.split(",")
-    system.free_memory()                                                        # both sides as the C library does it
+    system.keep_freed_memory(False)                                             # both sides as the C library does it
     if args.model not in CONFIGS:
         raise system.BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     if args.peer and args.model not in checkpoint.PEER_NAMES:

@@ -23,8 +23,9 @@ import sys
 import time
 from pathlib import Path
 
-from support import painter, system
+from support import system
 from support.system import BadInput
+from tools import landscapes
 
 OUT = Path("runs/demo")
 SETS = ("english-landscapes", "landscapes", "poems")
@@ -60,8 +61,8 @@ def open_folder(old):
         OUT.mkdir(parents=True, exist_ok=True)
         if old and any(OUT.iterdir()) and not (OUT / "lock").exists():
             raise BadInput(f"--fresh: {OUT} was not made by demo.py, so nothing is deleted there; move it away")
-        lock = open(OUT / "lock", "a")                                          # also what tells that the folder is ours
-        if not system.is_locked(lock):
+        lock = system.lock(OUT / "lock")                                        # also what tells that the folder is ours
+        if lock is None:
             raise BadInput(f"{OUT}: another demo.py is at work there; wait for it, or end it")
         for name in old:
             if (OUT / name).exists():
@@ -89,11 +90,11 @@ def paint_classes(folder, each=8):
     """Images with one thing in each (and the water it needs), in a folder for each thing, as --classify takes them. All, or none."""
     part = folder.with_name("classes.part")
     shutil.rmtree(part, ignore_errors=True)
-    for name, element in painter.ELEMENTS.items():
-        (part / element.names[0]).mkdir(parents=True)
+    for name, element in landscapes.ELEMENTS.items():
+        (part / element["names"][0]).mkdir(parents=True)
         for k in range(each):
-            image = painter.paint_landscape(painter.with_water({name}), random.Random(f"classes {name} {k}"))
-            image.save(part / element.names[0] / f"{k}.png")
+            image = landscapes.paint_landscape(landscapes.with_water({name}), random.Random(f"classes {name} {k}"))
+            image.save(part / element["names"][0] / f"{k}.png")
     system.write_text(part / "templates.txt", "".join(f"{template}\n" for template in TEMPLATES))
     os.replace(part, folder)
 

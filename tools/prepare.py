@@ -93,7 +93,7 @@ def convert(source, dest, images, shards, skip_missing):
         raise BadInput(f"{dest} is there already; name a new folder" if source else "convert '': name a data set")
     by_name = path.name.lower().endswith((".zip", ".tgz", ".tar.gz"))
     packed = path.is_file() and (by_name or is_pattern(source) and is_release(path))
-    folder = None if packed or is_pattern(source) or source in data.PAINTED else data.find(source)
+    folder = None if packed or is_pattern(source) else data.find(source)
     original = packed or folder and not (caption_file(folder) or any(folder.glob("[!.]*_imgs.tsv")) or split_shards(folder))
     if original and (images is None or not Path(images).is_dir()):
         raise BadInput(f"--images {images}: there is no such folder" if images else
@@ -117,8 +117,6 @@ def convert(source, dest, images, shards, skip_missing):
         else:
             splits = ((split_name, data.open_split(source, split_name)) for split_name in data.all_names(source))
         for split_name, split in splits:
-            if split.endless:
-                continue
             if shards:
                 with contextlib.redirect_stdout(io.StringIO()):                 # it would name the folder that is being filled
                     write_shards(split, new, split_name, whole=True)
@@ -179,7 +177,7 @@ def main():
 def parse_args():
     parser = argparse.ArgumentParser(prog="python -m tools.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    known = f"{', '.join([*data.NAMES, *data.PAINTED])}, a folder, or a pattern of tar shards"
+    known = f"{', '.join(data.NAMES)}, a folder, or a pattern of tar shards"
 
     def add(name, text):
         one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -227,17 +225,14 @@ def counts(name, data_root):
 
 
 def shards(name, dest, data_root, only, per_shard, processes):
-    endless = name in data.PAINTED and data.PAINTED[name].endless
     names = data.all_names(name, data_root)
-    for split_name in [only] if only else names[endless:]:                      # an endless one has no end to write; the first, train
+    for split_name in [only] if only else names:
         write_shards(data.open_split(name, split_name, data_root), dest, split_name, per_shard, processes)
     print(f"Train on them with --data {dest}")
 
 
 def summary(name, split):
     """A line: what a split holds."""
-    if split.endless:
-        return f"{name:8} endless; {len(split):,} pairs an epoch"
     if isinstance(split, ShardSplit):
         return f"{name:8} {len(split.shards):8,} shards   {len(split):8,} pairs, {split.incomplete():,} of them without image or caption"
     return f"{name:8} {len(split.image_ids):8,} images {len(split.texts):8,} captions {len(split):8,} pairs"
@@ -245,8 +240,6 @@ def summary(name, split):
 
 def draw_sheet(split, path):
     """Up to 24 images that have a caption, evenly out of the split, six in a row; prints a caption of each."""
-    if split.endless:
-        raise BadInput(f"{split.name} is endless: draw valid or test")
     caption_of = {}                                                             # each image's first caption
     for text, images in zip(split.texts, split.positives):
         for i in images:
