@@ -38,14 +38,13 @@ from support.weight_files import open_file, open_folder
 
 FORMAT = "ce-clip 1"
 
-# Released weights (Hugging Face, OFA-Sys). They are downloaded into CE_CLIP_CACHE (default ~/.cache/ce-clip), from the mirror
-# HF_ENDPOINT where that is set.
+# Released weights: name -> repository and file on the Hugging Face hub.
 NAMES = {
-    "cn-clip-rn50":         "chinese-clip-rn50/resolve/main/clip_cn_rn50.pt",
-    "cn-clip-vit-b-16":     "chinese-clip-vit-base-patch16/resolve/main/clip_cn_vit-b-16.pt",
-    "cn-clip-vit-l-14":     "chinese-clip-vit-large-patch14/resolve/main/clip_cn_vit-l-14.pt",
-    "cn-clip-vit-l-14-336": "chinese-clip-vit-large-patch14-336px/resolve/main/clip_cn_vit-l-14-336.pt",
-    "cn-clip-vit-h-14":     "chinese-clip-vit-huge-patch14/resolve/main/clip_cn_vit-h-14.pt",
+    "cn-clip-rn50": ("OFA-Sys/chinese-clip-rn50", "clip_cn_rn50.pt"),
+    "cn-clip-vit-b-16": ("OFA-Sys/chinese-clip-vit-base-patch16", "clip_cn_vit-b-16.pt"),
+    "cn-clip-vit-l-14": ("OFA-Sys/chinese-clip-vit-large-patch14", "clip_cn_vit-l-14.pt"),
+    "cn-clip-vit-l-14-336": ("OFA-Sys/chinese-clip-vit-large-patch14-336px", "clip_cn_vit-l-14-336.pt"),
+    "cn-clip-vit-h-14": ("OFA-Sys/chinese-clip-vit-huge-patch14", "clip_cn_vit-h-14.pt"),
 }
 
 
@@ -109,7 +108,10 @@ def read(source, tower=None, mapped=True):
     try:
         content = open_folder(path) if path.is_dir() else open_file(path, mapped)
     except BadInput as error:
-        raise BadInput(f"{error}. Delete it, and it will be downloaded again" if path != Path(source) else str(error)) from None
+        if path == Path(source):
+            raise
+        # in the hub's cache the path is a link
+        raise BadInput(f"{error}. Delete {path.resolve()}, and it will be downloaded again") from None
     state = read_own(content, path) if content.get("format") == FORMAT else read_foreign(content, path, tower)
     if tower is None:
         return state
@@ -206,15 +208,15 @@ def resized(state, image_size):
 
 
 def find(source):
-    """A path, or a name of NAMES, whose file is downloaded once -> path."""
+    """A path, or a name of NAMES, whose file is downloaded once -> path. Raises BadInput."""
     path = Path(source)
     if str(source) and os.path.exists(path):
         return path
     if str(source) not in NAMES:
         raise BadInput(f"{source}: there is no such checkpoint. Name a file, a folder, or one of {', '.join(NAMES)}")
-    place = NAMES[str(source)]
-    cache = system.cache_folder()
-    return system.download(system.hub_url(f"OFA-Sys/{place}"), cache / place.rpartition("/")[2])
+    repo, name = NAMES[str(source)]
+    kept = system.cache_folder() / name                 # an older version downloaded it to here
+    return kept if kept.is_file() else system.download(repo, name, "pass its path")
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
