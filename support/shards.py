@@ -69,7 +69,7 @@ class ShardSplit:
     def order(self, seed, epoch):
         return ShardOrder(np.diff(self.starts), seed, epoch)
 
-    def sample(self, epoch, k):
+    def sample(self, k):
         words = self.words(k)                                                   # first: it costs less, should it fail
         with refused_as(self.image_name(k)):
             return self.pair_bytes(k), *words
