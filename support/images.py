@@ -1,4 +1,4 @@
-"""support.images"""
+"""Image files -> pixels: for evaluation exactly as Pillow gives them, for training faster."""
 import contextlib
 import functools
 import importlib.util
@@ -17,24 +17,35 @@ from support import system
 from support.system import BadInput
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-ORIENTATION = 0x0112                                                            # the EXIF tag that tells how to turn a image; 1: upright
+
+# Files with these endings count as images. Pillow cannot read heic and heif: they are reported.
+ENDINGS = {f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm", "ico",
+                                   "tga", "heic", "heif")}
+ORIENTATION = 0x0112                                        # the EXIF tag; 1: upright
+
+# CLIP's statistics of its training images, per RGB channel, of values in 0..1
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+# ---- decoding
 
 
 @contextlib.contextmanager
 def refused_as(name):
-    """Whatever goes wrong inside, in reading, decoding or resizing a image, becomes BadInput with its name."""
+    """Any error inside, in reading, decoding or resizing an image, becomes BadInput with its name."""
     try:
         yield
         return
     except UnidentifiedImageError:
-        reason = "not a image in a format that Pillow reads"
-    except Exception as error:                                                  # some forty decoders, each with its own kinds of error
+        reason = "not an image in a format that Pillow reads"
+    except Exception as error:                              # some forty decoders have their own
         reason = str(error)
     raise BadInput(f"{name} cannot be read ({reason}); replace or remove it")
 
 
 def open_image(encoded):
-    """Bytes of a image file -> a PIL image of which only the header has been read."""
+    """The bytes of an image file -> a PIL image of which only the header is read."""
     if not encoded:
         raise ValueError("it is empty")
     with warnings.catch_warnings():
@@ -44,7 +55,7 @@ def open_image(encoded):
 
 
 def decoded(read, name):
-    """read() -> bytes of a image file -> the image, RGB. Raises BadInput with its name when it cannot be read."""
+    """read() -> the bytes of an image file; -> the image, RGB. Raises BadInput with its name."""
     with refused_as(name):
         image = open_image(read())
         image.load()
@@ -52,29 +63,32 @@ def decoded(read, name):
 
 
 def image_at(paths, i, folder=""):
-    """Image i of some paths, relative to a folder. (A function of the module, so that it can be sent to workers on every system.)"""
+    """Image i of some paths, relative to a folder. (Not a closure: it is sent to workers.)"""
     return decoded(Path(folder, paths[i]).read_bytes, system.printable(paths[i]))
 
 
 def to_rgb(image):
-    """Any PIL image -> RGB as a person sees it: turned as its EXIF tag says, transparent parts on white, 16-bit grey scaled to 8.
-    RGB images stay bit for bit."""
+    """Any PIL image -> RGB as a person sees it.
+
+    It is turned as its EXIF tag says; transparent parts become white; 16-bit grey becomes 8-bit.
+    The pixels of RGB images do not change.
+    """
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) // 257).astype(np.uint8))
+        grey = np.asarray(image, dtype=np.int64).clip(0, 65535) // 257
+        image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-# CLIP's statistics of its training images, per RGB channel, of values in 0..1
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# ---- the pixels of evaluation
 
 
 class Transform:
-    """The evaluation transform, for a model to hand out with its weights: a PIL image -> (3, R, R) float32."""
+    """A PIL image -> (3, R, R) float32: the transform that a model's weights go with."""
 
     def __init__(self, size):
         self.size = size
@@ -84,62 +98,66 @@ class Transform:
 
 
 def to_uint8(image, size):
-    """The pixels of evaluation: a PIL image -> (3, size, size) uint8, bicubic with antialias, the whole image, no crop."""
-    image = to_rgb(image)                                                   # first: to resize palette indices mixes unrelated colours
+    """A PIL image -> (3, size, size) uint8: the whole image, no crop, bicubic with antialias."""
+    image = to_rgb(image)                                   # before: palette indices do not mix
     image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def normalize(pixels):
-    """(…, 3, R, R) in 0..1 -> what the vision tower expects: (pixels - mean) / std of each channel."""
+    """(…, 3, R, R) in 0..1 -> (pixels - mean) / std of each channel, as the vision tower takes it."""
     mean, std = statistics_on(pixels.device)
     return (pixels - mean) / std
 
 
 @functools.lru_cache(maxsize=16)
 def statistics_on(device):
-    """CLIP_MEAN and CLIP_STD, (3, 1, 1) each: sent to a device once, for a copy would wait until it is idle."""
+    """CLIP_MEAN and CLIP_STD, (3, 1, 1) each, copied to a device once: a copy waits for it."""
     return [torch.tensor(channels, device=device).view(3, 1, 1) for channels in (CLIP_MEAN, CLIP_STD)]
 
 
-def training_pixels(image, size, name):
-    """The pixels of training: the bytes of a image file, or a PIL image, painted -> (3, size, size) uint8. Raises BadInput with
-    its name when it cannot be read.
+# ---- the pixels of training
 
-    Evaluation's figures are compared with those of other programs, so its pixels are Pillow's, bit for bit. Training has no such
-    duty, but often waits for its images: so it takes faster ways, to pixels that differ by less than anyone sees (of 255, on
-    photos: 0.005 on average and 2 at most; decoded at a reduced scale 0.1 to 0.8, and 7).
+
+def training_pixels(encoded, size, name):
+    """The bytes of an image file -> (3, size, size) uint8. Raises BadInput with its name.
+
+    Faster than to_uint8, with pixels that differ by less than a person sees: of 255, on photos, by
+    0.005 on average and at most 2; at a reduced scale by 0.1 to 0.8, and at most 7. Evaluation
+    needs Pillow's exact pixels, so that its figures compare with those of other programs.
     """
-    if isinstance(image, Image.Image):
-        return to_uint8(image, size)
     with refused_as(name):
-        encoded, image = image, open_image(image)
+        image = open_image(encoded)
         whole = image.size
-        # A large JPEG is decoded at 1/2, 1/4 or 1/8, a part of the work; each side stays twice as long as needed.
+        # Decode a large JPEG at 1/2, 1/4 or 1/8, a part of the work; a side keeps 2 size or more.
         image.draft(None, (2 * size, 2 * size))
+        plain = image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == whole
         pixels = None
-        if image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == whole:     # not to be reduced
-            if image.getexif().get(ORIENTATION, 1) == 1:
-                pixels = jpeg_pixels(encoded)
-        if pixels is None:                                                      # every other kind of image
+        if plain and image.getexif().get(ORIENTATION, 1) == 1:
+            pixels = jpeg_pixels(encoded)
+        if pixels is None:
             image.load()
-            pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)                   # (3, H, W)
+            pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)     # (3, H, W)
         return resized(pixels, size)
 
 
 def resized(pixels, size):
-    """What `to_uint8` does, by torch, which takes a third of the time where the processor has AVX2:
-    (3, H, W) uint8 that lie in memory as (H, W, 3) -> (3, size, size)."""
+    """As to_uint8, by torch: with AVX2 in a third of the time. (3, H, W) -> (3, size, size).
+
+    In memory the pixels are (H, W, 3).
+    """
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return to_uint8(Image.fromarray(pixels.permute(1, 2, 0).numpy()), size)
     return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()
 
 
 def jpeg_pixels(encoded):
-    """An RGB or grey JPEG -> (3, H, W) uint8, Pillow's bits in less time. None where torchvision cannot: then Pillow decodes it, or
-    says what is wrong with the file."""
+    """An RGB or grey JPEG -> (3, H, W) uint8, equal to Pillow's but faster.
+
+    None when torchvision cannot: then Pillow decodes it, or says what is wrong with the file.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                                         # torch: that bytes are not to be written to; they are not
+        warnings.simplefilter("ignore")                     # the bytes are read-only, as they may be
         try:
             return jpeg_decoder()(torch.frombuffer(encoded, dtype=torch.uint8))
         except Exception:
@@ -148,36 +166,40 @@ def jpeg_pixels(encoded):
 
 @functools.cache
 def jpeg_decoder():
-    """torchvision's decode_jpeg, or where that is missing or broken a function that decodes nothing.
+    """torchvision's decode_jpeg; where that is missing or broken, a function that gives None.
 
-    Of torchvision only this library is loaded: importing the package would cost each worker three seconds and 90 MB, and its
-    function of that name only warns (from 0.29 on, that it will go) before it calls this one.
+    It loads that library alone. Importing torchvision costs each worker three seconds and 90 MB,
+    and its function of that name only warns that it will go (from 0.29 on) before it calls this.
     """
     try:
         (folder,) = importlib.util.find_spec("torchvision").submodule_search_locations
-        torch.ops.load_library(next(Path(folder).glob("image*.so")))            # image.so, from 0.29 on image_stable.so
-        return functools.partial(torch.ops.image.decode_jpeg, mode=3)           # 3: ImageReadMode.RGB
-    except Exception:                                                           # not there, made for another torch, …
+        torch.ops.load_library(next(Path(folder).glob("image*.so")))    # or image_stable.so
+        return functools.partial(torch.ops.image.decode_jpeg, mode=3)   # 3: ImageReadMode.RGB
+    except Exception:                                       # missing, made for another torch, …
         return lambda _: None
 
 
-# Pillow alone cannot read heic and heif: better counted than passed over.
-ENDINGS = {f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm", "ico", "tga", "heic", "heif")}
+# ---- reading many
 
 
 def image_files(folder):
-    """Every image under a folder, at any depth, known by the ending of its name -> paths relative to the folder, sorted; and
-    {folder: reason} of those in it that cannot be read.
+    """The images under a folder, at any depth -> paths relative to it, sorted; {folder: reason}.
 
-    What is hidden (.trash, ._cat.jpg) is left out, and so are folders that are links.
+    The second: what cannot be read. Hidden files and folders (.trash, ._cat.jpg) are left out, and
+    so are folders that are links.
     """
     found, unread = [], {}
-    note = lambda error: unread.update({os.path.relpath(error.filename, folder): error.strerror})
+
+    def note(error):
+        unread[os.path.relpath(error.filename, folder)] = error.strerror
+
     for where, folders, files in os.walk(folder, onerror=note):
-        folders[:] = [name for name in folders if not name.startswith(".")]     # in place: os.walk goes into these
-        names = [name for name in files if not name.startswith(".") and os.path.splitext(name)[1].lower() in ENDINGS]
-        paths = [os.path.join(where, name) for name in names]
-        found += [os.path.relpath(path, folder) for path in paths if os.path.isfile(path)]          # a pipe would be waited for
+        folders[:] = [name for name in folders if not name.startswith(".")]     # os.walk obeys this
+        for name in files:
+            path = os.path.join(where, name)
+            is_image = os.path.splitext(name)[1].lower() in ENDINGS
+            if is_image and not name.startswith(".") and os.path.isfile(path):      # not a pipe
+                found.append(os.path.relpath(path, folder))
     return sorted(found), unread
 
 
