@@ -3,90 +3,63 @@
     from tokenizer import Tokenizer
     ids = Tokenizer()(["一只猫", "明月松间照"], context_length=52)            # (2, 52) int64
 
-Text is lower-cased and “ and ” become ", then BERT's WordPiece cuts it over the 21,128 entries of bert-base-chinese
-(vocab.txt; its origin stands in vocab.NOTICE): each Chinese character is a token of its own, other words split into the
-longest known pieces. A row is [CLS], the first context_length - 2 tokens, [SEP], and 0 = [PAD] up to its end.
+Text is lower-cased and “ and ” become ". BERT's WordPiece then cuts it into the 21,128 entries of
+bert-base-chinese (vocab.txt; vocab.NOTICE names its origin): each Chinese character is one token,
+other words are split into the longest known pieces. A row is [CLS], the first context_length - 2
+tokens, [SEP], and 0 = [PAD] up to its end.
 """
-import itertools
-import re
-import unicodedata
 import warnings
 from pathlib import Path
 
-import numpy as np
 import tokenizers
 import torch
-from tokenizers import models, normalizers, pre_tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors
 
 VOCAB = Path(__file__).with_name("vocab.txt")
 PAD, UNK, CLS, SEP, MASK = 0, 100, 101, 102, 103
 
-# Where the library's normalizer is not BERT's: it takes this part of CJK Extension E for letters of a longer word, and drops
-# private-use characters (icons of web fonts), which make their word [UNK] in BERT. The first are spaced out here, the others
-# become a letter that no entry of the vocabulary has.
-ODD = re.compile("([\U0002B820-\U0002B91F])|[\uE000-\uF8FF\U000F0000-\U0010FFFF]")
-UNKNOWN_LETTER = "ꀀ"                                                             # of the Yi script
+# Where the library differs from BERT. Each of these characters is a word of its own in BERT.
+EXTENSION_E = Regex("[\U0002B820-\U0002B91F]")
+# One of these (icons of web fonts) makes its word [UNK]; so does ꀀ, which takes its place.
+PRIVATE_USE = Regex("[\uE000-\uF8FF\U000F0000-\U0010FFFF]")
 
 
 class Tokenizer:
-    """Chinese captions -> their token ids: call it with a list of them."""
+    """Captions -> token ids. Call it with a list of captions."""
 
     def __init__(self, name=""):
-        """`name` says in the warning whose captions were cut."""
-        vocab = {token: i for i, token in enumerate(VOCAB.read_text(encoding="utf-8").split("\n")[:-1])}
-        # [CLS], [SEP], … are not registered as special tokens: typed in a caption they are ordinary characters, and cannot steer the model.
-        self.wordpiece = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200))
-        # The normalizer cleans control characters, spaces out Chinese, strips accents.
-        self.wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
-        self.wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        # A Chinese character or a punctuation mark is a token of its own wherever it stands: looked up here, which is twenty times
-        # as fast. (Not those that NFD writes in another way: the normalizer changes them first.)
-        self.id_of_single = {c: i for c, i in vocab.items() if len(c) == 1 and is_single(c) and unicodedata.normalize("NFD", c) == c}
-        self.prefix = f"{name}: " if name else ""
-        self.warned = False
+        """`name` stands before the warning about cut captions."""
+        tokens = VOCAB.read_text(encoding="utf-8").split("\n")[:-1]
+        vocab = {token: i for i, token in enumerate(tokens)}
+        # No special tokens: [SEP] typed in a caption is plain text and cannot steer the model.
+        wordpiece = models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=200)
+        self.bert = tokenizers.Tokenizer(wordpiece)
+        self.bert.normalizer = normalizers.Sequence([
+            normalizers.Replace(Regex("[“”]"), '"'), normalizers.Replace(PRIVATE_USE, "ꀀ"),
+            normalizers.BertNormalizer(lowercase=True)])
+        self.bert.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(EXTENSION_E, "isolated"), pre_tokenizers.BertPreTokenizer()])
+        self.bert.post_processor = processors.BertProcessing(("[SEP]", SEP), ("[CLS]", CLS))
+        self.prefix, self.warned = f"{name}: " if name else "", False
 
-    def __call__(self, texts, context_length: int = 52):
-        """A list of T strings (or one string) -> (T, context_length) int64. Warns once, with the count, when captions are cut.
+    def __call__(self, texts, context_length=52):
+        """A list of T strings (or one string) -> (T, context_length) int64.
 
-        Raises ValueError for a context_length below 3: [CLS], one token and [SEP] need that.
+        Warns once, with their number, when captions are cut. ValueError: context_length below 3.
         """
         if context_length < 3:
             raise ValueError(f"context_length {context_length}: [CLS], one token and [SEP] need 3")
         texts = [texts] if isinstance(texts, str) else list(texts)
-        texts = [ODD.sub(lambda c: f" {c[1]} " if c[1] else UNKNOWN_LETTER, t.lower().replace("“", '"').replace("”", '"')) for t in texts]
-        room = context_length - 2
-
-        # the common case: every character of the caption is a token of its own
-        tokens, others = [], []                                                 # ids of each caption; numbers of those for the library
-        for text in texts:
-            try:
-                tokens.append([self.id_of_single[c] for c in text])
-            except KeyError:                                                    # it has something else: letters, digits, spaces, …
-                others.append(len(tokens))
-                tokens.append(None)
-        for i, encoding in zip(others, self.wordpiece.encode_batch_fast([texts[i] for i in others])):
-            tokens[i] = encoding.ids
-
-        # one row each, without a loop over the captions: NumPy fills the places before each row's end in reading order
-        cut = sum(len(row) > room for row in tokens)
-        rows = [[CLS, *row[:room], SEP] for row in tokens]
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))              # (T,)
-        ids = np.full((len(rows), context_length), PAD, np.int64)
-        ids[np.arange(context_length) < lengths[:, None]] = np.fromiter(itertools.chain.from_iterable(rows), np.int64, lengths.sum())
+        self.bert.enable_truncation(context_length)
+        self.bert.enable_padding(length=context_length)
+        ids, cut = torch.zeros(len(texts), context_length, dtype=torch.int64), 0
+        for start in range(0, len(texts), 1000):            # a row of the library takes 5 KB
+            part = [text.lower() for text in texts[start : start + 1000]]
+            rows = self.bert.encode_batch_fast(part)
+            ids[start : start + 1000] = torch.tensor([row.ids for row in rows])
+            cut += sum(bool(row.overflowing) for row in rows)
         if cut and not self.warned:
             self.warned = True
-            warnings.warn(f"{self.prefix}{cut} of {len(texts)} captions are longer than {room} tokens and were cut", stacklevel=2)
-        return torch.from_numpy(ids)
-
-
-# Where Unicode has its Chinese characters: the eight blocks that BERT names.
-CHINESE = ((0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
-           (0xF900, 0xFAFF), (0x2F800, 0x2FA1F))
-
-
-def is_single(c):
-    """Whether BERT sets this character apart from its neighbours: Chinese ones and punctuation, to which it counts ASCII's symbols."""
-    point = ord(c)
-    chinese = any(first <= point <= last for first, last in CHINESE)
-    ascii_symbol = point < 128 and c.isprintable() and not c.isalnum() and c != " "
-    return chinese or unicodedata.category(c).startswith("P") or ascii_symbol
+            warnings.warn(f"{self.prefix}{cut} of {len(texts)} captions are longer than "
+                          f"{context_length - 2} tokens and were cut", stacklevel=2)
+        return ids
