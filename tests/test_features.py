@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import png, write_tar, write_tsv_split
+from conftest import png, ready, write_tar, write_tsv_split
 from test_model import VIT, batch, build
 from test_train import QUICK, SMALL_VIT, equal_runs, metrics
 
 import checkpoint
-import data
 import train
 from data import open_split
+from evaluate import encode_images
 from support import features, system
 from support.features import Features
 from support.images import decoded, normalize, to_uint8
@@ -68,10 +68,20 @@ def shards(path, damaged=()):
     return write_tar(path, files)
 
 
-def all_features(model, split, folder, precision="fp32"):
-    made = Features(folder, model.eval(), split, precision)
-    made.complete(model, split, torch.device("cpu"), contextlib.nullcontext, 0, lambda line: None, lambda: None)
+def kept(model, split, folder, precision="fp32"):
+    """The store of train.py for these, as it stands in the folder."""
+    made_of = checkpoint.vision_facts(model) | {"data": split.fingerprint(), "precision": precision}
+    return Features(folder, made_of, split.image_count(), model.cfg.embed_dim)
+
+
+def complete(made, model, split):
+    encode = lambda batches: encode_images(model.eval(), split.image, batches, torch.device("cpu"), contextlib.nullcontext)
+    made.complete(encode, lambda line: None, lambda: None)
     return made
+
+
+def all_features(model, split, folder, precision="fp32"):
+    return complete(kept(model, split, folder, precision), model, split)
 
 
 def contents(folder):
@@ -102,10 +112,10 @@ def test_a_step_on_embeddings_is_the_step_on_their_images():
         model.freeze_vision()
         gradients = train.GradientSum([p for p in model.parameters() if p.requires_grad])
         inputs = pixels if given == "pixels" else model.encode_image(pixels)
-        results.append(train.train_step(model, [lambda: (inputs, ids)], [1], None, gradients, train.make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext))
+        results.append(train.train_step(model, [ready(inputs, ids)], None, gradients, train.make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext))
     torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=0)
-    halves, args = torch.randn(4, 8).half(), parse_args(["--stage", "1"])
-    assert torch.equal(train.prepare(halves, torch.ones(4, 6, dtype=torch.int64), range(4), (None, None), args, "cpu")[0], halves.float())
+    halves = torch.randn(4, 8).half()
+    assert torch.equal(train.MicroBatch(halves, None).images("cpu"), halves.float())
 
 
 def test_each_row_is_its_images_embedding_on_shards_as_on_tsv(tmp_path):
@@ -122,7 +132,7 @@ def test_each_row_is_its_images_embedding_on_shards_as_on_tsv(tmp_path):
                 with pytest.raises(BadInput, match="the image cannot be read .it is missing."):
                     made.sample(split, k)
                 continue
-            image, ids, *keys = split.sample(0, k)
+            image, ids, *keys = split.sample(k)
             row, words, *own_keys = made.sample(split, k)
             embed = model.encode_image(normalize(to_uint8(decoded(lambda: image, "it"), VIT.image_size)[None].float() / 255))[0]
             assert torch.equal(row, embed.detach().half()) and row.shape == (VIT.embed_dim,) and np.array_equal(words, ids) and own_keys == keys
@@ -156,11 +166,13 @@ def test_killed_and_continued_on_other_processes_the_files_are_the_same(tsv_fold
         return got
 
     def process(rank):
-        own.rank, made = rank, Features(tmp_path / "killed", model, split, "fp32")
-        made.rank, made.world = rank, 2
-        made.complete(model, split, torch.device("cpu"), contextlib.nullcontext, 0, lambda line: None, lambda: None)
+        own.rank, made = rank, kept(model, split, tmp_path / "killed")
+        made.rank, made.world_size = rank, 2
+        complete(made, model, split)
 
     monkeypatch.setattr(features, "all_gather_objects", all_gather_objects)
+    monkeypatch.setattr(features, "all_reduce_max", lambda number: max(all_gather_objects(number)))
+    monkeypatch.setattr(features, "barrier", lambda: all_gather_objects(None))
     monkeypatch.setattr(system, "write", lambda path, *rest, write=system.write, **more: wrote.append((own.rank, Path(path).name)) or write(path, *rest, **more))
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(process, range(2)))
@@ -191,13 +203,13 @@ def test_an_unreadable_image_is_replaced_and_reported_alike_with_and_without_fea
         command = stage_1(start_pt, tmp_path / "a.tar", tmp_path / kept, "--features", kept, "--max-steps", 8, "--max-bad")
         trained(*command, 0.5)
         reports.append((tmp_path / kept / "bad_samples.jsonl").read_text())
-    assert reports[0] == reports[1] and reports[0].count("not a image in a format that Pillow reads") == 2        # of its two captions
+    assert reports[0] == reports[1] and reports[0].count("not an image in a format that Pillow reads") == 2        # of its two captions
     assert np.isnan(np.load(tmp_path / "auto/features/000001.npy")).all(axis=1).tolist() == [True, False, False, False]
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "none"), rel=1e-3)
     assert "cannot be read, and of 24 only 0 may be (--max-bad 0.01)" in stops(*stage_1(start_pt, tmp_path / "a.tar", tmp_path / "few"))
 
 
-def test_a_image_that_was_mended_since_is_not_taken_for_a_damaged_one_in_silence(tmp_path):
+def test_an_image_that_was_mended_since_is_not_taken_for_a_damaged_one_in_silence(tmp_path):
     shards(tmp_path / "a.tar", damaged=[0])
     made = all_features(build(VIT), open_split(tmp_path / "a.tar", "train"), tmp_path / "f")
     shards(tmp_path / "b.tar")
@@ -245,11 +257,12 @@ def test_weights_that_are_no_numbers_are_refused_and_leave_no_part(tsv_folder, t
 def test_runs_share_a_folder_and_one_waits_for_the_other(tsv_folder, start_pt, tmp_path, trained, stops, passes, capsys, monkeypatch):  # noqa: F811
     shared = ["--features", tmp_path / "shared"]
     held = iter([False, False, True])
-    monkeypatch.setattr(features, "is_locked", lambda file: next(held))
+    real = features.system.lock
+    monkeypatch.setattr(features.system, "lock", lambda path: None if path.parent.name == "shared" and not next(held) else real(path))
     monkeypatch.setattr(features.time, "sleep", lambda seconds: None)
     trained(*stage_1(start_pt, tsv_folder, tmp_path / "a", *shared))
     assert capsys.readouterr().out.count("another run computes features there; this one waits") == 1
-    monkeypatch.setattr(features, "is_locked", None)                            # no lock needed: the folder may be one that cannot be written
+    assert list(held) == []                                                     # of here on it fails: no lock needed: the folder may be one that cannot be written
     passes.clear()
     trained(*stage_1(start_pt, tsv_folder, tmp_path / "b", *shared, "--lr", 2e-3))
     assert f"{tmp_path / 'shared'}, 0.0 MiB: used again" in capsys.readouterr().out and passes == [12]              # of the valid split
@@ -261,7 +274,6 @@ def test_runs_share_a_folder_and_one_waits_for_the_other(tsv_folder, start_pt, t
 @pytest.mark.parametrize("more, message", [
     (["--stage", 2], "stage 2 trains the vision tower, so there are no features to keep; leave it out"),
     (["--augment", "photo"], "--augment photo changes its images, so"),
-    (["--data", "demo"], "demo/train has new images in every epoch, so"),
     (["--features", ""], "--features '': name a folder, auto or none"),
 ])
 def test_where_embeddings_change_a_folder_for_them_is_refused(more, message, tsv_folder, tmp_path, stops):  # noqa: F811
