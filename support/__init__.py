@@ -8,13 +8,18 @@ captions         caption files: csv and jsonl
 shards           tar shards: the layout for more pairs than memory holds
 shard_writer     any split -> tar shards
 weight_files     .pt, .bin, .safetensors, TorchScript -> tensors
+checks           whether tensors are those of a model
 formats          how other projects name our tensors
 exports          our weights -> files for other projects
 weights          checkpoints: load, save, read, export
 features         embeddings kept on disk
-settings         stages, recipes, flags
+recipes          defaults of the stages, recipes, learning rates
+settings         flags, and every setting of a run
+remarks          what a run says about its settings
 tables           published rows, intervals, aligned columns
 report           pages for a browser
+meter            speed and memory of a training run
+resume           what must be the same when a run resumes
 run              the folder and the log of a training run
 painter          painted images, for a first try without a download
 """

@@ -1,5 +1,4 @@
 import base64
-import hashlib
 import http.server
 import io
 import json
@@ -12,6 +11,7 @@ import tarfile
 import threading
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,28 +162,32 @@ def stops(trained):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """A little hub: the file that is named `file` redirects to /storage and tells size and SHA-256, as Hugging Face does; the storage knows ranges, and cuts connections when told to."""
+    """A little Hugging Face hub with one file, server.file: sizes, hashes and ranges; it cuts connections when told to."""
 
     def do_HEAD(self):
-        self.server.asked.append(("HEAD", self.path, None))
-        if "/moved/" in self.path:
-            return self.head(307, Location=self.path.replace("/moved/", "/OFA-Sys/"))
-        if self.path.rpartition("/")[2] != self.server.file:
-            return self.head(404)
-        self.head(302, Location="/storage", **{"X-Linked-Size": str(len(self.server.content)), "X-Linked-ETag": f'"{self.server.tag}"'})
+        self.answer(send=False)
 
     def do_GET(self):
-        if self.path != "/storage":
-            return self.head(302, Location="/storage")
+        self.answer(send=True)
+
+    def answer(self, send):
+        hub, name = self.server, self.path.rpartition("/")[2]
+        if "/resolve/" not in self.path:                                        # what huggingface_hub asks beside files
+            return self.head(404)
         span = self.headers.get("Range")
-        self.server.asked.append(("GET", self.path, span))
-        first = int(span.removeprefix("bytes=").rstrip("-")) if span and self.server.ranges else 0
-        body = self.server.content[first:]
-        extra = {"Content-Range": f"bytes {first}-{len(self.server.content) - 1}/{len(self.server.content)}"} if span and self.server.ranges else {}
-        self.head(206 if extra else 200, **{"Content-Length": str(len(body)), **extra})
-        self.wfile.write(body[: self.server.cuts.pop(0)] if self.server.cuts else body)
-        self.wfile.flush()
-        self.server.pause.wait(60)
+        hub.asked.append((self.command, self.path, span))
+        if name != hub.file:
+            return self.head(404, **{"X-Error-Code": "EntryNotFound"})
+        first, size = int(span.removeprefix("bytes=").rstrip("-")) if span else 0, len(hub.content)
+        more = {"Content-Range": f"bytes {first}-{size - 1}/{size}"} if span else {}
+        announced = str(hub.announced or size)
+        self.head(206 if span else 200, **{"Content-Length": str(size - first), "ETag": f'"{hub.tag}"', "X-Repo-Commit": "c" * 40,
+                                           "X-Linked-Size": announced, **more})
+        if send:
+            body = hub.content[first:]
+            self.wfile.write(body[: hub.cuts.pop(0)] if hub.cuts else body)
+            self.wfile.flush()
+            hub.pause.wait(60)
 
     def head(self, code, **headers):
         self.send_response(code)
@@ -197,13 +201,21 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
+    """The little hub, for this process and for those that it starts; the hub's cache is tmp_path/hub."""
+    from huggingface_hub import constants
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.file = "clip_cn_rn50.pt"
-        server.content = random.Random(0).randbytes(3_000_000)
-        server.tag, server.asked, server.cuts, server.ranges, server.pause = hashlib.sha256(server.content).hexdigest(), [], [], True, threading.Event()
+        server.file, server.content = "clip_cn_rn50.pt", random.Random(0).randbytes(300_000)
+        server.tag, server.asked, server.cuts, server.announced = "a" * 64, [], [], None
+        server.pause = threading.Event()
         server.pause.set()
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()     # looks every 0.02 s whether it is to end
-        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}/")
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(constants, "ENDPOINT", address)                     # read from the environment when it was imported
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         monkeypatch.setattr(system.time, "sleep", lambda _: None)
@@ -227,6 +239,11 @@ def refused(*args):
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     return lines[0]
+
+
+def ready(pixels, ids, seed=0):
+    """A micro-batch for train.train_step whose images are prepared already."""
+    return SimpleNamespace(images=lambda device: pixels, ids=ids, seed=seed)
 
 
 def _process(rank, function, world, folder, args):

@@ -11,6 +11,7 @@ import numpy as np
 import peers
 import pytest
 import torch
+from conftest import ready
 from PIL import Image
 
 import checkpoint
@@ -156,9 +157,10 @@ def test_ten_steps_equal_cn_clip(cfg, dtype, tmp_path, monkeypatch):
         theirs.backward()
         optimizers[0].step()
         peer.logit_scale.data.clamp_(0, 4.6052)
-        train.set_lr(optimizers[1], train.learning_rate(step, lr, warmup, steps))
+        for group in optimizers[1].param_groups:
+            group["lr"] = train.learning_rate(step, lr, warmup, steps)
         assert optimizers[0].param_groups[0]["lr"] == pytest.approx(optimizers[1].param_groups[0]["lr"])
-        mine, _ = train.train_step(ours, [lambda: (pixels, ids)], [step], None, gradients, optimizers[1], scaler, autocast)
+        mine, _ = train.train_step(ours, [ready(pixels, ids, step)], None, gradients, optimizers[1], scaler, autocast)
         assert mine == pytest.approx(theirs.item(), rel=1e-5)
     mine = {k: p.detach().float() for k, p in ours.named_parameters()}
     assert_close_tensors(mine, in_our_names(mine, dict(peer.named_parameters())), 1e-5)

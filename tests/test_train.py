@@ -20,7 +20,7 @@ import peers
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, bomb, jpeg, on_processes, png, refused, script, write_tar, write_tsv_split
+from conftest import ROOT, bomb, jpeg, on_processes, png, ready, refused, script, write_tar, write_tsv_split
 from test_model import RESNET, VIT, batch, build
 
 import checkpoint
@@ -29,7 +29,8 @@ import train
 from loss import contrastive_loss, matches
 from model import Config
 from support.images import Transform
-from support.run import Meter, Run
+from support.meter import Meter
+from support.run import Run
 from support.settings import RECIPES, fitting_lr, parse_args
 from support.system import BadInput
 
@@ -566,7 +567,7 @@ def test_what_chooses_by_recall_needs_a_valid_split(tsv_folder, tmp_path, stops)
     (["--mask-tokens", "1.5"], "--mask-tokens 1.5: out of range"),
     (["--micro-batch", "0"], "--micro-batch 0: out of range"),
     (["--max-bad", "nan"], "--max-bad nan: out of range"),
-    (["--patch-dropout", "0.5"], "--patch-dropout 0.5: there are no patches to leave out, for a ResNet has none"),
+    (["--patch-dropout", "0.5"], "--patch-dropout 0.5: there are no patches to leave out: a ResNet has none"),
     (["--data", "shards/{000..002}.tar"], "3 of 3 shards are missing, the first shards/000.tar"),
 ])
 def test_wrong_arguments_give_one_line(more, message, tmp_path, stops):
@@ -617,7 +618,7 @@ def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(damaged
     assert "no validation, so no best.pt" in output and "20 so far, 50 may be" in output and "finished" in output
     bad = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert len(bad) == 20 and {b["pair"] for b in bad} == {i for i in range(1000) if i % 50 == 7} and all(1 <= b["step"] <= 10 for b in bad)              # each once, all in the first epoch
-    for reason in ("image file is truncated", "not a image in a format", "the caption is missing", "exceeds limit"):
+    for reason in ("image file is truncated", "not an image in a format", "the caption is missing", "exceeds limit"):
         assert sum(reason in b["reason"] for b in bad) == 5
     assert all(Path(b["file"]).is_file() and b["offset"] > 0 for b in bad)
 
@@ -647,17 +648,18 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tsv_folder, tmp
 def test_fp16_scaling_skips_steps_that_overflow_and_counts_them():
     model, (pixels, ids) = build(VIT).train(), batch(VIT)
     optimizer, gradients = train.make_optimizer(model, 0.1), train.GradientSum(list(model.parameters()))
-    train.set_lr(optimizer, 1e-3)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     run = Run(Path("nowhere"), {}, 0, model, optimizer, scaler)
     taken = []
     for step in range(1, 41):
         before = model.text_projection.detach().clone()
-        loss, norm = train.train_step(model, [lambda: (pixels, ids)], [step], None, gradients, optimizer, scaler, contextlib.nullcontext)
-        run.took(step, loss, norm, None)
+        loss, norm = train.train_step(model, [ready(pixels, ids, step)], None, gradients, optimizer, scaler, contextlib.nullcontext)
+        run.after_step(step, loss, norm, None)
         taken.append(not torch.equal(before, model.text_projection))
         assert taken[-1] == math.isfinite(norm)
-    run.look()
+    run.check_last_step()
     assert 0 < run.skipped == taken.count(False) < 20 and not taken[0] and len(run.losses) == 40
 
 
@@ -682,7 +684,9 @@ def test_matrices_decay_and_gains_do_not():
 def test_masked_tokens_are_never_padding_or_ends():
     ids = torch.tensor([[101, 500, 600, 102, 0, 0]] * 4)
     args = parse_args(["--stage", "2", "--mask-tokens", "0.9", "--batch-size", "4"])
-    _, masked = train.prepare(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), ids, range(4), train.random_draws(args, 1, 6), args, "cpu")
+    keys, pixels = torch.arange(4), torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+    (micro,), *_ = train.read_batch(iter([(pixels, ids, keys[:, None], keys, [])]), [range(4)], 1, args, 6)
+    masked = micro.ids
     assert (masked[:, [0, 3, 4, 5]] == ids[:, [0, 3, 4, 5]]).all() and (masked == 103).sum() >= 4
 
 
@@ -708,7 +712,7 @@ def test_the_cached_step_equals_autograd_through_the_same_chunks_kept_in_memory(
         gradients = train.GradientSum([p for p in model.parameters() if p.requires_grad])
         optimizer = train.make_optimizer(model, 0.1)                            # its learning rate is 0
         if cached:
-            loss, norm = train.train_step(model, [lambda c=c: c for c in chunks], [5, 6, 7], truth, gradients, optimizer, torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext)
+            loss, norm = train.train_step(model, [ready(*chunk, seed) for seed, chunk in zip((5, 6, 7), chunks)], truth, gradients, optimizer, torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext)
         else:
             embeds = []
             for seed, chunk in zip((5, 6, 7), chunks):
@@ -740,7 +744,7 @@ def test_one_micro_batch_is_embedded_once():
     for tower in (model.vision, model.text):
         tower.register_forward_pre_hook(lambda module, _: passes.append(type(module).__name__))
     optimizer, gradients = train.make_optimizer(model, 0.1), train.GradientSum(list(model.parameters()))
-    train.train_step(model, [lambda: (pixels, ids)], [1], None, gradients, optimizer, torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext)
+    train.train_step(model, [ready(pixels, ids)], None, gradients, optimizer, torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext)
     assert passes.count("VisionTransformer") == 1 and passes.count("BertEncoder") <= 4              # groups of captions of like length
 
 
@@ -755,7 +759,7 @@ def _sent(rank, world, stage):
     dist.all_reduce = lambda x, **more: sent.append(x.numel()) or reduce(x, **more)
     torch.manual_seed(0)
     share = slice(4 * rank, 4 * rank + 4)
-    loss, norm = train.train_step(model.eval(), [lambda: (pixels[share], ids[share])], [1], None, gradients, train.make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext)
+    loss, norm = train.train_step(model.eval(), [ready(pixels[share], ids[share])], None, gradients, train.make_optimizer(model, 0.1), torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext)
     dist.all_reduce = reduce
     return torch.tensor(sent), early[0], len(gradients.buckets), loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 

@@ -55,7 +55,7 @@ from model import CLIP, CONFIGS
 from support import painter, system
 from support.images import normalize, training_pixels
 from support.processes import precision_of
-from support.run import memory_mib
+from support.meter import memory_mib
 from tokenizer import CLS, SEP, Tokenizer
 from tools import landscapes
 
@@ -238,19 +238,17 @@ class Bench:
         optimizer = train.make_optimizer(model, 0.001)
         gradients = train.GradientSum([p for p in model.parameters() if p.requires_grad])
         scaler = torch.amp.GradScaler(self.device.type, enabled=name == "fp16")
-        settings = types.SimpleNamespace(augment="none", mask_tokens=0.0)
-        on_device = lambda pixels, ids: functools.partial(train.prepare, pixels, ids, None, (None, None), settings, self.device)
         pixels = self.pixels
         if features:
             with torch.no_grad():
-                pixels = torch.cat([model.encode_image(on_device(p, None)()[0]) for p in pixels.split(64)]).half().cpu()            # (B, D)
+                pixels = torch.cat([model.encode_image(train.MicroBatch(p, None).images(self.device)) for p in pixels.split(64)]).half().cpu()            # (B, D)
         pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
-        ready = [on_device(p, ids) for p, ids in zip(pixels.chunk(micro_batches), self.ids.chunk(micro_batches))]
-        ours = lambda: train.train_step(model, ready, [1] * len(ready), None, gradients, optimizer, scaler, autocast)
+        ready = [train.MicroBatch(p, ids) for p, ids in zip(pixels.chunk(micro_batches), self.ids.chunk(micro_batches))]
+        ours = lambda: train.train_step(model, ready, None, gradients, optimizer, scaler, autocast)
         theirs, difference = None, ""
         if self.peer and micro_batches == 1:
             theirs = self.peer.step(self.pixels, self.ids, precision, frozen)
-            difference = self.peer.difference(self.model, *ready[0](), self.pixels, self.ids)
+            difference = self.peer.difference(self.model, ready[0].images(self.device), ready[0].ids, self.pixels, self.ids)
         # 3: the backward pass takes two products for each one of the forward pass. What `cached` embeds a second time does not count
         of_image = 0 if features else self.image_ops if frozen else 3 * self.image_ops
         needed = 3 * self.text_ops + of_image
