@@ -1,9 +1,6 @@
 """Files of weights -> named tensors. No code of a file ever runs.
 
-    open_file("clip_cn_vit-b-16.pt")        # .pt, .bin, .safetensors or TorchScript -> a dictionary
-    open_folder("chinese-clip-vit-base")    # a Hugging Face folder: one file, or shards
-
-A damaged file is BadInput, with one line that says which file.
+open_file reads .pt, .bin, .safetensors and TorchScript; open_folder a folder of Hugging Face.
 """
 import json
 import pickle
@@ -61,8 +58,7 @@ def read_any(path, mapped):
 def open_folder(path):
     """The tensors of a Hugging Face folder: one file, or shards that an index lists.
 
-    They are read into memory, not mapped: queries, keys and values, a quarter of the file, are
-    joined later, and mapped they would take memory twice.
+    Not mapped: its queries, keys and values are joined later, and would take memory twice.
     """
     names = ("model.safetensors", "model.safetensors.index.json",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -81,9 +77,10 @@ def open_folder(path):
             raise BadInput(f"{path / name}: missing, but listed in {file.name}")
         shard = open_file(path / name, mapped=False)
         listed = {key for key, where in shard_of.items() if where == name}
-        for key in sorted(map(str, shard.keys() ^ listed)):
-            how = "missing, but listed in" if key in listed else "not listed for it in"
-            raise BadInput(f"{path / name}: {key} is {how} {file.name}")
+        wrong = sorted(map(str, shard.keys() ^ listed))
+        if wrong:
+            raise BadInput(f"{path / name}: its tensors are not those that {file.name} lists: "
+                           f"{wrong[0]}")
         tensors |= shard
     return tensors
 
@@ -99,10 +96,9 @@ def read_json(path):
     return content
 
 
-# ---- safetensors
+# ---- safetensors (https://huggingface.co/docs/safetensors)
 #
-# https://huggingface.co/docs/safetensors: 8 bytes n, little-endian; n bytes of JSON,
-# {name: {dtype, shape, data_offsets}}; then the numbers.
+# 8 bytes n, little-endian; n bytes of JSON {name: {dtype, shape, data_offsets}}; the numbers.
 SAFETENSORS = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
@@ -151,8 +147,8 @@ def read_torchscript(archive):
 
     data.pkl describes nested modules; the numbers lie in data/0, data/1, …
     """
-    root = next(name for name in archive.namelist() if name.endswith("/constants.pkl"))
-    root = root.removesuffix("/constants.pkl")
+    names = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
+    root = names[0].removesuffix("/constants.pkl")
     dtypes = {
         "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "BoolStorage": torch.bool,
         "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
