@@ -1,11 +1,10 @@
 """A folder that is there whole or not at all."""
 import contextlib
 import errno
-import fcntl
-import os
 import shutil
 from pathlib import Path
 
+from support import system
 from support.system import BadInput
 
 
@@ -17,11 +16,11 @@ def filled_beside(folder):
     happens. It also removes what a killed run left. A second process waits for the first.
     Raises BadInput when the disk refuses.
     """
-    part, lock = Path(f"{Path(folder).absolute()}.ce-clip-part"), None
+    place, lock = Path(folder).absolute(), None
+    part = place.with_name(f"{place.name}.ce-clip-part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(part.parent, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)                    # the system releases it with the process
+        lock = system.lock(place.with_name(f".{place.name}.lock"), wait=True)       # an empty file
         if part.is_dir():
             shutil.rmtree(part)
         part.mkdir()
@@ -36,4 +35,4 @@ def filled_beside(folder):
         raise BadInput(f"{folder}: cannot be made ({str(error)[:300]}){remedy}") from None
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.close()

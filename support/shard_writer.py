@@ -1,5 +1,4 @@
 """support.shard_writer"""
-import fcntl
 import io
 import json
 import multiprocessing
@@ -47,7 +46,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
             while helper.is_alive():
                 helper.join(timeout=0.5)
                 progress.update(done.value - progress.n)
-    os.close(lock)
+    lock.close()
     if any(helper.exitcode for helper in helpers):
         raise BadInput(f"{folder}: not all shards were written; the line above says why. Run it again to go on")
     captions = sum(map(len, texts_of))
@@ -62,11 +61,10 @@ def _reserve(folder, name, plan):
         is_ours = marker.exists() and marker.read_bytes() == plan.encode()
         if (marker.exists() or name in split_shards(folder)) and not is_ours:
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or delete them and {marker.name}")
-        lock = os.open(folder, os.O_RDONLY)                                     # inherited by the helpers: held until the last one ends
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = system.lock(folder / ".lock")                                    # the helpers end with this process
+        if lock is None:
+            raise BadInput(f"{folder}: another process is writing shards there")
         system.write_text(marker, plan)
-    except BlockingIOError:
-        raise BadInput(f"{folder}: another process is writing shards there") from None
     except OSError as error:
         raise BadInput(f"{folder}: shards cannot be written there ({error}); make room or name another folder") from None
     return lock

@@ -1,16 +1,18 @@
 """Getting the data: fetched whole or not at all, no archive can write outside of its folder, conversions that lose nothing, and a look through that finds what is wrong."""
-import hashlib
+import base64
+import errno
 import io
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
 import tarfile
-import threading
 import warnings
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,11 +22,11 @@ from PIL import Image
 
 import data
 from data import open_split
+from support import folders, painter, system
 from support.system import BadInput
 from support.tables import TABLE_1
-from tools import prepare
+from tools import check, landscapes, prepare, releases
 from tools.check import BLIND, BROKEN, CLOSED, EMPTY, LEAKED, LONG, SHARED, SILENT, SIMILAR, TWICE, UNKNOWN
-from tools.releases import unpack
 
 
 def contents(folder):
@@ -46,6 +48,7 @@ def relation(split):
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
+    monkeypatch.setattr(os, "sync", lambda: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------- fetch
@@ -60,52 +63,47 @@ def published(hub, tmp_path):
 
     def publish(entries, damage=lambda content: content):
         hub.file, hub.content = "COCO-CN.zip", damage(write_zip(tmp_path / "made.zip", entries).read_bytes())
-        hub.tag = hashlib.sha256(hub.content).hexdigest()
     publish({f"COCO-CN/{name}": content for name, content in files.items()})
-    return SimpleNamespace(hub=hub, publish=publish, files=files, root=tmp_path / "data", folder=tmp_path / "data/COCO-CN")
+    return SimpleNamespace(hub=hub, publish=publish, files=files, root=tmp_path / "data", folder=tmp_path / "data/COCO-CN", hub_cache=tmp_path / "hub")
 
 
 def left(root):
-    return sorted(path.name for path in root.iterdir() if path.suffix != ".lock")
+    """What lies in a folder; a lock, which is empty, may stay."""
+    return sorted(path.name for path in root.iterdir() if not path.name.endswith(".lock")) if root.exists() else []
 
 
-def test_a_published_set_is_fetched_and_told_beside_table_1(published, called):
-    said = called(data, "fetch", "coco-cn", "--data-root", published.root)
-    assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
+def test_a_published_set_is_fetched_and_told_beside_table_1(published, called, tmp_path):
+    said = called(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN"]
     assert published.hub.asked[0][1] == "/datasets/OFA-Sys/chinese-clip-eval/resolve/main/COCO-CN.zip"
-    assert "train           5 images        5 captions        5 pairs; the paper's table 1 has 22,980\n" in said
-    assert said.splitlines()[-1] == (f"Next: python data.py check coco-cn --data-root {published.root}; then python train.py --recipe coco-cn-base --micro-batch 256 --data-root {published.root}. "
-                                     "COCO-CN.zip is no longer needed.")
+    first, *counts, last = said.splitlines()
+    zip_file = first.partition("unpacked. ")[2].removesuffix(" is no longer needed")
+    assert (tmp_path / "hub") in Path(zip_file).parents and os.path.getsize(zip_file) == len(published.hub.content)
+    assert counts[0] == "train           5 images        5 captions        5 pairs; the paper's table 1 has 22,980"
+    assert last == (f"Next: python -m tools.prepare check coco-cn --data-root {published.root}; "
+                    f"then python train.py --recipe coco-cn-base --micro-batch 256 --data-root {published.root}")
     asked = len(published.hub.asked)
-    (published.root / "COCO-CN.zip").unlink()
-    assert "is there already" in called(data, "fetch", "coco-cn", "--data-root", published.root) and len(published.hub.asked) == asked
+    assert "is there already" in called(prepare, "fetch", "coco-cn", "--data-root", published.root) and len(published.hub.asked) == asked
 
 
-def test_a_cut_download_goes_on(published, called):
-    published.hub.cuts = [1000]
-    called(data, "fetch", "coco-cn", "--data-root", published.root)
-    assert [span for what, _, span in published.hub.asked if what == "GET"] == ["bytes=0-", "bytes=1000-"] and contents(published.folder) == published.files
-
-
-def test_a_zip_that_is_there_is_used_without_the_net_and_no_top_folder_is_needed(published, called, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+def test_what_cannot_be_downloaded_can_be_put_in_place_by_hand(published, called, stopped):
+    published.hub.file = "another.zip"
+    line = stopped(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert re.search("chinese-clip-eval/COCO-CN.zip: cannot be downloaded .*404 Not Found.*HF_ENDPOINT names a mirror.*put it at .*data/COCO-CN.zip. From the original release", line)
+    assert left(published.root) == []
+    asked = len(published.hub.asked)
     published.root.mkdir()
     litter = {"__MACOSX/._train_imgs.tsv": b"x", "._train_imgs.tsv": b"x", ".DS_Store": b"x"}
-    write_zip(published.root / "COCO-CN.zip", {"README": b"r", **litter, **published.files})
-    called(data, "fetch", "coco-cn", "--data-root", published.root)
-    assert contents(published.folder) == {"README": b"r", **published.files}
+    write_zip(published.root / "COCO-CN.zip", {"README": b"r", **litter, **published.files})        # without a top folder, too
+    called(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder) == {"README": b"r", **published.files} and len(published.hub.asked) == asked
 
 
-def test_names_that_are_not_utf8(published, called, monkeypatch):
-    published.publish({"COCO-CN/" + name: content for name, content in published.files.items()} | {"COCO-CN/xxxx": b"gb"}, lambda content: content.replace(b"COCO-CN/xxxx", b"COCO-CN/\xc4\xe3\xba\xc3"))
-    called(data, "fetch", "coco-cn", "--data-root", published.root)
+def test_names_that_are_not_utf8(published, called):
+    published.publish({"COCO-CN/" + name: content for name, content in published.files.items()} | {"COCO-CN/xxxx": b"gb"},
+                      lambda content: content.replace(b"COCO-CN/xxxx", b"COCO-CN/\xc4\xe3\xba\xc3"))
+    called(prepare, "fetch", "coco-cn", "--data-root", published.root)
     assert set(contents(published.folder)) > set(published.files)
-    marked = zipfile.ZipInfo("你.txt")
-    published.publish({marked: b"x"}, lambda content: content.replace("你".encode(), b"\xff\xff\xff"))
-    (published.root / "COCO-CN.zip").unlink()
-    published.folder.rename(published.root / "away")
-    with pytest.raises(BadInput, match="damaged or cut short .*delete it and run this again"):
-        called(data, "fetch", "coco-cn", "--data-root", published.root)
 
 
 def as_link(name="COCO-CN/link"):
@@ -114,14 +112,34 @@ def as_link(name="COCO-CN/link"):
     return entry
 
 
-@pytest.mark.parametrize("name, message", [("../evil", "could lead out"), ("COCO-CN/../../evil", "could lead out"), ("/tmp/evil", "could lead out"), ("C:/evil", "could lead out"), ("c:evil", "could lead out"),
-                                           ("..\\evil", "could lead out"), (as_link(), "a link or a device"), ("COCO-CN//train_imgs.tsv", "it is there twice"), ("COCO-CN/./train_imgs.tsv", "it is there twice"),
-                                           ("COCO-CN", "is a file and a folder"), ("COCO-CN/test_imgs.tsv/x", "is a file and a folder")], ids=str)
-def test_entries_that_could_do_harm_are_refused_before_anything_is_written(name, message, published, stopped, monkeypatch):
-    published.publish({**{f"COCO-CN/{file}": content for file, content in published.files.items()}, name: b"evil"})
-    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: pytest.fail("it looked for room"))
-    line = stopped(data, "fetch", "coco-cn", "--data-root", published.root)
-    assert message in line and "nothing was unpacked" in line and left(published.root) == ["COCO-CN.zip"]
+@pytest.mark.parametrize("name", ["../evil", "COCO-CN/../../evil", "/evil", "C:/evil", "..\\evil", as_link(), as_link("/tmp/link")], ids=str)
+def test_no_entry_of_a_zip_leaves_the_folder_or_becomes_a_link(name, published, called, tmp_path):
+    """zipfile itself keeps them inside, as plain files."""
+    before = set(tmp_path.rglob("*"))
+    published.publish({**{f"COCO-CN/{file}": content for file, content in published.files.items()}, name: b"/etc/passwd"})
+    called(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder).items() >= published.files.items() and left(published.root) == ["COCO-CN"]
+    made = [path for path in set(tmp_path.rglob("*")) - before if "hub" not in path.parts]
+    assert not any(path.is_symlink() for path in made)
+    assert {path.name for path in made if path.parent == tmp_path} <= {"data", "made.zip"}
+
+
+@pytest.mark.parametrize("name", ["COCO-CN", "COCO-CN/test_imgs.tsv/x"])
+def test_an_entry_that_is_a_file_and_a_folder_is_refused(name, published, stopped):
+    published.publish({**{f"COCO-CN/{file}": content for file, content in published.files.items()}, name: b"x"})
+    assert "COCO-CN: cannot be made" in stopped(prepare, "fetch", "coco-cn", "--data-root", published.root) and left(published.root) == []
+
+
+@pytest.mark.parametrize("name, kind, target", [("coco-cn_val.txt", tarfile.SYMTYPE, "/etc/passwd"), ("coco-cn_val.txt", tarfile.LNKTYPE, "x"), ("null", tarfile.CHRTYPE, ""),
+                                                ("../evil", tarfile.REGTYPE, ""), ("a/../../evil", tarfile.REGTYPE, "")])
+def test_links_and_devices_and_names_that_lead_out_of_a_tar_are_refused(name, kind, target, tmp_path, stopped):
+    entry = tarfile.TarInfo(name)
+    entry.type, entry.linkname = kind, target
+    with tarfile.open(tmp_path / "evil.tgz", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("x"))
+        tar.addfile(entry)
+    line = stopped(prepare, "convert", tmp_path / "evil.tgz", tmp_path / "out", "--images", tmp_path)
+    assert re.search("is a link or a device|would be extracted to", line) and not list(tmp_path.parent.rglob("evil")) and left(tmp_path) == ["evil.tgz"]
 
 
 def test_encrypted_entries_are_refused(published, stopped):
@@ -130,7 +148,7 @@ def test_encrypted_entries_are_refused(published, stopped):
         content[at + 8] |= 1
         return bytes(content)
     published.publish({f"COCO-CN/{name}": content for name, content in published.files.items()}, encrypt)
-    assert "it is encrypted; nothing was unpacked" in stopped(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert "is encrypted" in stopped(prepare, "fetch", "coco-cn", "--data-root", published.root) and left(published.root) == []
 
 
 def flip(content):
@@ -145,11 +163,12 @@ def flip(content):
 def test_a_damaged_zip_says_what_to_do_and_leaves_nothing(damage, published, stopped, called):
     whole = published.hub.content
     published.publish({f"COCO-CN/{name}": content for name, content in published.files.items()}, damage)
-    line = stopped(data, "fetch", "coco-cn", "--data-root", published.root)
-    assert re.search("COCO-CN.zip: damaged or cut short .*; delete it and run this again", line) and left(published.root) == ["COCO-CN.zip"]
-    (published.root / "COCO-CN.zip").unlink()
-    published.hub.content, published.hub.tag = whole, hashlib.sha256(whole).hexdigest()
-    called(data, "fetch", "coco-cn", "--data-root", published.root)
+    line = stopped(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    found = re.search("COCO-CN.zip: damaged, cut short or encrypted .*. Delete (.*) and run this again", line)
+    assert found and left(published.root) == []
+    os.unlink(found[1])
+    published.hub.content = whole
+    called(prepare, "fetch", "coco-cn", "--data-root", published.root)
     assert contents(published.folder) == published.files
 
 
@@ -163,8 +182,8 @@ def test_no_byte_that_is_changed_makes_it_crash(published, tmp_path):
         for at in range(0, min(len(content), 700), 5):
             (tmp_path / name).write_bytes(content[:at] + bytes([content[at] ^ 0x41]) + content[at + 1 :])
             try:
-                with prepare.filled_beside(tmp_path / "out") as part:
-                    unpack(tmp_path / name, part, "get it again")
+                with folders.filled_beside(tmp_path / "out") as part:
+                    releases.unpack(tmp_path / name, part, "Get it again")
                 outcomes.add("unpacked")
             except BadInput as error:
                 outcomes.add("refused")
@@ -174,45 +193,64 @@ def test_no_byte_that_is_changed_makes_it_crash(published, tmp_path):
 
 
 def test_a_full_disk_and_forbidden_folders_are_one_line(published, stopped, monkeypatch):
+    fetch = prepare, "fetch", "coco-cn", "--data-root", published.root
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-        assert re.search(r"COCO-CN.zip: 0 MiB when unpacked, and .*data has room for 0; make room", stopped(data, "fetch", "coco-cn", "--data-root", published.root))
+        patch.setattr(releases.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+        assert re.search(r"COCO-CN.zip: 0 MiB when unpacked, and .*data has room for 0; make room", stopped(*fetch))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        assert re.search("COCO-CN: cannot be made .*No space left", stopped(data, "fetch", "coco-cn", "--data-root", published.root))
-    assert left(published.root) == ["COCO-CN.zip"]
+        patch.setattr(releases.zipfile.ZipFile, "extract", full)
+        assert re.search("COCO-CN: cannot be made .*No space left.*make room", stopped(*fetch))
+    assert left(published.root) == []
     (published.root / "COCO-CN.ce-clip-part").write_bytes(b"")
-    assert "COCO-CN: cannot be made" in stopped(data, "fetch", "coco-cn", "--data-root", published.root)
+    assert "COCO-CN: cannot be made" in stopped(*fetch)
 
 
-def test_killed_before_it_is_renamed_it_goes_on(published, called, monkeypatch):
-    """A process that dies at the rename leaves no folder; the next call removes what it left. Another file's leftovers are not taken over."""
-    code = "import os, sys, prepare; prepare.os.replace = lambda a, b, real=os.replace: os._exit(9) if str(b).endswith('COCO-CN') else real(a, b); prepare.fetch('coco-cn', sys.argv[1])"
-    assert subprocess.run([sys.executable, "-c", code, published.root], cwd=ROOT).returncode == 9
-    assert left(published.root) == ["COCO-CN.ce-clip-part", "COCO-CN.zip"]
+KILLED = """import os, sys, pathlib
+from tools import prepare
+def rename(self, target, real=pathlib.Path.rename):
+    print("ready", flush=True)
+    sys.stdin.read()                # until it is killed, or told to go on
+    return real(self, target)
+pathlib.Path.rename = rename
+prepare.fetch("coco-cn", sys.argv[1])"""
+
+
+def fetching(root):
+    """A process that fetches, and waits before the folder gets its name."""
+    process = subprocess.Popen([sys.executable, "-c", KILLED, root], cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_killed_before_it_is_renamed_it_starts_again(published, called):
+    process = fetching(published.root)
+    process.kill()
+    process.wait()
+    assert left(published.root) == ["COCO-CN.ce-clip-part"]
     (published.root / "COCO-CN.ce-clip-part/COCO-CN/old").write_text("of a killed run")
-    called(data, "fetch", "coco-cn", "--data-root", published.root)
-    assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
+    called(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder) == published.files and left(published.root) == ["COCO-CN"]
 
 
-def test_several_at_the_same_time_unpack_once(published, monkeypatch, capsys):
-    unpacked, real = [], unpack
-    monkeypatch.setattr(prepare, "unpack", lambda *args: unpacked.append(args) or real(*args))
-    racing = [threading.Thread(target=prepare.fetch, args=("coco-cn", str(published.root))) for _ in range(4)]
-    for thread in racing:
-        thread.start()
-    for thread in racing:
-        thread.join()
-    assert len(unpacked) == 1 and contents(published.folder) == published.files and left(published.root) == ["COCO-CN", "COCO-CN.zip"]
-    assert capsys.readouterr().out.count("Next: ") == 4
+def test_a_second_process_waits_and_does_not_unpack_again(published, called, monkeypatch):
+    process = fetching(published.root)
+    real = system.lock
+    monkeypatch.setattr(folders.system, "lock", lambda *args, **options: process.stdin.close() or real(*args, **options))          # it may go on
+    monkeypatch.setattr(prepare, "unpack", lambda *_: pytest.fail("it unpacked again"))
+    said = called(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert process.wait() == 0 and contents(published.folder) == published.files and "Next: " in said
 
 
 def test_what_is_no_data_set(published, stopped):
     published.publish({"COCO-CN/readme.txt": b"x"})
-    assert "0 of its folders have *_imgs.tsv" in stopped(data, "fetch", "coco-cn", "--data-root", published.root)
-    assert left(published.root) == ["COCO-CN.zip"]
-    published.folder.mkdir()
-    assert re.search("no captions.csv .* Or move .*COCO-CN and COCO-CN.zip away", stopped(data, "fetch", "coco-cn", "--data-root", published.root))
+    assert "0 of its folders have *_imgs.tsv" in stopped(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    published.publish({"COCO-CN/train_imgs.tsv": b"x"})
+    shutil.rmtree(published.hub_cache)
+    line = stopped(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert re.search("COCO-CN.zip: train_texts.jsonl is missing beside train_imgs.tsv. Delete .* and run this again", line) and left(published.root) == []
 
 
 # ---------------------------------------------------------------------------------------------------------------- convert
@@ -256,7 +294,7 @@ def packed(tmp_path, files, how):
 @pytest.mark.parametrize("how", ["folder", "zip", "tar", "tar.gz", "tgz"])
 @pytest.mark.parametrize("release, files", [("coco", COCO), ("flickr", FLICKR)])
 def test_original_releases(release, files, how, tmp_path, image_folder, called):
-    said = called(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--images", image_folder)
+    said = called(prepare, "convert", packed(tmp_path, files, how), tmp_path / "out", "--images", image_folder)
     assert "; the paper's table 1 has " in said and ("zhm_test.txt" in said) == (release == "flickr")
     for name, expected in SAID[release].items():
         split = open_split(tmp_path / "out", name)
@@ -266,7 +304,7 @@ def test_original_releases(release, files, how, tmp_path, image_folder, called):
 
 
 def test_releases_become_shards(tmp_path, image_folder, called):
-    called(data, "convert", packed(tmp_path, COCO, "folder"), tmp_path / "out", "--images", image_folder, "--shards")
+    called(prepare, "convert", packed(tmp_path, COCO, "folder"), tmp_path / "out", "--images", image_folder, "--shards")
     for name, expected in SAID["coco"].items():
         assert sorted(relation(open_split(tmp_path / "out", name))) == sorted((text, [jpeg(number)]) for text, number in expected)
 
@@ -279,13 +317,13 @@ def test_any_layout_is_converted_without_a_loss(layout, options, tsv_folder, tmp
     if layout == "folder":
         source = write_files(tmp_path / "folder", {"captions.csv": "image,caption,split\na b/1.png,一,train\n2.png,一,train\n2.png,二,train\n3.png,三,test\n", **{name: png(seed=n) for n, name in enumerate(("a b/1.png", "2.png", "3.png"))}})
     elif layout in ("shards", "pattern"):
-        called(data, tsv_folder, "--write-shards", tmp_path / "shards", "--per-shard", 5)
+        called(prepare, "shards", tsv_folder, tmp_path / "shards", "--per-shard", 5)
         source = tmp_path / "shards" if layout == "shards" else str(tmp_path / "shards/train-*.tar")
     if layout == "tsv":
         write_files(source, {"._train_imgs.tsv": b"\0", "._valid_imgs.tsv": b"\0"})
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*captions are longer")               # nothing is cut here
-        called(data, "convert", source, tmp_path / "out", *options)
+        called(prepare, "convert", source, tmp_path / "out", *options)
     names = ["train"] if layout == "pattern" else ["train", "test"] if layout == "folder" else ["train", "valid", "test"]
     assert data.split_names(tmp_path / "out") == names
     for name in names:
@@ -301,7 +339,7 @@ def edited(files, name, change):
 
 
 @pytest.mark.parametrize("files, message", [
-    (edited(COCO, "coco-cn_val.txt", lambda t: t + "两 个\n"), "release/deep/coco-cn_val.txt, line 2: expected a image id"),
+    (edited(COCO, "coco-cn_val.txt", lambda t: t + "两 个\n"), "release/deep/coco-cn_val.txt, line 2: expected an image id"),
     (edited(COCO, "coco-cn_test.txt", lambda t: t + "\nCOCO_val2014_000000000021\n"), "coco-cn_test.txt, line 3: COCO_val2014_000000000021 stands in the valid split already"),
     (edited(COCO, "imageid.human-written-caption.txt", lambda t: "COCO_x 无\n" + t), "caption.txt, line 1: expected `ID#number<TAB>caption`"),
     (edited(COCO, "imageid.human-written-caption.txt", lambda t: t + "COCO_val2014_000000000031#1\t \n"), "caption.txt, line 6: expected `ID#number<TAB>caption`"),
@@ -317,51 +355,45 @@ def edited(files, name, change):
     ({"a.txt": "nothing"}, "neither the original COCO-CN")])
 @pytest.mark.parametrize("how", ["folder", "zip"])
 def test_what_is_wrong_with_a_release_is_named_with_its_line(files, message, how, tmp_path, image_folder, stopped):
-    line = stopped(data, "convert", packed(tmp_path, files, how), tmp_path / "out", "--images", image_folder)
+    line = stopped(prepare, "convert", packed(tmp_path, files, how), tmp_path / "out", "--images", image_folder)
     assert message.removeprefix("release/deep/") in line and "-part" not in line
     assert str(tmp_path / ("release" if how == "folder" else "release.zip")) in line and not (tmp_path / "out").exists() and not (tmp_path / "out.ce-clip-part").exists()
 
 
 def test_missing_images_are_counted_and_left_out_only_when_told_to(tmp_path, image_folder, called, stopped):
     (image_folder / "val2014/COCO_val2014_000000000012.jpg").unlink()
-    command = data, "convert", packed(tmp_path, COCO, "tgz"), tmp_path / "out", "--images", image_folder
+    command = prepare, "convert", packed(tmp_path, COCO, "tgz"), tmp_path / "out", "--images", image_folder
     assert re.search(r"1 of 4 images are not under .*, the first COCO_val2014_000000000012.jpg \(coco-cn_train.txt, line 2\).*--skip-missing", stopped(*command))
     assert not (tmp_path / "out").exists()
-    assert re.search("left out: 1 of 4 images .*; 1 captions with them", called(*command, "--skip-missing"))
+    assert re.search("left out: 1 of 4 images .*, and their captions", called(*command, "--skip-missing"))
     assert open_split(tmp_path / "out", "train").image_ids == [11]
 
 
-def test_captions_of_no_list_and_images_of_no_caption_are_said(tmp_path, image_folder, called):
+def test_captions_of_no_list_are_said(tmp_path, image_folder, called):
     files = edited(COCO, "imageid.human-written-caption.txt", lambda t: t.replace("COCO_val2014_000000000012#0", "COCO_val2014_000000000099#0"))
     with pytest.warns(UserWarning) as said:
-        called(data, "convert", packed(tmp_path, files, "folder"), tmp_path / "out", "--images", image_folder)
+        called(prepare, "convert", packed(tmp_path, files, "folder"), tmp_path / "out", "--images", image_folder)
     assert [re.sub("/.*/", "", str(w.message)) for w in said] == [
-        "1 captions are left out, for their images are in no list; the first: imageid.human-written-caption.txt, line 3",
-        "1 images have no caption; they are kept as candidates for a search. The first: coco-cn_train.txt, line 2"]
+        "1 captions are left out, because their images are in no list; the first: imageid.human-written-caption.txt, line 3"]
     assert open_split(tmp_path / "out", "train").image_ids == [11, 12] and len(open_split(tmp_path / "out", "train")) == 2
 
 
 def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
     release = packed(tmp_path, COCO, "folder")
-    assert "name the folder of the images (MSCOCO's, or Flickr30K's) with --images" in stopped(data, "convert", release, tmp_path / "out")
-    assert "there is no such folder" in stopped(data, "convert", release, tmp_path / "out", "--images", tmp_path / "none")
-    assert "it holds its own images" in stopped(data, "convert", tsv_folder, tmp_path / "out", "--images", image_folder)
-    assert "is there already" in stopped(data, "convert", tsv_folder, release)
-    assert "neither a folder" in stopped(data, "convert", tmp_path / "none", tmp_path / "out")
+    assert "name the folder of the images (MSCOCO's, or Flickr30K's) with --images" in stopped(prepare, "convert", release, tmp_path / "out")
+    assert "there is no such folder" in stopped(prepare, "convert", release, tmp_path / "out", "--images", tmp_path / "none")
+    assert "it holds its own images" in stopped(prepare, "convert", tsv_folder, tmp_path / "out", "--images", image_folder)
+    assert "is there already" in stopped(prepare, "convert", tsv_folder, release)
+    assert "neither a folder" in stopped(prepare, "convert", tmp_path / "none", tmp_path / "out")
     write_files(image_folder, {"again/COCO_val2014_000000000031.jpg": b"x"})
-    assert "has the same name; which is meant?" in stopped(data, "convert", release, tmp_path / "out", "--images", image_folder)
-    link = tarfile.TarInfo("coco-cn_val.txt")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    with tarfile.open(tmp_path / "evil.tar", "w") as tar:
-        tar.addfile(link)
-    assert "a link or a device; nothing was unpacked" in stopped(data, "convert", tmp_path / "evil.tar", tmp_path / "out", "--images", image_folder)
+    assert "has the same name; which is meant?" in stopped(prepare, "convert", release, tmp_path / "out", "--images", image_folder)
     content = packed(tmp_path, COCO, "tar").read_bytes()
     with tarfile.open(tmp_path / "release.tar") as tar:
         at = tar.getmembers()[4].offset                                         # a header in the middle, where tarfile would stop without a word
     (tmp_path / "header.tar").write_bytes(content[:at] + b"\xff" * 512 + content[at + 512 :])
-    assert "damaged or cut short" in stopped(data, "convert", tmp_path / "header.tar", tmp_path / "out", "--images", image_folder)
+    assert "damaged or cut short" in stopped(prepare, "convert", tmp_path / "header.tar", tmp_path / "out", "--images", image_folder)
     (tmp_path / "out").mkdir()                                                  # an empty folder may be there
-    called(data, "convert", tsv_folder, tmp_path / "out")
+    called(prepare, "convert", tsv_folder, tmp_path / "out")
     assert len(contents(tmp_path / "out")) == 6
 
 
@@ -370,11 +402,11 @@ def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
 
 @pytest.fixture
 def checked(called, tmp_path):
-    """data.py check -> (exit status, what it says, {the kind's first words: findings})."""
+    """prepare check -> (exit status, what it says, {the kind's first words: findings})."""
     def run(*args):
         status, said = 0, None
         try:
-            said = called(data, "check", *args, "--json", tmp_path / "found.json")
+            said = called(prepare, "check", *args, "--json", tmp_path / "found.json")
         except SystemExit as stop:
             status = stop.code
         found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
@@ -391,7 +423,7 @@ def in_layout(layout, tmp_path, splits):
             write_tar(folder / f"{split}-000000.tar", {name: content for i, (encoded, texts) in enumerate(samples) for name, content in
                                                        ((f"{i}.jpg", encoded), (f"{i}.json", json.dumps({"texts": texts}).encode())) if (texts if name.endswith("json") else encoded is not None)})
         elif layout == "tsv":
-            write_files(folder, {f"{split}_imgs.tsv": "".join(f"{i}\t{prepare.base64.b64encode(encoded).decode()}\n" for i, (encoded, _) in enumerate(samples) if encoded is not None)})
+            write_files(folder, {f"{split}_imgs.tsv": "".join(f"{i}\t{base64.b64encode(encoded).decode()}\n" for i, (encoded, _) in enumerate(samples) if encoded is not None)})
             texts = [{"text": text, "image_ids": [i] if encoded is not None else []} for i, (encoded, texts) in enumerate(samples) for text in texts]
             write_files(folder, {f"{split}_texts.jsonl": "".join(json.dumps({"text_id": t, **record}) + "\n" for t, record in enumerate(texts))})
         else:
@@ -431,8 +463,8 @@ def test_every_kind_of_finding_in_every_layout(layout, processes, tmp_path, chec
     splits = {"train": [(png(seed=n), [f"第{n}张"]) for n in range(40)] + [(encoded(landscape(1), format="PNG"), ["山"]), (faint(100), ["墙"]), (png(seed=0), ["又一次"]), (png(seed=7)[:-30], ["坏"])],
               "test": [(png(seed=3), ["同一张"]), (other_bytes(png(seed=4), format="PNG", compress_level=0), ["同样的像素"]), (encoded(landscape(1), format="JPEG", quality=60), ["像"]),
                        (faint(101), ["白墙"]), (png(seed=50), ["第1张", "长" * 61]), (png(seed=51), ["☃ ☃ ☃ 好"]), (b"<html>", ["坏了"]), (bomb(), ["炸弹"])]}
-    readers, real = [], prepare.DataLoader
-    monkeypatch.setattr(prepare, "DataLoader", lambda *args, **options: readers.append(options["num_workers"]) or real(*args, **options))
+    readers, real = [], check.reader_loader
+    monkeypatch.setattr(check, "reader_loader", lambda dataset, workers, **options: readers.append(workers) or real(dataset, workers, **options))
     status, _, found, rows = checked(in_layout(layout, tmp_path, splits), "--processes", processes)
     assert readers == [0 if processes == 1 else 2] * 2
     assert status == 1 and [(row["images"], row["captions"], row["pairs"]) for row in rows] == [(44, 44, 44), (8, 9, 9)]
@@ -477,15 +509,14 @@ def test_shards_that_are_cut_short(tmp_path, checked):
     assert status == 1 and list(found) == [CLOSED] and rows[0]["split"] == "all"
 
 
-def test_a_sound_set_by_name_beside_table_1_and_the_painted_one(tmp_path, tsv_folder, checked, monkeypatch):
+def test_a_sound_set_by_name_beside_table_1(tmp_path, tsv_folder, checked, monkeypatch):
     tsv_folder.rename(tmp_path / "COCO-CN")
     monkeypatch.setitem(TABLE_1, "coco-cn", {"train": 12, "valid": 3_185, "test": 1_053})
     for name in (["coco-cn", "--data-root", tmp_path], [tmp_path / "COCO-CN"]):
-        status, said, found, _ = checked(*name)
-        assert status == 0 and not found and said.endswith("sound\n")
-        assert said.splitlines()[:2] == ["train          12 images       12 captions       12 pairs, as in the paper's table 1", "valid          12 images       12 captions       12 pairs; the paper's table 1 has 3,185"]
-    status, said, found, rows = checked("demo")
-    assert status == 0 and set(found) <= {SIMILAR} and "train is endless: not looked through" in said and [row["images"] for row in rows] == [300, 500]
+        status, said, found, rows = checked(*name)
+        assert status == 0 and not found and said.endswith("sound\n") and rows[1]["table_1"] == 3_185
+        assert said.splitlines()[:2] == ["train          12 images       12 captions       12 pairs, as in the paper's table 1",
+                                         "valid          12 images       12 captions       12 pairs; the paper's table 1 has 3,185"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- command line
@@ -494,14 +525,47 @@ def test_a_sound_set_by_name_beside_table_1_and_the_painted_one(tmp_path, tsv_fo
 def test_commands(called, stopped, tsv_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tsv_folder.rename("check")
-    assert "train          12 images" in called(data, "./check")
-    for args, text in ((["--help"], "data.py check DATA"), (["check", "--help"], "usage: data.py check [-h]"), (["fetch", "--help"], "{coco-cn,flickr30k-cn}"), (["convert", "--help"], "--skip-missing")):
+    assert "train          12 images" in called(prepare, "counts", "check")
+    for args, text in ((["--help"], "prepare fetch coco-cn"), (["check", "--help"], "usage: python -m tools.prepare check [-h]"),
+                       (["fetch", "--help"], "{coco-cn,flickr30k-cn}"), (["convert", "--help"], "--skip-missing"),
+                       (["shards", "--help"], "--processes"), (["paint", "--help"], "english-landscapes")):
         with pytest.raises(SystemExit) as stop:
-            called(data, *args)
-        assert stop.value.code == 0 and text in capsys.readouterr().out
-    assert "--processes 0: out of range" in stopped(data, "check", "check", "--processes", 0)
-    assert "--json" in stopped(data, "check", "check", "--json", tmp_path / "none/x.json")
-    assert refused(ROOT / "data.py", "check", "nothing-here").startswith("error: nothing-here: neither a folder")
+            called(prepare, *args)
+        said = capsys.readouterr().out
+        assert stop.value.code == 0 and text in said and "--per-shard" not in said
+    for args in (["check/"], [], ["fetch", "muge"]):                            # without a command; what is not published
+        with pytest.raises(SystemExit) as stop:
+            called(prepare, *args)
+        assert stop.value.code == 2 and re.search("fetch.*convert.*check.*counts.*shards.*sheet.*paint|choose from 'coco-cn'", capsys.readouterr().err)
+    assert "--processes 0: out of range" in stopped(prepare, "check", "check", "--processes", 0)
+    assert "--json" in stopped(prepare, "check", "check", "--json", tmp_path / "none/x.json")
+    assert refused("-m", "tools.prepare", "counts", "nothing-here").startswith("error: nothing-here: neither a folder")
+
+
+def test_a_sheet_of_images(called, stopped, tsv_folder, tmp_path):
+    said = called(prepare, "sheet", tsv_folder, tmp_path / "sheet.png")
+    assert Image.open(tmp_path / "sheet.png").size == (804, 268) and said.count(": image 2") == 12
+    assert "sheet.txt: cannot be written" in stopped(prepare, "sheet", tsv_folder, tmp_path / "sheet.txt", "--split", "valid")
+
+
+def test_shards_and_their_counts(called, tsv_folder, tmp_path):
+    said = called(prepare, "shards", tsv_folder, tmp_path / "shards", "--split", "valid", "--per-shard", 5)
+    assert said.endswith(f"Train on them with --data {tmp_path / 'shards'}\n") and len(list((tmp_path / "shards").glob("valid-*.tar"))) == 3
+    expected = "       3 shards         12 pairs, 0 of them without image or caption\n"
+    assert called(prepare, "counts", tmp_path / "shards") == "valid   " + " " + expected
+    assert called(prepare, "counts", tmp_path / "shards/valid-*.tar") == "all     " + " " + expected
+
+
+@pytest.mark.parametrize("name", ["demo", "poems"])
+def test_a_painted_set_stays_as_it_is(name, called, tmp_path, monkeypatch):
+    sizes = {"train": 12, "valid": 4, "test": 4}
+    monkeypatch.setattr(painter, "DEMO", painter.DEMO._replace(sizes=sizes))
+    monkeypatch.setitem(landscapes.SETS, "poems", landscapes.SETS["poems"]._replace(sizes=sizes))
+    said = called(prepare, "paint", name, "--data-root", tmp_path)
+    assert f"{tmp_path / name}:\ntrain          12 images" in said
+    before = contents(tmp_path / name)
+    again = called(prepare, "paint", name, tmp_path / name)
+    assert contents(tmp_path / name) == before and again == said[said.index(f"{tmp_path / name}:\n") :]
 
 
 def test_a_folder_of_the_users_is_never_removed(tmp_path, called, stopped):
@@ -516,7 +580,7 @@ def test_a_folder_of_the_users_is_never_removed(tmp_path, called, stopped):
 def test_shards_are_written_whole_or_not_at_all(tmp_path, tsv_folder):
     path = tsv_folder / "valid_imgs.tsv"
     path.write_text(path.read_text().replace("\tiVBOR", "\t!", 1))
-    assert "image 101 cannot be read" in script("data.py", "convert", tsv_folder, tmp_path / "out", "--shards", ok=False) and not (tmp_path / "out").exists()
+    assert "image 101 cannot be read" in script("-m", "tools.prepare", "convert", tsv_folder, tmp_path / "out", "--shards", ok=False) and not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_the_name_of_a_split_is_none(tmp_path, tsv_folder):
@@ -525,5 +589,5 @@ def test_a_folder_with_the_name_of_a_split_is_none(tmp_path, tsv_folder):
 
 
 def test_when_nobody_reads_on_it_stops_without_a_word(tsv_folder):
-    done = subprocess.run(["bash", "-c", f"{sys.executable} data.py check {tsv_folder} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m tools.prepare check {tsv_folder} | head -1; exit ${{PIPESTATUS[0]}}"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode in (0, 141) and not done.stderr and done.stdout.count("\n") == 1

@@ -1,11 +1,15 @@
-"""What every script needs of the system: errors of one line, writing, progress, downloads; and how a script ends."""
-import concurrent.futures
-import hashlib
+"""What every program needs of the system: errors of one line, whole files, locks, progress, downloads; and how a program ends."""
+import contextlib
+import errno
+import fcntl
 import os
 import pty
-import random
+import signal
+import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import warnings
@@ -14,7 +18,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
 from support import system
 from support.system import BadInput
 from support.weights import find
@@ -24,150 +27,223 @@ REAL_SLEEP = time.sleep
 
 def test_messages_are_one_line_and_a_workers_message_is_unwrapped():
     assert str(BadInput("a.jsonl, line 3: 第一行\n第二行\u2028?")) == "a.jsonl, line 3: 第一行 第二行 ?"
-    assert str(BadInput("Caught BadInput in DataLoader worker process 0.\nTraceback …\nsystem.BadInput: image 3 cannot be read\n")) == "image 3 cannot be read"
+    worker = "Caught BadInput in DataLoader worker process 0.\nTraceback …\nsupport.system.BadInput: image 3 cannot be read\n"
+    assert str(BadInput(worker)) == "image 3 cannot be read"
 
 
 def test_writing_keeps_links_and_devices(tmp_path):
     (tmp_path / "target.json").write_text("old")
     (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
-    system.write_text(tmp_path / "link.json", "new")
-    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text() == "new"
+    system.write_json(tmp_path / "link.json", {"新": [1]})
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text() == '{\n "新": [\n  1\n ]\n}\n'
     reader, writer = os.pipe()
     system.write_text(f"/dev/fd/{writer}", "into a pipe")
     assert os.read(reader, 100) == b"into a pipe"
 
 
-def test_progress_shows_the_time_left_in_a_terminal_and_nothing_elsewhere(capfd, monkeypatch):
-    def work(seconds):
-        with system.Progress("images embedded", 40) as progress:
-            for _ in range(20):
-                time.sleep(seconds / 20)
-                progress.add(2)
+def test_a_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path):
+    code = "import sys; from support import system; held = system.lock(sys.argv[1], wait='wait' in sys.argv); print(held is not None, flush=True); sys.stdin.read()"
+    ask = lambda *more: subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock", *more], cwd=ROOT, text=True,
+                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first = ask()
+    assert first.stdout.readline() == "True\n"
+    assert system.lock(tmp_path / "lock") is None
+    waits = ask("wait")
+    first.kill()
+    first.wait()
+    assert waits.stdout.readline() == "True\n" and system.lock(tmp_path / "lock") is None
+    waits.communicate()
+    with system.lock(tmp_path / "lock"), pytest.raises(OSError):
+        system.lock(tmp_path / "nowhere/lock")
 
-    monkeypatch.setattr(system.time, "time", iter(range(10_000)).__next__)      # a clock that goes a second at each look
-    work(0)
+
+def test_a_forked_process_does_not_inherit_a_lock(tmp_path):
+    held = system.lock(tmp_path / "lock")
+    child = os.fork()
+    if not child:
+        os._exit(system.lock(tmp_path / "lock") is None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    held.close()
+
+
+def test_progress_shows_the_time_left_in_a_terminal_and_nothing_elsewhere(capfd, monkeypatch):
+    def work():
+        with system.progress("images embedded", 40) as progress:
+            for _ in range(20):
+                progress.update(2)
+
+    monkeypatch.setattr("tqdm.std.time", iter(range(10_000)).__next__)          # a clock that goes a second at each look
+    work()
     assert capfd.readouterr().err == ""
     reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))    # 80 columns
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        work(0)
+        work()
+        shown = os.read(reader, 2**16).decode()
         monkeypatch.setenv("RANK", "1")
-        work(0)
-    shown = os.read(reader, 2**16).decode()
-    assert "images embedded: 20 of 40, 0:00:" in shown and shown.endswith("\x1b[K") and shown.count("40 of 40") == 1
+        work()
+        monkeypatch.undo()
+        terminal.write("end")
+        terminal.flush()
+        end = os.read(reader, 2**16).decode()
+    assert "images embedded:  50%" in shown and "20.0/40.0 [" in shown and "<" in shown
+    assert end == "end"
 
 
-# ---------------------------------------------------------------------------------------------------------------- from the web
+# ---------------------------------------------------------------------------------------------------------------- from the hub
 
 
-def finished(folder):
-    return sorted(p.name for p in folder.iterdir() if p.suffix not in (".lock", ".part")) if folder.exists() else []
+def test_released_weights_are_downloaded_once_into_the_hubs_cache(hub, tmp_path):
+    path = find("cn-clip-rn50")
+    assert path.read_bytes() == hub.content and path.is_relative_to(tmp_path / "hub") and path.name == "clip_cn_rn50.pt"
+    assert [(what, place) for what, place, _ in hub.asked] == [(what, "/OFA-Sys/chinese-clip-rn50/resolve/main/clip_cn_rn50.pt") for what in ("HEAD", "GET")]
+    assert find("cn-clip-rn50") == path and len(hub.asked) == 2                 # without a connection
 
 
-def test_a_cut_connection_goes_on_where_it_stopped(hub, tmp_path):
-    hub.cuts = [1_000_000, 1_500_000]
+def test_a_file_that_is_there_is_used_without_a_connection(hub, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/clip_cn_rn50.pt").write_bytes(b"of an older version")
+    assert find("cn-clip-rn50") == tmp_path / "cache/clip_cn_rn50.pt"
+    assert find(str(tmp_path / "cache/clip_cn_rn50.pt")) == tmp_path / "cache/clip_cn_rn50.pt" and not hub.asked
+
+
+def test_a_cut_connection_is_taken_up_where_it_stopped(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000)                   # what is not a whole chunk comes again
+    hub.cuts = [100_000, 150_000]
     assert find("cn-clip-rn50").read_bytes() == hub.content
-    assert [span for what, _, span in hub.asked if what == "GET"] == ["bytes=0-", "bytes=1000000-", "bytes=2500000-"]
+    assert [span for what, _, span in hub.asked if what == "GET"] == [None, "bytes=100000-", "bytes=250000-"]
 
 
-def test_a_download_that_failed_for_good_is_continued_by_the_next_call(hub, tmp_path):
-    hub.cuts = [500_000, 0, 0, 0, 0]
-    with pytest.raises(BadInput, match="cannot be downloaded .*500,000 of 3,000,000 bytes.*HF_ENDPOINT names a mirror"):
+def test_a_download_that_fails_leaves_no_file_and_can_be_repeated(hub, tmp_path):
+    hub.cuts = [100_000] + [0] * 8
+    with pytest.raises(BadInput) as caught:
         find("cn-clip-rn50")
-    assert finished(tmp_path / "cache") == []
-    assert find("cn-clip-rn50").read_bytes() == hub.content and hub.asked[-1][2] == "bytes=500000-"
-
-
-def test_a_server_without_ranges_sends_the_whole_again(hub, tmp_path):
-    hub.ranges, hub.cuts = False, [1_000_000]                                   # and the next part does not begin with the last one
+    line = str(caught.value)
+    assert line.startswith("OFA-Sys/chinese-clip-rn50/clip_cn_rn50.pt: cannot be downloaded (") and "\n" not in line
+    assert line.endswith("HF_ENDPOINT names a mirror, https_proxy a proxy, HF_HOME another folder for the files; or get it by other means and pass its path")
+    assert not list((tmp_path / "hub").rglob("clip_cn_rn50.pt"))
+    hub.cuts = []
     assert find("cn-clip-rn50").read_bytes() == hub.content
 
 
-def test_a_part_of_another_version_is_not_continued(hub, tmp_path):
-    hub.cuts = [1_000_000, 0, 0, 0, 0]
-    with pytest.raises(BadInput):
+def test_a_file_of_another_size_than_the_hub_announced_is_refused(hub, tmp_path):
+    hub.announced = 400_000
+    with pytest.raises(BadInput, match="should be of size 400000"):
         find("cn-clip-rn50")
-    hub.content = random.Random(1).randbytes(2_000_000)
-    hub.tag = hashlib.sha256(hub.content).hexdigest()
-    assert find("cn-clip-rn50").read_bytes() == hub.content
+    assert not list((tmp_path / "hub").rglob("clip_cn_rn50.pt"))
 
 
-def test_what_does_not_have_the_announced_hash_is_deleted(hub, tmp_path):
-    hub.tag = "0" * 64
-    with pytest.raises(BadInput, match="not what the server announced"):
-        find("cn-clip-rn50")
-    assert finished(tmp_path / "cache") == [] and not list((tmp_path / "cache").glob("*.part"))
+@pytest.mark.parametrize("name, message", [("cn-clip-vit-b-16", "clip_cn_vit-b-16.pt: cannot be downloaded (Client error '404 Not Found'"),
+                                           ("cn-clip-vit-b-17", "cn-clip-vit-b-17: there is no such checkpoint. Name a file, a folder, or one of cn-clip-rn50")])
+def test_wrong_names(hub, name, message):
+    with pytest.raises(BadInput) as caught:
+        find(name)
+    assert message in str(caught.value)
 
 
-def test_a_file_that_is_not_there_fails_at_once(hub):
-    with pytest.raises(BadInput, match="clip_cn_vit-b-16.pt: cannot be downloaded .HTTP Error 404: Not Found.. HF_ENDPOINT"):
-        find("cn-clip-vit-b-16")
-    assert len(hub.asked) == 1
-
-
-def test_moved_repositories_are_followed(hub, tmp_path):
-    assert system.download(system.hub_url("moved/clip_cn_rn50.pt"), tmp_path / "x.pt").read_bytes() == hub.content
-
-
-def test_processes_share_one_download(hub, tmp_path):
-    code = "import checkpoint; print(checkpoint.find('cn-clip-rn50'))"
-    racing = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert {p.communicate()[0].strip() for p in racing} == {str(tmp_path / "cache/clip_cn_rn50.pt")}
-    assert sum(what == "GET" for what, _, _ in hub.asked) == 1
-
-
-def test_an_address_without_its_beginning_fails_at_once(hub, monkeypatch):
-    for endpoint, message in (("127.0.0.1:8077", "HF_ENDPOINT=127.0.0.1:8077: it must begin with https://"), ("http://[", "cannot be downloaded"), ("http://镜像", "cannot be downloaded")):
-        monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        with pytest.raises(BadInput, match=message):
-            find("cn-clip-rn50")
-
-
-def test_a_cache_that_is_no_folder(hub, tmp_path):
-    (tmp_path / "cache").write_text("")
-    with pytest.raises(BadInput, match="cache: cannot be used as the folder of downloads"):
+@pytest.mark.parametrize("scheme, message", [("http://", "Connection refused"), ("", "missing an 'http://' or 'https://' protocol"), ("http://[", "cannot be downloaded")])
+def test_no_hub_at_this_address(hub, monkeypatch, scheme, message):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"{scheme}127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    with pytest.raises(BadInput, match=message):
         find("cn-clip-rn50")
 
 
-def test_an_empty_file_is_none(hub):
-    hub.content = b""
-    with pytest.raises(BadInput, match="does not say how large the file is"):
+def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
+    (tmp_path / "hub").write_text("")
+    with pytest.raises(BadInput, match="cannot be downloaded .*tmp.*hub.*HF_HOME another folder"):
+        find("cn-clip-rn50")
+    (tmp_path / "hub").unlink()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
+    with pytest.raises(BadInput, match="No space left on device.*HF_HOME another folder"):
         find("cn-clip-rn50")
 
 
-def test_threads_share_one_download(hub):
-    with concurrent.futures.ThreadPoolExecutor(6) as pool:
-        assert len(set(pool.map(find, ["cn-clip-rn50"] * 6))) == 1
-    assert sum(what == "GET" for what, _, _ in hub.asked) == 1
-
-
-def test_killed_while_downloading_leaves_nothing_under_the_final_name(hub, tmp_path):
-    hub.cuts, hub.pause = [2_000_000], threading.Event()
-    child = subprocess.Popen([sys.executable, "-c", "import checkpoint; checkpoint.find('cn-clip-rn50')"], cwd=ROOT)
-    while not any((tmp_path / "cache").glob("*.part")) or next((tmp_path / "cache").glob("*.part")).stat().st_size < 1_000_000:
+def test_killed_while_downloading(hub, tmp_path):
+    """By another process: so HF_ENDPOINT and the cache come from the environment, as users set them. No file is half there."""
+    hub.cuts, hub.pause = [100_000], threading.Event()
+    code = "from support.system import download; download('OFA-Sys/chinese-clip-rn50', 'clip_cn_rn50.pt', '')"
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    while not any(what == "GET" for what, _, _ in hub.asked):
         assert child.poll() is None
-        REAL_SLEEP(0.05)
+        REAL_SLEEP(0.02)
     child.kill()
     child.wait()
     hub.pause.set()
-    assert finished(tmp_path / "cache") == []
-    assert find("cn-clip-rn50").read_bytes() == hub.content and int(hub.asked[-1][2][6:-1]) >= 1_000_000
-    assert finished(tmp_path / "cache") == ["clip_cn_rn50.pt"] and not list((tmp_path / "cache").glob("*.part"))
+    assert not list((tmp_path / "hub").rglob("clip_cn_rn50.pt"))
+    assert find("cn-clip-rn50").read_bytes() == hub.content
 
 
-# ---------------------------------------------------------------------------------------------------------------- a script
+# ---------------------------------------------------------------------------------------------------------------- a program
 
 
-def test_too_little_memory_is_one_line(monkeypatch):
-    def main():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation")
+@pytest.mark.parametrize("error, line", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation"), "there is not enough memory (CUDA out of memory. Tried to allocate 20 GiB.); in training a smaller --micro-batch"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory ("),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a process that read images was killed"),
+    (RuntimeError("DataLoader timed out after 900 seconds"), "no image came from the readers within 900 s: is /dev/shm full"),
+    (RuntimeError("[../gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), "the connection to another process of this run broke"),
+    (OSError("Caught OSError in DataLoader worker process 0.\nTraceback …\n[Errno 5] Input/output error"), "[Errno 5] Input/output error"),
+    (OSError(), "OSError"), (BadInput("a.csv: empty"), "a.csv: empty"), (RuntimeError("shape mismatch"), None), (KeyError("x"), None)], ids=lambda value: str(value)[:20])
+def test_what_the_user_reads_of_an_error(error, line):
+    said = system.error_line(error)
+    assert said is None if line is None else said.startswith(line)
+
+
+def test_how_a_program_ends(monkeypatch, capsys):
     monkeypatch.setattr(system.warnings, "showwarning", warnings.showwarning)   # run replaces it
-    with pytest.raises(SystemExit) as stop:
-        system.run(main)
-    assert stop.value.code == "error: there is not enough memory (CUDA out of memory. Tried to allocate 20 GiB.); in training a smaller --micro-batch or --grad-checkpointing needs less"
+
+    def ended(main):
+        with pytest.raises(SystemExit) as stop:
+            system.run(main)
+        return stop.value.code
+
+    def raises(error):
+        def main():
+            raise error
+        return main
+    assert ended(lambda: warnings.warn("one\ntwo")) == 0 and capsys.readouterr().err == "warning: one two\n"
+    assert ended(raises(BadInput("a.csv: empty"))) == "error: a.csv: empty"     # Python prints it and ends with 1
+    assert ended(raises(KeyboardInterrupt())) == 130 and ended(lambda: sys.exit(3)) == 3
+    with pytest.raises(KeyError):                                               # a fault of ours: with its traceback
+        system.run(raises(KeyError("x")))
 
 
-@pytest.mark.parametrize("command", ["{} search.py --help <&- >&- 2>&-", "{} search.py --help | head -1 > /dev/null; exit $(( PIPESTATUS[0] % 141 ))"])
+def test_of_several_processes_one_reports_the_error():
+    code = "from support import system\ndef main(): raise system.BadInput('no')\nsystem.time.sleep = print\nsystem.run(main)"
+    start = lambda rank: subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
+    first, second = start("0"), start("1")
+    assert (first.returncode, first.stdout, first.stderr) == (1, "", "error: no\n") and (second.returncode, second.stdout) == (1, "3\n")
+
+
+@pytest.mark.parametrize("command", ["{} -m tools.search --help <&- >&- 2>&-", "{} -m tools.search --help | head -1 > /dev/null; exit $(( PIPESTATUS[0] % 141 ))"])
 def test_closed_and_broken_streams_are_no_error(command):
     done = subprocess.run(["bash", "-c", command.format(sys.executable)], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_helper_process_ends_with_its_parent(tmp_path):
+    code = ("import os, sys, time; from support import system; parent = os.getpid(); child = os.fork()\n"
+            "if child: print(child, flush=True); time.sleep(60)\n"
+            "system.end_with(parent); open(sys.argv[1], 'w'); time.sleep(60)")
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path / "began"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    while not (tmp_path / "began").exists():
+        REAL_SLEEP(0.02)
+    parent.kill()
+    parent.wait()
+    with contextlib.suppress(ProcessLookupError):
+        for _ in range(250):
+            os.kill(child, 0)
+            state = open(f"/proc/{child}/stat").read().rpartition(")")[2].split()[0]
+            if state == "Z":                                                    # dead; whoever adopted it has not looked yet
+                return
+            REAL_SLEEP(0.02)
+        os.kill(child, signal.SIGKILL)
+        pytest.fail("it lives on")
