@@ -1,158 +1,145 @@
-"""What is minimised: the symmetric contrastive loss over the global batch (paper, section 3.1; CLIP, arXiv 2103.00020, figure 3).
+"""The symmetric contrastive loss over the global batch (paper, section 3.1; CLIP, arXiv 2103.00020,
+figure 3).
 
-    N pairs over all processes; row i holds image i and caption i.
+    N pairs over all processes; row i holds image i and text i.
 
     symbol   variable       shape     meaning
     I, T     image, text    (N, D)    embeddings, unit vectors
     s        scale          ()        exp(logit_scale), the inverse temperature
-    S        S              (N, N)    the logits, s I Tᵀ
-    Y        truth          (N, N)    1 where caption j describes image i, else 0. Kept as the rows (E,) and the columns (E,) of its E
-                                      ones; without repeats in the batch: the diagonal. (The same relation is `positives` in data.py,
-                                      by captions of a split, and `correct` in evaluate.py.) A image's own caption is always there.
-    Yr, Yc   Yr, Yc         (N, N)    Y with its rows, or its columns, divided by their sums; kept as the values (E,) at those places
+    S        S              (N, N)    logits, s I Tᵀ
+    Y        truth          (N, N)    1 where text j describes image i, else 0; see `matches`
+    Yr, Yc   Yr, Yc         (N, N)    Y with its rows, or its columns, divided by their sums
     r, c     r, c           (N,)      r_i = log Σ_j exp S_ij,  c_j = log Σ_i exp S_ij
 
-    loss = 1/2N Σ_i ( r_i - Σ_j Yr_ij S_ij )          image -> its captions: cross-entropy of row i with Yr_i
-         + 1/2N Σ_j ( c_j - Σ_i Yc_ij S_ij )          caption -> its images: cross-entropy of column j with Yc_j
+    loss = 1/2N Σ_i ( r_i - Σ_j Yr_ij S_ij )          image -> text: cross-entropy with Yr_i
+         + 1/2N Σ_j ( c_j - Σ_i Yc_ij S_ij )          text -> image: the same by columns
 
-    G = dloss/dS = 1/2N ( exp(S - r) + exp(S - c) - Yr - Yc )            (r subtracted from each row, c from each column)
+    G = dloss/dS = 1/2N ( exp(S - r) + exp(S - c) - Yr - Yc )    (r by rows, c by columns)
     dI = s G T      dT = s Gᵀ I      ds = Σ_ij G_ij S_ij / s = Σ_i I_i·dI_i / s
 
-On W processes each owns B = N/W pairs: their rows of S, and their columns. `contrastive_loss` is the loss as one would write it, for
-autograd: it holds whole matrices (at the paper's N = 12,800 each has 0.66 GB, and autograd keeps several), and its backward pass sends
-gradients between processes. `tiled_loss` computes the same loss and, by the formulas for G, dI, dT and ds, its gradient: S and G exist a
-few rows at a time, and processes exchange nothing but the embeddings, and then r and c. A test compares the two to 1e-12.
+Each of W processes owns B = N/W pairs: their rows and their columns of S. `contrastive_loss` is the
+loss as one writes it, for autograd. It holds whole matrices (0.66 GB each at the paper's
+N = 12,800). `tiled_loss` computes the same loss and its gradient by the formulas above, with a few
+rows of S and G at a time. A test compares the two to 1e-12.
 
-Each returns its process's share of the loss: the shares add up to the loss, and so do the gradients that processes get for the shared
-weights and for s. Parameter gradients are therefore SUMMED over processes, not averaged.
+Each function returns its process's share: the shares of the loss add up to the loss, and those of
+parameter gradients to the gradient. So parameter gradients are SUMMED over processes.
 """
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 
 def matches(image_keys, text_keys):
-    """Which captions of the batch describe which images -> truth: rows (E,) and columns (E,) of the ones of Y, sorted by row.
+    """Which texts of the batch describe which images -> rows (E,), columns (E,) of the ones of Y.
 
-    text_keys (N,) int64, at least 0: the sentence of each caption. image_keys (N, M) int64: all the sentences that describe each image,
-    filled up with -1, those that are not in the batch among them. Y_ij = 1 where text_keys[j] is in image_keys[i]: so a caption is right
-    for every image that it describes, whichever it stands beside. No (N, N) array is made: memory of the order of E + NM numbers.
+    text_keys: (N,) int64, each text's sentence as a number from 0. image_keys: (N, M) int64, all
+    sentences that describe each image, filled up with -1; some may not be in the batch.
 
-    image_keys [[7, 8], [9, -1], [7, 8]], text_keys [7, 9, 8] -> rows [0, 0, 1, 2, 2], columns [0, 2, 1, 0, 2]
+        Y = (image_keys[:, :, None] == text_keys).any(dim=1)            rows, columns = Y.nonzero()
+
+    computed without the (N, M, N) array. Both results are on the CPU, sorted by row, then column.
     """
     N, M = image_keys.shape
     keys, order = text_keys.sort()
-    wanted = image_keys.flatten()                                               # (NM,): each may be found several times among the keys
-    first, end = torch.searchsorted(keys, wanted), torch.searchsorted(keys, wanted, right=True)
-    count = end - first
-    found = torch.arange(N * M).repeat_interleave(count)                        # (E',): which of `wanted`
-    nth = torch.arange(len(found)) - (count.cumsum(0) - count)[found]           # (E',): 0 for its first occurrence, 1 for its second, …
-    cells = torch.unique(found // M * N + order[first[found] + nth])            # i N + j, each once, sorted
+    wanted = image_keys.flatten()  # (N M,)
+    first = torch.searchsorted(keys, wanted)  # wanted[k] is keys[first[k]], and the next keys:
+    count = torch.searchsorted(keys, wanted, right=True) - first  # so often, or 0 times
+    k = torch.arange(N * M).repeat_interleave(count)  # each k count[k] times
+    nth = torch.arange(len(k)) - (count.cumsum(0) - count)[k]  # 0, 1, … up to count[k] - 1
+    cells = torch.unique(k // M * N + order[first[k] + nth])  # i N + j, each once, sorted
     return cells // N, cells % N
 
 
 def contrastive_loss(image_embed, text_embed, scale, truth=None):
-    """The loss as the reader knows it, differentiable; -> this process's share.
+    """This process's share of the loss, differentiable.
 
-    image_embed, text_embed (B, D) unit vectors, the same B on every process; scale a scalar tensor, exp(logit_scale); truth as `matches`
-    gives it, of the whole batch in rank order, or None: every pair is its own only match.
+    image_embed, text_embed: (B, D) unit vectors, the same B on every process, rank 0 first.
+    scale: (), exp(logit_scale). truth: what `matches` returns for the global batch; None if each
+    image's own text is its only match.
     """
-    image, text = gather(image_embed), gather(text_embed)                       # (N, D)
+    image, text = gather(image_embed), gather(text_embed)  # (N, D)
     N, own = len(image), own_rows(image_embed)
     Y = image.new_zeros(N, N)
-    Y[_ones(truth, N)] = 1
-    to_captions = F.cross_entropy(scale * image_embed @ text.T, (Y / Y.sum(1, keepdim=True))[own], reduction="sum")
-    to_images = F.cross_entropy(scale * text_embed @ image.T, (Y / Y.sum(0, keepdim=True)).T[own], reduction="sum")
-    return (to_captions + to_images) / (2 * N)
+    Y[truth or _diagonal(N)] = 1
+    Yr, Yc = Y / Y.sum(1, keepdim=True), Y / Y.sum(0, keepdim=True)
+    to_text = F.cross_entropy(scale * image_embed @ text.T, Yr[own], reduction="sum")
+    to_image = F.cross_entropy(scale * text_embed @ image.T, Yc.T[own], reduction="sum")
+    return (to_text + to_image) / (2 * N)
 
 
 @torch.no_grad()
 def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
-    """The same share of the loss, and the gradient of the whole loss; takes the same arguments
-    -> loss (), d_image (B, D), d_text (B, D), d_scale ().
+    """The same, with its gradient -> loss (), d_image (B, D), d_text (B, D), d_scale ().
 
-    d_image and d_text are those of this process's pairs; d_scale is its share. S exists in stripes of about `tile` numbers, of which two
-    are held at a time.
+    The arguments are those of contrastive_loss. d_image and d_text are whole, d_scale is this
+    process's share. Two stripes of about `tile` numbers are in memory at a time.
     """
-    image, text = gather(image_embed), gather(text_embed)                       # (N, D)
-    N = len(image)
-    rows, columns = _ones(truth, N)                                             # (E,) each, on the CPU, sorted by row
-    by_column = columns.argsort(stable=True)                                    # the same ones, sorted by column
-    Yr = 1 / torch.bincount(rows)[rows].to(image.dtype)                         # (E,): 1 / Σ_j Y_ij at the ones of Y
-    Yc = 1 / torch.bincount(columns)[columns].to(image.dtype)                   # (E,): 1 / Σ_i Y_ij
-    images = _direction(image_embed, text, scale, rows, columns, tile)        # own rows of S: images look at captions
-    captions = _direction(text_embed, image, scale, columns[by_column], rows[by_column], tile)      # own columns of S, as the rows of Sᵀ
+    image, text = gather(image_embed), gather(text_embed)  # (N, D)
+    rows, columns = truth or _diagonal(len(image))
+    order = columns.argsort(stable=True)  # Yᵀ, sorted by row
+    by_image = _Direction(image_embed, text, scale, rows, columns, tile)
+    by_text = _Direction(text_embed, image, scale, columns[order], rows[order], tile)
 
-    r, to_captions = _log_sums(images, _to_device(Yr, image.device))
-    c, to_images = _log_sums(captions, _to_device(Yc[by_column], image.device))
-    all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)                 # (N,) each
-    d_image = _gradient(images, _to_device(Yr + Yc, image.device), r, all_c)                      # s G T
-    d_text = _gradient(captions, _to_device((Yr + Yc)[by_column], image.device), c, all_r)          # s Gᵀ I
+    r, to_text = by_image.log_sums()
+    c, to_image = by_text.log_sums()
+    all_r, all_c = gather(torch.stack([r, c], dim=1)).unbind(1)  # (N,) each
+    d_image = by_image.gradient(r, all_c)
+    d_text = by_text.gradient(c, all_r)
     # Σ_i I_i·dI_i / s, without a (B, D) product in memory
     d_scale = torch.bmm(image_embed[:, None], d_image[:, :, None]).sum() / scale
-    return (to_captions + to_images) / (2 * N), d_image, d_text, d_scale
+    return (to_text + to_image) / (2 * len(image)), d_image, d_text, d_scale
 
 
-def _ones(truth, N):
-    """-> rows (E,), columns (E,) of the ones of Y."""
-    return truth if truth is not None else (torch.arange(N), torch.arange(N))
+def _diagonal(N):
+    return torch.arange(N), torch.arange(N)
 
 
-class _Direction(NamedTuple):
-    """One direction of the loss: own rows of S = s own otherᵀ, and where the ones of Y lie in them. For captions that look at images this
-    S is Sᵀ, and G is Gᵀ."""
+class _Direction:
+    """One of the two terms of the loss, image -> text. For text -> image swap I and T, r and c, Yr
+    and Yc, and transpose S, Y and G.
 
-    own: torch.Tensor                           # (B, D): these look …
-    other: torch.Tensor                         # (N, D): … at those
-    scale: torch.Tensor                         # s
-    rows: torch.Tensor                          # (E,) of each one of Y, counted from the first own row, on the device
-    columns: torch.Tensor                       # (E,)
-    stripes: list                               # [(first row, end, a, b), …]: rows of S to hold at a time; ones a to b - 1 of Y lie there
+    own: (B, D), this process's I. other: (N, D), all T. rows, columns: (E,), the ones of Y, on the
+    CPU, sorted by row."""
 
+    def __init__(self, own, other, scale, rows, columns, tile):
+        self.own, self.other, self.scale = own, other, scale
+        height, first = max(1, tile // len(other)), own_rows(own).start
+        starts = [*range(0, len(own), height), len(own)]
+        ones = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
+        self.stripes = []  # (slice of own rows of S, slice of the ones of Y that lie in them)
+        for start, stop, one, end in zip(starts, starts[1:], ones, ones[1:]):
+            self.stripes.append((slice(start, stop), slice(one, end)))
+        Yr = 1 / torch.bincount(rows)[rows].to(own.dtype)  # (E,), 1 / Σ_j Y_ij at the ones
+        Yc = 1 / torch.bincount(columns)[columns].to(own.dtype)
+        ready = (x.to(own.device, non_blocking=True) for x in (rows - first, columns, Yr, Yr + Yc))
+        self.rows, self.columns, self.Yr, self.Yr_and_Yc = ready
 
-def _direction(own, other, scale, rows, columns, tile):
-    """rows and columns (E,): the ones of Y, sorted by row, on the CPU, where they are cut into the stripes."""
-    height, first = max(1, tile // len(other)), own_rows(own).start
-    starts = list(range(0, len(own), height)) + [len(own)]
-    bounds = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
-    stripes = list(zip(starts, starts[1:], bounds, bounds[1:]))
-    return _Direction(own, other, scale, _to_device(rows - first, own.device), _to_device(columns, own.device), stripes)
+    def log_sums(self):
+        """-> r (B,), Σ_i (r_i - Σ_j Yr_ij S_ij) ()."""
+        r, loss = self.own.new_empty(len(self.own)), self.own.new_zeros(())
+        for part, ones in self.stripes:
+            S = (self.scale * self.own[part]) @ self.other.T  # (height, N)
+            r[part] = S.logsumexp(dim=1)
+            at_ones = S[self.rows[ones] - part.start, self.columns[ones]]
+            loss += r[part].sum() - (self.Yr[ones] * at_ones).sum()
+            del S  # before the next stripe is made
+        return r, loss
 
-
-def _log_sums(direction, weights):
-    """-> log Σ exp of each own row of S (B,), and Σ (log-sum - Σ Y S) over them: the cross-entropies. weights (E,): Yr (or Yc)."""
-    own, other, scale, rows, columns, stripes = direction
-    log_sums, loss = own.new_empty(len(own)), own.new_zeros(())
-    for start, stop, a, b in stripes:
-        S = (scale * own[start:stop]) @ other.T                                 # (height, N)
-        log_sums[start:stop] = S.logsumexp(dim=1)                               # r (or c)
-        loss += log_sums[start:stop].sum() - (weights[a:b] * S[rows[a:b] - start, columns[a:b]]).sum()
-        del S                                                                   # before the next stripe is made
-    return log_sums, loss
-
-
-def _gradient(direction, weights, own_log_sums, other_log_sums):
-    """-> s G @ other (B, D): own rows of G, as many as a stripe holds at a time, times the other embeddings. weights (E,): Yr + Yc."""
-    own, other, scale, rows, columns, stripes = direction
-    gradient = torch.empty_like(own)
-    for start, stop, a, b in stripes:
-        S = (scale * own[start:stop]) @ other.T                                 # (height, N)
-        G = (S - own_log_sums[start:stop, None]).exp_()                         # exp(S - r)
-        G += S.sub_(other_log_sums).exp_()                                      # exp(S - c), in the place of S
-        G[rows[a:b] - start, columns[a:b]] -= weights[a:b]                      # Yr + Yc
-        torch.mm(G, other, out=gradient[start:stop])
-        del S, G
-    return gradient.mul_(scale / (2 * len(other)))
+    def gradient(self, r, c):
+        """r: (B,), c: (N,) -> dI = s G T, (B, D)."""
+        gradient = torch.empty_like(self.own)
+        for part, ones in self.stripes:
+            S = (self.scale * self.own[part]) @ self.other.T  # (height, N)
+            G = (S - r[part, None]).exp_()
+            G += S.sub_(c).exp_()
+            G[self.rows[ones] - part.start, self.columns[ones]] -= self.Yr_and_Yc[ones]
+            torch.mm(G, self.other, out=gradient[part])
+            del S, G
+        return gradient.mul_(self.scale / (2 * len(self.other)))
 
 
-def _to_device(x, device):
-    """A tensor of the CPU -> device, without waiting for what the device is doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-# ---------------------------------------------------------------------------------------- between processes
+# ---- between processes
 
 
 def world_size():
@@ -160,28 +147,28 @@ def world_size():
 
 
 def own_rows(x):
-    """Which rows of the global batch this process's are: those of rank 0 come first."""
+    """x: (B, ...) -> the slice of the global batch that this process has; rank 0 has the first."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return slice(rank * len(x), (rank + 1) * len(x))
 
 
 class _Gather(torch.autograd.Function):
-    """(B, …) on each process -> (N, …) on all. Every process uses every row, so a row's gradient is the sum over processes of what each
-    sends back."""
+    """(B, ...) -> (N, ...). All processes use each row, so its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx, x):
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
+        x = x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)                                               # sum over processes
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[dist.get_rank()]
 
 
 def gather(x):
-    """Rows of all processes, in rank order, differentiable: (B, …) -> (N, …). Without torch.distributed, x itself."""
+    """(B, ...) of each process -> (N, ...), rank 0 first, differentiable. One process: x itself."""
     return _Gather.apply(x) if world_size() > 1 else x

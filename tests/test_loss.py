@@ -1,4 +1,5 @@
-"""The loss: its value by hand and by loops, several positives, that processes share it exactly, and that the tiled one equals autograd of the plain one at little memory."""
+"""The loss: its value by hand and by loops, several matches, its shares of several processes; and the
+tiled one equals autograd of the plain one, at little memory."""
 import math
 import os
 import subprocess
@@ -53,11 +54,12 @@ def test_a_caption_matches_every_image_that_it_describes():
     assert loss.item() == pytest.approx(by_loops(image, text, 7.0, TRUTH), rel=1e-12)
 
 
-def test_matches_of_large_batches_equal_a_plain_comparison():
+@pytest.mark.parametrize("N, M", [(150, 4), (40, 1), (1, 3)])
+def test_matches_of_any_batch_equal_their_definition(N, M):
     g = torch.Generator().manual_seed(1)
-    image_keys, text_keys = torch.randint(-1, 40, (150, 4), generator=g).clamp(min=-1), torch.randint(0, 60, (150,), generator=g)
-    expected = ((image_keys[:, None, :] == text_keys[None, :, None]) & (image_keys >= 0)[:, None, :]).any(2)
-    assert torch.equal(torch.stack(matches(image_keys, text_keys)), expected.nonzero().T)
+    image_keys, text_keys = torch.randint(-1, 40, (N, M), generator=g), torch.randint(0, 60, (N,), generator=g)
+    Y = (image_keys[:, :, None] == text_keys).any(dim=1)
+    assert torch.equal(torch.stack(matches(image_keys, text_keys)), Y.nonzero().T)
 
 
 # ---------------------------------------------------------------------------------------------------------------- processes and tiles
@@ -85,21 +87,22 @@ def _tiled(rank, world, several):
     return [tiled_loss(image, text, scale, truth, tile) for tile in (1, 12, 29, 60, 10**6)]         # stripes of 1, 1, 2, 5 and all rows: ragged ones among them
 
 
-def _both(rank, world, several):
-    return [_plain(rank, world, several), *_tiled(rank, world, several)]
+def _both(rank, world):
+    return [[_plain(rank, world, several), *_tiled(rank, world, several)] for several in (False, True)]
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one match", "several matches"])
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_any_tile_on_any_number_of_processes_equals_autograd_of_the_plain_loss(world, several, tmp_path):
-    """The loss, and the gradients at both embeddings and at the scale, fp64, to 1e-12."""
-    combine, whole = (sum, torch.cat, torch.cat, sum), _plain(0, 1, several)
-    shares = on_processes(_both, world, tmp_path, several) if world > 1 else [_both(0, 1, several)]
+def test_any_tile_on_any_number_of_processes_equals_autograd_of_the_plain_loss(world, tmp_path):
+    """With one match a row and with several: the loss, and the gradients at both embeddings and at the scale, fp64, to 1e-12."""
+    combine = sum, torch.cat, torch.cat, sum
+    processes = on_processes(_both, world, tmp_path) if world > 1 else [_both(0, 1)]
     largest = 0.0
-    for way in zip(*shares):                                                    # plain, then each tile: what the processes returned
-        for function, expected, parts in zip(combine, whole, zip(*way)):
-            largest = max(largest, (function(list(parts)) - expected).abs().max().item())
-    print(f"\n{world} processes, {'several matches' if several else 'one match'}: largest difference {largest:.1e}")
+    for several, shares in enumerate(zip(*processes)):
+        whole = _plain(0, 1, bool(several))
+        for way in zip(*shares):  # plain, then each tile: what the processes returned
+            for function, expected, parts in zip(combine, whole, zip(*way)):
+                largest = max(largest, (function(list(parts)) - expected).abs().max().item())
+    print(f"\n{world} processes: largest difference {largest:.1e}")
     assert largest < 1e-12
 
 
@@ -117,6 +120,7 @@ print((kilobytes("VmHWM") - before) * 1024 / 1e9)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 def test_memory_of_the_tiled_loss():
     """Above the embeddings: the two gradients and some stripes. (CE_CLIP_LOSS_PAIRS=32768 asks for the paper's size: one matrix of the plain loss would have 4.3 GB.)"""
