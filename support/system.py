@@ -224,17 +224,18 @@ def run(main):
         status = 130
     except SystemExit as stop:
         status = stop.code
-    except Exception as error:
+    except BrokenPipeError as error:
+        status = f"error: {error}"
         output = select.poll()
         output.register(sys.stdout.fileno(), 0)
-        if isinstance(error, BrokenPipeError) and output.poll(0):
-            # nobody reads on: `| head` has seen enough
+        if output.poll(0):                              # nobody reads on: `| head` has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             status = 128 + signal.SIGPIPE
-        elif line := error_line(error):
-            status = f"error: {line}"
-        else:
+    except Exception as error:
+        line = error_line(error)
+        if line is None:
             raise
+        status = f"error: {line}"
     end(status)
 
 

@@ -139,7 +139,7 @@ def test_links_and_devices_and_names_that_lead_out_of_a_tar_are_refused(name, ki
         tar.addfile(tarfile.TarInfo("x"))
         tar.addfile(entry)
     line = stopped(prepare, "convert", tmp_path / "evil.tgz", tmp_path / "out", "--images", tmp_path)
-    assert re.search("is a link or a device|would be extracted to", line) and not list(tmp_path.parent.rglob("evil")) and left(tmp_path) == ["evil.tgz"]
+    assert re.search("is a link or a device|would be extracted to", line) and not (tmp_path.parent / "evil").exists() and left(tmp_path) == ["evil.tgz"]
 
 
 def test_encrypted_entries_are_refused(published, stopped):
@@ -391,7 +391,7 @@ def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
     with tarfile.open(tmp_path / "release.tar") as tar:
         at = tar.getmembers()[4].offset                                         # a header in the middle, where tarfile would stop without a word
     (tmp_path / "header.tar").write_bytes(content[:at] + b"\xff" * 512 + content[at + 512 :])
-    assert "damaged or cut short" in stopped(prepare, "convert", tmp_path / "header.tar", tmp_path / "out", "--images", image_folder)
+    assert "after its end there is more" in stopped(prepare, "convert", tmp_path / "header.tar", tmp_path / "out", "--images", image_folder)
     (tmp_path / "out").mkdir()                                                  # an empty folder may be there
     called(prepare, "convert", tsv_folder, tmp_path / "out")
     assert len(contents(tmp_path / "out")) == 6

@@ -1,17 +1,14 @@
-"""A look at every image and every caption of a data set, before a training run takes days.
+"""A look at every image and every caption of a data set, before a long training run.
 
-A split is read through once. Of each image it keeps a key of its bytes, a key of its pixels and
-256 bits of what it looks like; of each caption a key. Equal keys are repeats, within a split or
-in two; bits that hardly differ are images that look alike. (56 bytes an image, 8 a caption.)
+Of each image it keeps a row of LOOK, of each caption a key, 64 bytes together. Equal keys are
+repeats. Images whose bits hardly differ look alike.
 """
 import array
 import collections
-import contextlib
 import functools
 import hashlib
 import itertools
-import warnings
-from typing import NamedTuple
+import struct
 
 import numpy as np
 import torch
@@ -23,13 +20,14 @@ from model import Config
 from support import system
 from support.captions import sentence_key
 from support.images import decoded, reader_loader
-from support.shards import ShardSplit, captions_in, is_pattern, opened_index, read_at
+from support.shards import ShardSplit, is_pattern
 from support.system import BadInput, printable
 from support.tables import TABLE_1, against_paper
 from tokenizer import PAD, Tokenizer, UNK
 
-ROOM = Config.context_length - 2            # tokens of a caption that a model reads, beside two marks
+ROOM = Config.context_length - 2            # tokens that are read, without [CLS] and [SEP]
 ALIKE = 6                                   # of 256 bits; JPEG of quality 60 changes up to 6
+LOOK = np.dtype([("number", "u8"), ("bytes", "u8"), ("pixels", "u8"), ("bits", "u1", 32)])
 
 # The kinds of findings, in the order of the report …
 CLOSED = "splits that cannot be opened, or are cut short"
@@ -47,43 +45,34 @@ KINDS = (CLOSED, BROKEN, LEAKED, EMPTY, SIMILAR, TWICE, SHARED, LONG, UNKNOWN, S
 WRONG = (CLOSED, BROKEN, LEAKED, EMPTY)     # … of which these make a data set not sound
 
 
-@contextlib.contextmanager
-def nothing_is_cut():
-    """Without the tokenizer's warning about long captions: nothing is cut here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*captions are longer than")
-        yield
-
-
-@nothing_is_cut()
 def check(source, data_root, processes, json_file):
     """Look at all of a data set and print what is found -> whether it is sound.
 
     json_file: the file for all findings, or None.
     """
-    found, rows = {kind: [] for kind in KINDS}, []
+    found, rows, known = {kind: [] for kind in KINDS}, [], data_name(source)
     contents, looks, sentences = {}, {}, {}                         # of each split
     for name in data.all_names(source, data_root):
         title = "all" if is_pattern(source) else name
         try:
             split = data.open_split(source, name, data_root)
-            content = (InShards if isinstance(split, ShardSplit) else InMemory)(split, title, found)
-            sentences[title] = check_captions(title, content.captions(), found)
+            in_shards = isinstance(split, ShardSplit)
+            content = InShards(split, title, found) if in_shards else InMemory(split, title, found)
+            keys = check_captions(title, content.captions(), found)
             looks[title] = check_images(title, content, found, processes)
         except (BadInput, OSError) as error:
             found[CLOSED].append(f"{title}: {error}")
             continue
-        contents[title] = content
-        captions = len(np.unique(sentences[title])) if content.by_pair else len(sentences[title])
-        published = TABLE_1.get(data_name(source), {}).get(name)
+        contents[title], sentences[title] = content, keys
+        captions = len(np.unique(keys)) if in_shards else len(keys)             # shards repeat them
         rows.append({"split": title, "images": content.count, "captions": captions,
-                     "pairs": len(split), "table_1": published})
+                     "pairs": len(split), "table_1": TABLE_1.get(known, {}).get(name)})
         print(f"{title:8} {content.count:8,} images {captions:8,} captions {len(split):8,} pairs"
-              + against_paper(data_name(source), name, len(split)))
-    if not is_pattern(source):
-        for name, program in (("test", "evaluate.py"), ("train", "train.py"), ("valid", "train.py")):
-            if name not in contents:
-                print(f"note: there is no split {name!r}, which {program} looks for")
+              + against_paper(known, name, len(split)))
+    for name in ("test", "train", "valid"):
+        if name not in contents and not is_pattern(source):
+            program = "evaluate.py" if name == "test" else "train.py"
+            print(f"note: there is no split {name!r}, which {program} looks for")
     find_equal_images(looks, contents, found)
     find_equal_captions(sentences, contents, found)
     find_similar_images(looks, contents, found)
@@ -117,22 +106,17 @@ def quoted(text):
 
 
 class InMemory:
-    """A split whose captions are in memory: `count` images, their bytes and names, the captions.
-
-    What stands alone goes to `found`.
-    """
-
-    by_pair = False
+    """What a split holds: `count` images, captions. What stands alone goes to `found`."""
 
     def __init__(self, split, title, found):
-        self.split, self.count = split, len(split.image_ids)
+        self.split, self.count, self.texts = split, len(split.image_ids), split.texts
         described = {i for images in split.positives for i in images}
         for i in range(self.count):
             if i not in described:
                 found[SILENT].append(f"{title}: image {self.name(i)}")
         for t, images in enumerate(split.positives):
             if not images:
-                found[BLIND].append(f"{title}: caption {t + 1}: {quoted(split.texts[t])}")
+                found[BLIND].append(f"{title}: caption {t + 1}: {quoted(self.texts[t])}")
 
     def read(self, i):
         return self.split.image_bytes(i)
@@ -140,31 +124,28 @@ class InMemory:
     def name(self, i):
         return printable(self.split.image_ids[i])
 
-    def text(self, t):
-        return self.split.texts[t]
-
     def captions(self):
         """(name, text) of each caption."""
-        for t, text in enumerate(self.split.texts):
+        for t, text in enumerate(self.texts):
             yield f"caption {t + 1}", text
 
 
 class InShards:
-    """The same of shards: captions are read when they are looked at, once for each pair."""
+    """The same of shards. Their captions are not in memory, and repeat for each image."""
 
-    by_pair = True
+    texts = None
 
     def __init__(self, split, title, found):
         self.split, self.title, self.found = split, title, found
         self.pairs = array.array("q")                               # of the images, each once
-        for s, path in enumerate(split.shards):
-            _, image_size, _, text_size, _, which = opened_index(path)[1:].T
-            first, start = which == 0, split.starts[s]
-            self.pairs.extend((np.flatnonzero((image_size >= 0) & first) + start).tolist())
-            for kind, alone in ((SILENT, text_size < 0), (BLIND, (image_size < 0) & first)):
-                found[kind] += [f"{title}: {self.place(k + start)}" for k in np.flatnonzero(alone)]
-        found[CLOSED] += [f"{title}: {path}: damaged or cut short; replace it"
-                          for path in split.damaged]
+        for k in range(len(split)):
+            _, (_, image_size, _, text_size, _, which) = split.row(k)
+            if image_size >= 0 and which == 0:
+                self.pairs.append(k)
+            if image_size < 0 or text_size < 0:
+                found[BLIND if image_size < 0 else SILENT].append(f"{title}: {self.place(k)}")
+        for path in split.damaged:
+            found[CLOSED].append(f"{title}: {path}: damaged or cut short; replace it")
         self.count = len(self.pairs)
 
     def place(self, k):
@@ -178,22 +159,17 @@ class InShards:
     def name(self, i):
         return self.place(self.pairs[i])
 
-    def text(self, t):
-        return None                                                 # not in memory
-
     def captions(self):
-        for s, path in enumerate(self.split.shards):
-            for k, (_, _, text, size, is_json, which) in enumerate(opened_index(path)[1:].tolist()):
-                if size < 0 or which != 0:
-                    continue
-                name = self.place(k + self.split.starts[s])
+        for k in range(len(self.split)):
+            _, (_, _, _, text_size, _, which) = self.split.row(k)
+            if text_size >= 0 and which == 0:
                 try:
-                    sentences = captions_in(read_at(path, text, size, name), is_json, name)
+                    texts = self.split.captions(k)[1]
                 except BadInput as error:
                     self.found[EMPTY].append(f"{self.title}: {error}")
                     continue
-                for sentence in sentences:
-                    yield name, sentence
+                for text in texts:
+                    yield self.place(k), text
 
 
 # ---- look at each caption and image
@@ -217,65 +193,52 @@ def check_captions(title, captions, found):
     return np.array(keys, np.uint64)
 
 
-class Looks(NamedTuple):
-    """What is kept of the n images of a split that can be read."""
-
-    numbers: np.ndarray             # (n,) in the split
-    of_bytes: np.ndarray            # (n,) keys
-    of_pixels: np.ndarray           # (n,) keys
-    bits: np.ndarray                # (n, 32) uint8; all 0: nearly flat
-
-
 def check_images(title, content, found, processes):
-    """Decode every image, in `processes` processes -> Looks. What cannot be read goes to `found`."""
-    kept = []
+    """Decode every image, in `processes` processes -> rows of LOOK of those that can be read."""
+    kept = bytearray()
     loader = reader_loader(range(content.count), processes if processes > 1 else 0, batch_size=32,
                            collate_fn=functools.partial(look, content.read))
     with system.progress(f"{title}: images looked at", content.count) as progress:
-        for i, (reason, *keys) in enumerate(itertools.chain.from_iterable(loader)):
+        for i, (row, reason) in enumerate(itertools.chain.from_iterable(loader)):
             if reason:
                 found[BROKEN].append(f"{title}: image {content.name(i)}: {reason}")
-            else:
-                kept.append((i, *keys))
+            kept += row
             progress.update()
-    numbers, of_bytes, of_pixels, bits = zip(*kept) if kept else ((), (), (), ())
-    bits = np.frombuffer(b"".join(bits), np.uint8).reshape(-1, 32)
-    return Looks(np.array(numbers, np.int64), np.array(of_bytes, np.uint64),
-                 np.array(of_pixels, np.uint64), bits)
+    return np.frombuffer(kept, LOOK)
 
 
 def look(read, numbers):
-    """Of each image (why it cannot be read or "", key of its bytes, key of its pixels, 32 bytes)."""
+    """(a row of LOOK, "") of each image; (b"", reason) of one that cannot be read."""
     seen = []
     for i in numbers:
+        encoded = functools.cache(functools.partial(read, i))
         try:
-            encoded = functools.cache(functools.partial(read, i))
             image = decoded(encoded, "it")
         except BadInput as error:
-            seen.append((str(error), 0, 0, b""))
+            seen.append((b"", str(error)))
             continue
         # A bit for each of 16 x 16 places: whether it is brighter than its left neighbour.
         grey = image.convert("L").resize((17, 16), Image.Resampling.BOX)
         grey = np.asarray(grey).astype(int)
         brighter = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
-        bits = bytes(32) if grey.max() - grey.min() < 16 else brighter
+        bits = bytes(32) if grey.max() - grey.min() < 16 else brighter          # nearly flat: none
         pixels = repr(image.size).encode() + image.tobytes()
-        seen.append(("", key_of(encoded()), key_of(pixels), bits))
+        row = struct.pack("=Q8s8s32s", i, digest(encoded()), digest(pixels), bits)
+        seen.append((row, ""))
     return seen
 
 
-def key_of(content):
-    return int.from_bytes(hashlib.md5(content).digest()[:8], "big")
+def digest(content):
+    return hashlib.md5(content).digest()[:8]
 
 
 # ---- repeats
 
 
 def repeated(keys):
-    """keys {split: (n,)} -> the places [(split, index), …] of each key that comes more than once."""
-    if not keys:
-        return []
-    values, counts = np.unique(np.concatenate(list(keys.values())), return_counts=True)
+    """keys {split: (n,)} -> the places [(split, index), …] of each key that is there repeatedly."""
+    everything = np.concatenate([np.zeros(0, np.uint64), *keys.values()])
+    values, counts = np.unique(everything, return_counts=True)
     places = collections.defaultdict(list)
     for split, of_split in keys.items():
         for at in np.flatnonzero(np.isin(of_split, values[counts > 1])).tolist():
@@ -285,49 +248,46 @@ def repeated(keys):
 
 def find_equal_images(looks, contents, found):
     """Images with the same pixels, in two splits or in one."""
-    for places in repeated({split: look.of_pixels for split, look in looks.items()}):
-        bytes_keys = {int(looks[split].of_bytes[at]) for split, at in places}
-        how = "the same bytes" if len(bytes_keys) == 1 else "the same pixels in other bytes"
-        names = [(split, f"{split} {contents[split].name(looks[split].numbers[at])}")
-                 for split, at in places]
-        splits = dict.fromkeys(split for split, _ in names)
-        if len(splits) > 1:
-            found[LEAKED].append(f"{', '.join(name for _, name in names)}: {how}")
-        for split in splits:
-            first, *others = [name for other, name in names if other == split]
-            found[TWICE] += [f"{first}, {name}: {how}" for name in others]
+    for places in repeated({split: rows["pixels"] for split, rows in looks.items()}):
+        different = {int(looks[split]["bytes"][at]) for split, at in places}
+        how = "the same bytes" if len(different) == 1 else "the same pixels in other bytes"
+        names = collections.defaultdict(list)                       # split -> its images
+        for split, at in places:
+            names[split].append(f"{split} {contents[split].name(looks[split]['number'][at])}")
+        if len(names) > 1:
+            found[LEAKED].append(f"{', '.join(sum(names.values(), []))}: {how}")
+        for first, *others in names.values():
+            found[TWICE] += [f"{first}, {other}: {how}" for other in others]
 
 
 def find_equal_captions(sentences, contents, found):
     """Captions that are in two splits."""
     for places in repeated(sentences):
-        if len({split for split, _ in places}) == 1:
-            continue
-        texts = [contents[split].text(t) for split, t in places]
-        text = next((f"{quoted(text)}: " for text in texts if text), "")
-        shown = ", ".join(f"{split} caption {t + 1}" for split, t in places[:10])
-        found[SHARED].append(text + shown + (", …" if len(places) > 10 else ""))
+        if len({split for split, _ in places}) > 1:
+            texts = [contents[split].texts[t] for split, t in places if contents[split].texts]
+            shown = ", ".join(f"{split} caption {t + 1}" for split, t in places[:10])
+            found[SHARED].append((f"{quoted(texts[0])}: " if texts else "") + shown
+                                 + (", …" if len(places) > 10 else ""))
 
 
 def find_similar_images(looks, contents, found):
-    """Images of two splits whose bits hardly differ, but whose pixels do; nearly flat ones aside."""
+    """Images of two splits whose pixels differ and whose bits hardly do."""
     for (one, first), (other, second) in itertools.combinations(looks.items(), 2):
-        near = collections.defaultdict(list)                        # image of second -> of first
-        for a in range(0, len(first.bits), 4096):
-            for b in range(0, len(second.bits), 4096):
-                # of signs: 256 less twice the number of bits that differ, (4096, 4096) at most
-                products = signs(second.bits[b : b + 4096]) @ signs(first.bits[a : a + 4096]).T
-                for to, at in (products >= 256 - 2 * ALIKE).nonzero().tolist():
-                    near[b + to].append(a + at)
-        for to, candidates in near.items():
-            alike = [at for at in candidates if first.of_pixels[at] != second.of_pixels[to]
-                     and first.bits[at].any() and second.bits[to].any()]
-            if alike:
-                more = f" and {len(alike) - 1:,} more of {one}" if len(alike) > 1 else ""
-                found[SIMILAR].append(f"{other} {contents[other].name(second.numbers[to])}, "
-                                      f"{one} {contents[one].name(first.numbers[alike[0]])}{more}")
+        near = collections.defaultdict(list)                        # row of second -> of first
+        for a, b in itertools.product(range(0, len(first), 4096), range(0, len(second), 4096)):
+            # of signs: 256 less twice the number of bits that differ, (4096, 4096) at most
+            products = signs(second[b : b + 4096]) @ signs(first[a : a + 4096]).T
+            for to, at in (products >= 256 - 2 * ALIKE).nonzero().tolist():
+                to, at = b + to, a + at
+                flat = not (first["bits"][at].any() and second["bits"][to].any())
+                if not flat and first["pixels"][at] != second["pixels"][to]:
+                    near[to].append(at)
+        for to, alike in near.items():
+            more = f" and {len(alike) - 1:,} more of {one}" if len(alike) > 1 else ""
+            found[SIMILAR].append(f"{other} {contents[other].name(second['number'][to])}, "
+                                  f"{one} {contents[one].name(first['number'][alike[0]])}{more}")
 
 
-def signs(bits):
-    """(n, 32) bytes -> (n, 256) of -1 and 1."""
-    return torch.from_numpy(np.unpackbits(bits, axis=1)).float() * 2 - 1
+def signs(rows):
+    """(n,) rows of LOOK -> (n, 256) of -1 and 1."""
+    return torch.from_numpy(np.unpackbits(rows["bits"], axis=1)).float() * 2 - 1
