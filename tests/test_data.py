@@ -11,12 +11,13 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import bomb, jpeg, png, refused, script, write_tar, write_tsv_split
+from conftest import bomb, jpeg, png, write_tar, write_tsv_split
 from PIL import Image
 from torch.utils.data import DataLoader
 
 import data
 from data import Batches, open_split, training_loader
+from support import images as support_images, shards
 from support.captions import sentence_key
 from support.images import decoded, jpeg_decoder, jpeg_pixels, resized, to_rgb, to_uint8, training_pixels
 from support.shard_writer import write_shards
@@ -185,14 +186,15 @@ def test_unknown_places(tmp_path):
             open_split(name, "train", tmp_path / "root")
 
 
-def test_command_line(called, stopped, tsv_folder, tmp_path):
-    assert "train          12 images       12 captions       12 pairs" in script("data.py", tsv_folder)
-    assert "train    endless; 8,192 pairs an epoch" in called(data, "demo")
-    called(data, "demo", "--draw", tmp_path / "sheet.png")
-    assert Image.open(tmp_path / "sheet.png").size == (804, 536)
-    assert called(data, tsv_folder, "--draw", tmp_path / "sheet.png").count("image 2") == 12
-    assert "endless" in stopped(data, "demo", "--split", "train", "--draw", tmp_path / "sheet.png")
-    assert "neither a folder" in refused("data.py", "nothing-here")
+def test_known_names(tmp_path):
+    """A painted set that is not there is told how to get, the others where to put."""
+    with pytest.raises(BadInput, match=f"no folder {tmp_path}/poems; paint it: python -m tools.prepare paint poems {tmp_path}/poems"):
+        open_split("poems", "test", tmp_path)
+    with pytest.raises(BadInput, match=f"no folder {tmp_path}/COCO-CN; unpack the data set there"):
+        open_split("coco-cn", "test", tmp_path)
+    write_folder(tmp_path / "demo", [("a.png", "猫", "test")], columns="image,caption,split")
+    assert open_split("demo", "test", tmp_path).name == "demo/test" and data.all_names("demo", tmp_path) == ["test"]
+    assert [data.data_name(name) for name in ("poems", tmp_path / "poems", "data/coco-CN", "a/b", "x/{0..3}.tar")] == ["poems", "poems", "coco-cn", "b", "x/{0..3}.tar"]
 
 
 # ---------------------------------------------------------------------------------------------------------------- order
@@ -213,18 +215,18 @@ def batches(size=6, steps=(0, 5), seed=3, **process):
 
 
 def test_every_pair_once_per_epoch_and_every_batch_full():
-    places = sum(batches(), [])
-    assert all(len(b) == 6 for b in batches()) and [e for e, _ in places] == [0] * 10 + [1] * 10 + [2] * 10
+    pairs = sum(batches(), [])
+    assert all(len(b) == 6 for b in batches()) and len(pairs) == 30
     for epoch in range(3):
-        assert sorted(k for e, k in places if e == epoch) == list(range(10))
-    assert places[:10] != [(0, k) for _, k in places[10:20]] and sum(batches(seed=4), []) != places
+        assert sorted(pairs[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert pairs[:10] != pairs[10:20] and sum(batches(seed=4), []) != pairs
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("micro", [None, 1, 2, 4])
 def test_a_step_takes_the_same_pairs_for_any_number_of_processes_and_any_micro_batch(world, micro):
     """12 pairs a step. What is in the part of the batch that the processes run together depends on world x micro_batch alone."""
-    shares = [batches(size=12, rank=r, world=world, micro_batch=micro) for r in range(world)]
+    shares = [batches(size=12, rank=r, world_size=world, micro_batch=micro) for r in range(world)]
     assert len({len(share) for share in shares}) == 1
     parts = [sum(parts, []) for parts in zip(*shares)]
     assert sum(parts, []) == sum(batches(size=12), [])
@@ -245,7 +247,7 @@ def test_workers_change_nothing(tsv_folder):
 
 def test_a_reader_puts_the_images_of_a_batch_right_into_shared_memory(tsv_folder):
     split = open_split(tsv_folder, "train")
-    samples = [data.TrainingPairs(split, 32)[0, k] for k in range(3)]
+    samples = [data.TrainingPairs(split, 32)[k] for k in range(3)]
     assert not data.collate(samples)[0].is_shared() and torch.equal(data.collate(samples)[0], torch.stack([sample[0] for sample in samples]))
     where = lambda samples: data.collate(samples)[0].is_shared()
     assert list(DataLoader(samples, batch_size=3, num_workers=1, collate_fn=where)) == [True]
@@ -264,7 +266,7 @@ def test_a_image_knows_all_its_sentences_and_the_same_sentence_has_one_key(tmp_p
     cat, dog = sentence_key("猫"), sentence_key("狗")
     assert split.text_keys == [cat, dog, cat] and split.image_keys == [[cat, dog], [dog], [cat]]
     assert split.pairs == [(0, 0), (1, 1), (1, 0), (2, 2)]
-    _, _, image_keys, text_keys, _ = next(iter(training_loader(split, 32, [[(0, 1), (0, 2), (0, 3)]], 0)))
+    _, _, image_keys, text_keys, _ = next(iter(training_loader(split, 32, [[1, 2, 3]], 0)))
     assert image_keys.tolist() == [[dog, -1], [cat, dog], [cat, -1]] and text_keys.tolist() == [dog, dog, cat]
 
 
@@ -279,7 +281,7 @@ def shard(path, numbers):
 def read_all(split, seed=0, epoch=0):
     """Every pair of an epoch, in its order: the images' bytes, the captions' tokens, the keys."""
     order = split.order(seed, epoch)
-    return [split.sample(epoch, int(order[place])) for place in range(len(split))]
+    return [split.sample(int(order[place])) for place in range(len(split))]
 
 
 def test_shards_in_all_their_forms(tmp_path):
@@ -294,7 +296,7 @@ def test_shards_in_all_their_forms(tmp_path):
     split = open_split(tmp_path / "a.tar", "train")
     assert len(split) == 6 and split.texts == ["第一张", "第二张", "第三张", "甲", "乙", "第五张"] and split.positives == [[0], [1], [2], [3], [3], [4]]
     for k, seed in enumerate([1, 2, 3, 4, 4, 5]):
-        image, ids, sentences, sentence = split.sample(0, k)
+        image, ids, sentences, sentence = split.sample(k)
         assert image == png(seed=seed) and np.array_equal(ids, split.ids[k])
         assert sentence == sentence_key(split.texts[k]) and sentences == ([sentence_key("甲"), sentence_key("乙")] if k in (3, 4) else [sentence])
 
@@ -316,12 +318,13 @@ def test_patterns_of_shards(tmp_path):
             open_split(f"{tmp_path}/{pattern}", "train")
 
 
-def test_any_layout_can_be_written_as_shards_and_holds_the_same(called, stopped, tsv_folder, tmp_path):
-    """By two processes, through the command line; killed half-way it goes on; other shards in the folder are not touched."""
+def test_any_layout_can_be_written_as_shards_and_holds_the_same(capsys, tsv_folder, tmp_path):
+    """By two processes; killed half-way it goes on; other shards in the folder are not touched."""
     text = json.dumps({"text_id": 1, "text": "三张", "image_ids": [3, 1, 7]}) + "\n"
     (tsv_folder / "train_texts.jsonl").write_text(text + (tsv_folder / "train_texts.jsonl").read_text(encoding="utf-8"), encoding="utf-8")
-    command = [data, tsv_folder, "--write-shards", tmp_path / "shards", "--per-shard", 5, "--processes", 2]
-    assert "12 images with 15 captions in 3 shards" in called(*command)
+    write = lambda split="train", per_shard=5: write_shards(open_split(tsv_folder, split), tmp_path / "shards", split, per_shard, processes=2)
+    write("train"), write("valid"), write("test")
+    assert "12 images with 15 captions in 3 shards" in capsys.readouterr().out
     assert sorted(p.name for p in (tmp_path / "shards").glob("*.tar")) == [f"{s}-{n:06}.tar" for s in ("test", "train", "valid") for n in range(3)]
     before, after = open_split(tsv_folder, "train"), open_split(tmp_path / "shards", "train")
     seen = lambda split: sorted((p, ids.tolist(), tuple(sorted(keys)), key) for p, ids, keys, key in read_all(split))
@@ -331,20 +334,21 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(called, stopped,
     whole = {p: p.read_bytes() for p in (tmp_path / "shards").glob("*.tar")}
     lost = tmp_path / "shards/train-000001.tar"
     lost.rename(lost.with_name(lost.name + ".part"))
-    called(*command)
+    write()
     assert {p: p.read_bytes() for p in whole} == whole
-    assert "it holds other shards of 'train'; name another folder, or delete them and train.json" in stopped(*command[:4], "--split", "train", "--per-shard", 6)
+    with pytest.raises(BadInput, match="it holds other shards of 'train'; name another folder, or delete them and train.json"):
+        write(per_shard=6)
     with pytest.raises(BadInput, match="the split's name becomes a part of file names"):
         write_shards(before, tmp_path / "shards", "../train")
     again = tmp_path / "again"                                                  # shards as shards of another size
     write_shards(after, again, "train", per_shard=7)
     assert seen(open_split(again, "train")) == seen(before) and len(list(again.glob("*.tar"))) == 2
-    assert "train           3 shards         15 pairs, 0 of them without image or caption" in called(data, tmp_path / "shards")
+    assert len(after.shards) == 3 and after.incomplete() == 0
 
 
 def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
     path, scans = shard(tmp_path / "a.tar", range(4)), []
-    monkeypatch.setattr(data, "scan", lambda path, scan=scan: scans.append(path) or scan(path))
+    monkeypatch.setattr(shards, "scan", lambda path, scan=scan: scans.append(path) or scan(path))
     for _ in range(2):
         assert len(open_split(path, "train")) == 4
     assert len(scans) == 1 and (tmp_path / "a.tar.index").is_file()
@@ -358,7 +362,7 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
     scans.clear()
     (tmp_path / "a.tar.index").write_bytes(whole[:-48] + (-5).to_bytes(8, "little", signed=True) + whole[-40:])    # an offset that cannot be
     opened_index.cache_clear()
-    assert open_split(path, "train").sample(0, 6)[0] == png(seed=6) and len(scans) == 1
+    assert open_split(path, "train").sample(6)[0] == png(seed=6) and len(scans) == 1
     scans += [0, 0]
     monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
     (tmp_path / "a.tar.index").unlink()
@@ -386,14 +390,14 @@ def test_damaged_shards_are_named_and_what_is_whole_is_used(tmp_path):
     (tmp_path / "b.tar").write_bytes(gzip.compress(whole))
     write_tar(tmp_path / "c.tar", {"a.cls": b"1"})
     (tmp_path / "d.tar").write_bytes(b"")
-    for name, message in (("b", "not an uncompressed tar archive"), ("c", "no images with captions in 1 shard; expected"), ("d", "not an uncompressed tar archive")):
+    for name, message in (("b", "not an uncompressed tar archive"), ("c", "no images with captions in 1 shards; expected"), ("d", "not an uncompressed tar archive")):
         with pytest.raises(BadInput, match=message):
             open_split(tmp_path / f"{name}.tar", "train")
 
 
 BAD_SAMPLES = {
     "truncated JPEG": ({"b.jpg": jpeg()[:-400], "b.txt": "坏".encode()}, "the image cannot be read (image file is truncated"),
-    "wrong bytes": ({"b.jpg": b"not a image at all", "b.txt": "坏".encode()}, "the image cannot be read (not a image in a format"),
+    "wrong bytes": ({"b.jpg": b"not a image at all", "b.txt": "坏".encode()}, "the image cannot be read (not an image in a format"),
     "empty image": ({"b.jpg": b"", "b.txt": "坏".encode()}, "the image cannot be read (it is empty)"),
     "missing text": ({"b.jpg": jpeg()}, "the caption is missing"),
     "missing image": ({"b.txt": "坏".encode()}, "the image cannot be read (it is missing)"),
@@ -416,7 +420,7 @@ def test_bad_samples_are_replaced_by_the_next_one_and_reported_with_file_and_off
     path = write_tar(tmp_path / "a.tar", {"0.jpg": jpeg(), "0.txt": "好".encode()} | files | good)
     split = open_split(path, "train")
     assert len(split) == 4
-    pixels, ids, _, text_keys, bad = next(iter(training_loader(split, 16, [[(0, k) for k in range(4)]], 0)))
+    pixels, ids, _, text_keys, bad = next(iter(training_loader(split, 16, [[0, 1, 2, 3]], 0)))
     assert [key for key in text_keys.tolist()] == [sentence_key(text) for text in ("好", "第1张", "第1张", "第2张")] and torch.equal(pixels[1], pixels[2])
     (report,) = bad
     assert report["pair"] == 1 and report["file"] == str(path) and message in report["reason"] and "\n" not in report["reason"]
@@ -428,7 +432,7 @@ def test_bad_samples_are_replaced_by_the_next_one_and_reported_with_file_and_off
 def test_when_nothing_can_be_read_the_run_stops(tmp_path):
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": b"x" for i in range(3)})
     with pytest.raises(BadInput, match="100 pairs in a row cannot be read; the first: .*a.tar, offset 512: the caption is missing"):
-        next(iter(training_loader(open_split(path, "train"), 16, [[(0, 0)]], 0)))
+        next(iter(training_loader(open_split(path, "train"), 16, [[0]], 0)))
 
 
 def test_shard_order_takes_every_pair_once_and_reads_nearly_from_front_to_back():
@@ -528,9 +532,9 @@ JPEGS = {"RGB": saved(photo(250, 187), quality=90), "grey": saved(photo(200, 230
 
 @pytest.mark.parametrize("encoded", JPEGS.values(), ids=JPEGS)
 def test_jpegs_train_on_what_pillow_sees_but_for_rounding(encoded, monkeypatch):
-    decoded = jpeg_pixels(encoded)
-    assert decoded is not None                                                  # else torchvision has no decoder of JPEGs any more: then training is right, but reads at a third of the speed
-    assert np.array_equal(decoded.permute(1, 2, 0).numpy(), np.array(decoded(lambda: encoded, "it")))
+    fast = jpeg_pixels(encoded)
+    assert fast is not None                                                     # else torchvision has no decoder of JPEGs any more: then training is right, but reads at a third of the speed
+    assert np.array_equal(fast.permute(1, 2, 0).numpy(), np.array(decoded(lambda: encoded, "it")))
     monkeypatch.setattr(Image.Image, "resize", None) if torch.backends.cpu.get_cpu_capability().startswith("AVX") else None
     ours = training_pixels(encoded, 112, "it")                             # without Pillow's resize
     monkeypatch.undo()
@@ -542,7 +546,7 @@ def test_jpegs_train_on_what_pillow_sees_but_for_rounding(encoded, monkeypatch):
                          ids=["RGB", "grey", "CMYK", "turned"])
 def test_a_jpeg_much_larger_than_needed_is_decoded_at_a_reduced_scale_and_looks_the_same(encode, monkeypatch):
     seen = []
-    monkeypatch.setattr(data, "resized", lambda pixels, size, resized=resized: seen.append(tuple(pixels.shape[1:])) or resized(pixels, size))
+    monkeypatch.setattr(support_images, "resized", lambda pixels, size, resized=resized: seen.append(tuple(pixels.shape[1:])) or resized(pixels, size))
     for detail, most, mean in ((False, 4, 0.6), (True, 9, 1.0)):                # measured: 3 and 0.40, 7 and 0.79; of sizes that can be halved twice 2 and 0.21, 1 and 0.24
         found = apart(encode(photo(900, 650, detail)), 80)
         assert found[0] <= most and found[1] <= mean, found
@@ -551,7 +555,7 @@ def test_a_jpeg_much_larger_than_needed_is_decoded_at_a_reduced_scale_and_looks_
 
 def test_a_reduced_scale_leaves_twice_what_is_needed(monkeypatch):
     seen = []
-    monkeypatch.setattr(data, "resized", lambda pixels, size: seen.append(tuple(pixels.shape[1:])))
+    monkeypatch.setattr(support_images, "resized", lambda pixels, size: seen.append(tuple(pixels.shape[1:])))
     for width, height, size in ((319, 500, 80), (320, 320, 80), (639, 2000, 80), (1280, 1300, 80), (3000, 40, 16), (2000, 1, 16)):
         training_pixels(saved(Image.new("RGB", (width, height))), size, "it")
         reduced = seen[-1] != (height, width)
@@ -576,20 +580,16 @@ def test_images_that_are_no_upright_rgb_or_grey_jpegs_train_on_what_pillow_sees_
     assert apart(encoded, 48) == (0, 0)
 
 
-def test_painted_images_train_on_the_pixels_of_evaluation():
-    assert torch.equal(training_pixels(PLAIN, 48, "it"), to_uint8(PLAIN, 48))
-
-
 @pytest.mark.parametrize("missing", ["no torchvision", "no library", "a library that does not load", "no operator"])
 def test_training_needs_neither_torchvisions_decoder_nor_avx2(missing, monkeypatch):
     spec = {"no torchvision": None, "no library": type("Spec", (), {"submodule_search_locations": [os.devnull]})}
     if missing in spec:
-        monkeypatch.setattr(data.importlib.util, "find_spec", lambda _: spec[missing])
+        monkeypatch.setattr(support_images.importlib.util, "find_spec", lambda _: spec[missing])
     elif missing == "no operator":
         monkeypatch.setattr(torch.ops, "image", None)
     else:
         monkeypatch.setattr(torch.ops, "load_library", lambda path: (_ for _ in ()).throw(OSError("undefined symbol")))
-    monkeypatch.setattr(data, "jpeg_decoder", jpeg_decoder.__wrapped__)
+    monkeypatch.setattr(support_images, "jpeg_decoder", jpeg_decoder.__wrapped__)
     assert jpeg_pixels(JPEGS["RGB"]) is None and apart(JPEGS["RGB"], 112)[0] <= 3
     monkeypatch.undo()
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
@@ -598,7 +598,7 @@ def test_training_needs_neither_torchvisions_decoder_nor_avx2(missing, monkeypat
 
 def test_the_decoder_warns_of_nothing_and_costs_no_import_of_torchvision(monkeypatch):
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)              # another test may need it
-    monkeypatch.setattr(data, "jpeg_decoder", jpeg_decoder.__wrapped__)
+    monkeypatch.setattr(support_images, "jpeg_decoder", jpeg_decoder.__wrapped__)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert jpeg_pixels(jpeg()).shape == (3, 30, 40) and "torchvision" not in sys.modules
