@@ -70,12 +70,14 @@ def random_pairs(name, split, painted):
     rng, pairs, seen = random.Random(f"{name} {split}"), [], set()
     while len(pairs) < painted.sizes[split]:
         drawing = painted.draw(rng)
+        if painted.split_of(drawing) != split:
+            continue
         scene = painted.scene(drawing)
         if split == "train":
             alike = scene in seen
         else:
             alike = any(scene <= other or other <= scene for other in seen)
-        if painted.split_of(drawing) == split and not alike:
+        if not alike:
             seen.add(scene)
             pairs.append((scene, painted.describe(drawing, rng if split == "train" else None)))
     return pairs
