@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import peers
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, bomb, jpeg, on_processes, png, ready, refused, script, write_tar, write_tsv_split
+from conftest import ROOT, bomb, jpeg, on_processes, png, ready, script, write_tar, write_tsv_split
 from test_model import RESNET, VIT, batch, build
 
 import checkpoint
@@ -28,13 +29,24 @@ import data
 import train
 from loss import contrastive_loss, matches
 from model import Config
+from support import painter
 from support.images import Transform
 from support.meter import Meter
+from support.recipes import RECIPES, fitting_lr
+from support.remarks import remarks
 from support.run import Run
-from support.settings import RECIPES, fitting_lr, parse_args
+from support.settings import parse_args, resolve
 from support.system import BadInput
 
 QUICK = ["--batch-size", 6, "--workers", 0, "--precision", "fp32", "--log-every", 1]
+MINI = Config(embed_dim=16, image_size=32, vision_layers=1, vision_width=32, vision_heads=2, patch_size=16,
+              text_layers=1, text_width=32, text_heads=2)
+
+
+@pytest.fixture(autouse=True)
+def mini(monkeypatch):
+    """--model mini, for runs in this process whose model does not matter: a tenth of the time of tiny."""
+    monkeypatch.setitem(train.CONFIGS, "mini", MINI)
 
 
 def tensors(path):
@@ -81,14 +93,15 @@ def test_stage_1_starts_from_a_vision_tower_and_a_fresh_text_tower(trained, stop
     assert "brings both towers" in stops("train.py", "--stage", 1, "--vision-weights", tmp_path / "before/last.pt", "--init", tmp_path / "before/last.pt", "--out", tmp_path / "two")
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folder):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folder, called):
     """With a learning rate of 0, what is trained stays what it was in the two files; what is left out of them is said. The images' features are kept, on one process and on two."""
     clip, bert, cfg = peers.openai_clip_model(train.CONFIGS["tiny"]), peers.bert_model(train.CONFIGS["tiny"]), train.CONFIGS["tiny"]
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
     bert.save_pretrained(tmp_path / "bert")
-    output = script("train.py", "--stage", 1, "--data", tsv_folder, "--max-steps", 1, "--lr", 0, "--vision-weights", tmp_path / "clip.pt", "--text-weights", tmp_path / "bert", *QUICK,
-                    "--out", tmp_path / "one", "--features", tmp_path / "features", processes=processes)
+    command = ["--stage", 1, "--data", tsv_folder, "--max-steps", 1, "--lr", 0, "--vision-weights", tmp_path / "clip.pt",
+               "--text-weights", tmp_path / "bert", *QUICK, "--out", tmp_path / "one", "--features", tmp_path / "features"]
+    output = called(train, *command) if processes == 1 else script("train.py", *command, processes=processes)
     assert f"starts from {tmp_path / 'clip.pt'} + {tmp_path / 'bert'}" in output
     assert "left out: ln_final.* (2)" in output and f"transformer.* (12) of {tmp_path / 'clip.pt'}; bert.pooler.* (2), cls.* (" in output
     got = checkpoint.load(tmp_path / "one/last.pt")[0]
@@ -103,24 +116,61 @@ def test_stage_1_starts_from_openai_clip_and_bert(processes, tmp_path, tsv_folde
 
 
 def test_a_model_for_larger_images_starts_from_one_for_smaller_ones(tmp_path, tsv_folder, monkeypatch):
-    monkeypatch.setitem(train.CONFIGS, "large", dataclasses.replace(train.CONFIGS["tiny"], image_size=96))
+    small = dataclasses.replace(train.CONFIGS["tiny"], image_size=32)
+    monkeypatch.setitem(train.CONFIGS, "large", dataclasses.replace(small, image_size=64))
     torch.manual_seed(0)
-    checkpoint.save(tmp_path / "small.pt", train.CLIP(train.CONFIGS["tiny"]))
+    checkpoint.save(tmp_path / "small.pt", train.CLIP(small))
     monkeypatch.setattr(sys, "argv", [str(a) for a in ("train.py", "--stage", "finetune", "--model", "large", "--data", tsv_folder, "--init", tmp_path / "small.pt", "--max-steps", 1, "--lr", 0, *QUICK,
                                                        "--out", tmp_path / "run")])
     train.main()
-    small, large = checkpoint.load(tmp_path / "small.pt", image_size=96)[0], checkpoint.load(tmp_path / "run/last.pt")[0]
+    small, large = checkpoint.load(tmp_path / "small.pt", image_size=64)[0], checkpoint.load(tmp_path / "run/last.pt")[0]
     assert torch.equal(small.vision.attention_pool.position_embed, large.vision.attention_pool.position_embed)
 
 
-def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path, called):
-    output = called(train, "--stage", 1, "--max-steps", 2, *QUICK, "--out", tmp_path)
+def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path, called, monkeypatch):
+    monkeypatch.setattr(painter, "DEMO", painter.DEMO._replace(sizes=dict.fromkeys(painter.DEMO.sizes, 24)))
+    output = called(train, "--stage", 1, "--data-root", tmp_path / "data", "--max-steps", 2, *QUICK, "--out", tmp_path / "run")
+    painted, output = output.split("\n", 1)
+    tmp_path = tmp_path / "run"
+    assert "demo" in painted
     assert "--data coco-cn" in output.splitlines()[0] and "step      2/2" in output and "frozen vision tower has random weights" in output
     for word in ("loss", "lr", "temperature", "samples/s", "left", "memory", "settings:", "valid  text-to-image R@1"):
         assert word in output
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "last.pt", "lock", "metrics.jsonl", "settings.json"]
     assert json.loads((tmp_path / "settings.json").read_text())["total_steps"] == 2
     assert all(0 <= m["waiting"] <= 1 for m in metrics(tmp_path) if "loss" in m)
+
+
+def test_the_demo_is_painted_once(tmp_path, monkeypatch):
+    """By the first process, before anything else."""
+    painted = []
+    monkeypatch.setattr(train, "write_demo", lambda folder: painted.append(folder) or folder.mkdir())
+    monkeypatch.setattr(data, "all_names", lambda name, root: ["train"])
+    args = SimpleNamespace(data="demo", data_root=tmp_path)
+    for rank in (1, 0, 0):
+        train.find_data(args, rank)
+    assert painted == [tmp_path / "demo"]
+
+
+@pytest.mark.parametrize("module", ["train", "evaluate", "checkpoint", "tools.bench"])
+def test_waiting_threads_sleep_before_torch_is_imported(module):
+    """OpenMP reads OMP_WAIT_POLICY once."""
+    probe = f"""
+import os, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            print(os.environ.get("OMP_WAIT_POLICY"))
+            os._exit(0)
+
+sys.meta_path.insert(0, Finder())
+import {module}
+"""
+    for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | ({"OMP_WAIT_POLICY": before} if before else {})
+        done = subprocess.run([sys.executable, "-uc", probe], cwd=ROOT, capture_output=True, text=True, env=environment)
+        assert (done.stdout, done.stderr) == (f"{after}\n", "")
 
 
 def test_the_log_says_when_a_run_waits_for_its_images(monkeypatch):
@@ -144,7 +194,7 @@ def test_the_log_says_when_a_run_waits_for_its_images(monkeypatch):
 
 
 def test_recall_is_measured_before_the_first_step_and_as_often_as_asked(tmp_path, tsv_folder, trained):
-    trained("train.py", "--stage", "finetune", "--data", tsv_folder, "--max-steps", 5, "--valid-every", 2, "--no-average", *QUICK, "--out", tmp_path)
+    trained("train.py", "--stage", "finetune", "--model", "mini", "--data", tsv_folder, "--max-steps", 5, "--valid-every", 2, "--no-average", *QUICK, "--out", tmp_path)
     assert [m["step"] for m in metrics(tmp_path) if "valid" in m] == [0, 2, 4, 5]
     scores = {m["step"]: m["score"] for m in metrics(tmp_path) if "valid" in m}
     assert scores[checkpoint.read(tmp_path / "best.pt")["step"]] == max(scores.values())
@@ -154,16 +204,18 @@ def losses(out):
     return [m["loss"] for m in metrics(out) if "loss" in m]
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path, tsv_folder):
-    """Stage 1, the tiny model, augmentation and masked tokens on: the loss of every step to 1e-5 relative."""
-    for processes in (1, 2):
-        script("train.py", "--stage", 1, "--data", tsv_folder, "--max-steps", 4, "--augment", "drawing", "--mask-tokens", 0.2, *QUICK, "--out", tmp_path / str(processes), processes=processes)
+def test_two_processes_take_the_steps_of_one(tmp_path, tsv_folder, trained):
+    """Stage 1, the tiny model in micro-batches, augmentation and masked tokens on: the loss of every step to 1e-5 relative."""
+    command = ["train.py", "--stage", 1, "--data", tsv_folder, "--max-steps", 4, "--augment", "drawing", "--mask-tokens", 0.2, *QUICK]
+    trained(*command, "--out", tmp_path / "1")
+    script(*command, "--micro-batch", 2, "--out", tmp_path / "2", processes=2)
     assert len(losses(tmp_path / "1")) == 4 and losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
 
 
 SMALL_VIT = Config(embed_dim=64, image_size=64, vision_layers=2, vision_width=64, vision_heads=4, patch_size=16, text_layers=2, text_width=64, text_heads=4, text_dropout=0.0)
 
 
+@pytest.mark.slow
 def test_processes_and_micro_batches_do_not_change_the_run(tmp_path, tsv_folder):
     """20 steps of 60 pairs, fp32, dropout 0, on real images where they are at hand: the same loss at each step to 1e-5 relative, the same norm of the gradient to 1e-3."""
     torch.manual_seed(0)
@@ -199,10 +251,21 @@ def arguments(tsv_folder, out, *more):
     return ["train.py", "--stage", "2", "--data", tsv_folder, "--max-steps", 8, "--save-every", 1, "--valid-every", 4, "--augment", "drawing", *QUICK, "--out", out, *more]
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("once")
+    for split, first in (("train", 1), ("valid", 101)):
+        write_tsv_split(folder / "little", split, start=first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(a) for a in arguments(folder / "little", folder / "whole")])
+        train.main()
+    return folder / "whole"
+
+
 @pytest.fixture
-def undisturbed(tsv_folder, tmp_path, trained):
-    trained(*arguments(tsv_folder, tmp_path / "whole"))
-    return tmp_path / "whole"
+def undisturbed(once, tmp_path):
+    return shutil.copytree(once, tmp_path / "whole")
 
 
 def equal_runs(out, other):
@@ -224,8 +287,8 @@ def start(command, processes=1, **more):
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, **more)
 
 
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_and_the_run_continues_to_the_same_weights(kill, tsv_folder, tmp_path, undisturbed, trained):
+@pytest.mark.parametrize("kill", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_the_run_continues_to_the_same_weights(kill, tsv_folder, tmp_path, trained):
     out = tmp_path / "run"
     torch.set_num_threads(1)
     process = start([*arguments(tsv_folder, out), "--save-every", 0])
@@ -242,6 +305,7 @@ def test_a_signal_saves_and_the_run_continues_to_the_same_weights(kill, tsv_fold
     equal_runs(out, tmp_path / "whole1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(processes, tsv_folder, tmp_path):
     """SIGKILL in training, in validation, while a snapshot is written (one is, most of the time); the whole run or, of two processes, one. On tar shards with a bad sample, readers on.
@@ -282,6 +346,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(processes, tsv_fo
     equal_runs(out, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_worker_died(tsv_folder, tmp_path):
     command = lambda out: [*arguments(tsv_folder, out), "--stage", "finetune", "--max-steps", 12]
     script(*command(tmp_path / "whole"), processes=2)
@@ -310,6 +375,20 @@ def test_other_settings_are_refused_by_name(tsv_folder, undisturbed, trained, st
     assert "nothing to do: finished." in capsys.readouterr().out
 
 
+def test_a_snapshot_of_another_version_continues(tsv_folder, undisturbed, stops, called):
+    """It knows a setting that is gone, and lacks one that is new: neither was turned on."""
+    state = torch.load(undisturbed / "last.pt")
+
+    def write(**gone):
+        settings = {name: value for name, value in state["settings"].items() if name != "patch_dropout"} | gone
+        torch.save(state | {"settings": settings}, undisturbed / "last.pt")
+
+    write(sparkle=0.0, glow=None, shine="none")
+    assert "nothing to do: finished." in called(train, *arguments(tsv_folder, undisturbed)[1:])
+    write(sparkle=0.5)
+    assert "holds a run with sparkle 0.5, now it is None" in stops(*arguments(tsv_folder, undisturbed))
+
+
 def test_a_micro_batch_may_change_where_it_changes_nothing(tsv_folder, tmp_path, trained, stops):
     """A ViT without dropout continues with another one; with dropout the masks would be others."""
     for dropout in (0.0, 0.1):
@@ -326,7 +405,7 @@ def test_a_micro_batch_may_change_where_it_changes_nothing(tsv_folder, tmp_path,
 def test_a_damaged_snapshot_is_refused(tsv_folder, undisturbed, stops):
     whole = (undisturbed / "last.pt").read_bytes()
     (undisturbed / "last.pt").write_bytes(whole[:1000])
-    assert "last.pt: not a readable checkpoint" in refused(*arguments(tsv_folder, undisturbed))
+    assert "last.pt: not a readable checkpoint" in stops(*arguments(tsv_folder, undisturbed))
     (undisturbed / "last.pt").write_bytes(whole)
     state = torch.load(undisturbed / "last.pt")
     short = {"state": {k: v | {"exp_avg": torch.ones(3)} for k, v in state["optimizer"]["state"].items()}, "param_groups": state["optimizer"]["param_groups"]}
@@ -358,23 +437,22 @@ def test_snapshots_by_the_clock(tsv_folder, tmp_path, trained, monkeypatch):
     monkeypatch.setattr(Run, "snapshot", lambda self, step, snapshot=Run.snapshot: steps.append(step) or snapshot(self, step))
     for minutes, expected in ((1e-6, [0, 1, 2, 3, 4]), (0, [0, 4]), (60, [0, 4])):
         steps.clear()
-        trained("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 4, "--valid-every", 4, "--save-minutes", minutes, *QUICK, "--out", tmp_path / str(minutes))
+        trained("train.py", "--stage", 2, "--model", "mini", "--data", tsv_folder, "--max-steps", 4, "--valid-every", 4, "--save-minutes", minutes, *QUICK, "--out", tmp_path / str(minutes))
         assert steps == expected
 
 
-FULL = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2); del sys.argv[:2]; sys.argv.insert(0, 'train.py'); runpy.run_path('train.py', run_name='__main__')"
-
-
-def test_a_full_disk_leaves_the_snapshot_before_and_says_so(tsv_folder, tmp_path, trained):
+def test_a_full_disk_leaves_the_snapshot_before_and_says_so(tsv_folder, undisturbed, stops):
     """Stands for it: files may not grow over 1 MiB, as the system then says "File too large"."""
-    trained(*arguments(tsv_folder, tmp_path / "run")[:6], 8, *arguments(tsv_folder, tmp_path / "run")[7:])
-    out = tmp_path / "run"
-    state = checkpoint.read(out / "last.pt")
-    torch.save(torch.load(out / "last.pt") | {"step": 5}, out / "last.pt")      # as if killed after step 5
-    before = (out / "last.pt").read_bytes()
-    done = subprocess.run([sys.executable, "-c", FULL, str(2**20), *map(str, arguments(tsv_folder, out)[1:])], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "last.pt: cannot be written (" in done.stderr and "nothing there was changed" in done.stderr
-    assert state["step"] == 8 and (out / "last.pt").read_bytes() == before and not list(out.glob("*.part"))
+    torch.save(torch.load(undisturbed / "last.pt") | {"step": 5}, undisturbed / "last.pt")          # as if killed after step 5
+    before = (undisturbed / "last.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        line = stops(*arguments(tsv_folder, undisturbed))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "last.pt: cannot be written (" in line and "nothing there was changed" in line
+    assert (undisturbed / "last.pt").read_bytes() == before and not list(undisturbed.glob("*.part"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- recipes
@@ -440,7 +518,8 @@ def test_without_stage_or_recipe_it_asks_for_one(capsys):
 
 
 def finetune(tsv_folder, out, *more):
-    return ["train.py", "--stage", "finetune", "--data", tsv_folder, "--max-steps", 4, "--valid-every", 1, *QUICK, "--out", out, *more]
+    return ["train.py", "--stage", "finetune", "--model", "mini", "--data", tsv_folder, "--max-steps", 4,
+            "--valid-every", 1, *QUICK, "--out", out, *more]
 
 
 @pytest.fixture
@@ -535,10 +614,14 @@ def test_killed_among_the_averages_a_run_ends_as_if_undisturbed(tsv_folder, tmp_
     assert checkpoint.read(tmp_path / "run/last.pt")["averaged"]
 
 
-@pytest.mark.parametrize("lr, words", [(0.02, "a learning rate of 0.02 is large: it may destroy what the start knows; --lr 4.3e-04 fits"), (1e-6, "is small: little will be learned"), (1e-4, None)])
-def test_a_rate_that_does_not_fit_the_batch_is_warned_of(lr, words, tsv_folder, tmp_path, called):
-    output = called(train, *finetune(tsv_folder, tmp_path / "run", "--lr", lr, "--max-steps", 1)[1:])
-    assert words in output if words else "a learning rate of" not in output
+@pytest.mark.parametrize("lr, words", [
+    (0.02, "a learning rate of 0.02 is large: it may destroy what the start knows; --lr 4.3e-04 fits"),
+    (1e-6, "is small: little will be learned"), (1e-4, None)])
+def test_a_rate_that_does_not_fit_the_batch_is_warned_of(lr, words, tsv_folder):
+    tiny, split = train.CONFIGS["tiny"], data.open_split(tsv_folder, "train")
+    args = parse_args(["--stage", "finetune", "--lr", str(lr), "--batch-size", "6"])
+    lines = "".join(remarks(resolve(args, tiny, split, split, "fp32", 1), tiny, split, split, "start.pt"))
+    assert words in lines if words else "a learning rate of" not in lines
 
 
 def test_the_rate_that_fits_grows_with_the_root_of_the_batch():
@@ -559,7 +642,7 @@ def test_what_chooses_by_recall_needs_a_valid_split(tsv_folder, tmp_path, stops)
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--model", "vit-b-17"], "not a known model (rn50, vit-b-32, vit-b-16, vit-l-14, vit-l-14-336, vit-h-14, tiny)"),
+    (["--model", "vit-b-17"], "not a known model (rn50, vit-b-32, vit-b-16, vit-l-14, vit-l-14-336, vit-h-14, tiny"),
     (["--data", "nowhere"], "neither a folder, nor a pattern of tar shards, nor a known data set"),
     (["--init", "nowhere.pt"], "nowhere.pt: there is no such checkpoint"),
     (["--init", ""], ": there is no such checkpoint"),
@@ -570,21 +653,29 @@ def test_what_chooses_by_recall_needs_a_valid_split(tsv_folder, tmp_path, stops)
     (["--patch-dropout", "0.5"], "--patch-dropout 0.5: there are no patches to leave out: a ResNet has none"),
     (["--data", "shards/{000..002}.tar"], "3 of 3 shards are missing, the first shards/000.tar"),
 ])
-def test_wrong_arguments_give_one_line(more, message, tmp_path, stops):
-    assert message in stops("train.py", "--stage", 2, "--out", tmp_path / "run", *more)
+def test_wrong_arguments_give_one_line(more, message, tmp_path, tsv_folder, stops):
+    assert message in stops("train.py", "--stage", 2, "--data", tsv_folder, "--out", tmp_path / "run", *more)
     assert not (tmp_path / "run").exists()
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path, stops):
+def test_weights_of_another_architecture_are_refused(tmp_path, tsv_folder, stops):
     checkpoint.save(tmp_path / "vit.pt", build(VIT))
-    assert "do not fit the architecture tiny" in stops("train.py", "--stage", 2, "--model", "tiny", "--init", tmp_path / "vit.pt", "--out", tmp_path / "run")
+    assert "do not fit the architecture tiny" in stops("train.py", "--stage", 2, "--model", "tiny", "--data", tsv_folder, "--init", tmp_path / "vit.pt", "--out", tmp_path / "run")
 
 
-def test_a_batch_that_does_not_divide_is_refused(tmp_path):
-    output = script("train.py", "--stage", 1, "--batch-size", 7, "--out", tmp_path / "run", processes=2, ok=False)
-    assert output.count("error: --batch-size 7 does not divide by 2 processes; 6 does") == 1        # not once per process
+def test_a_batch_that_does_not_divide_is_refused(tsv_folder):
+    args, split = parse_args(["--stage", "2", "--batch-size", "7"]), data.open_split(tsv_folder, "train")
+    with pytest.raises(BadInput, match="--batch-size 7 does not divide by 2 processes; 6 does"):
+        resolve(args, train.CONFIGS["tiny"], split, split, "fp32", 2)
 
 
+@pytest.mark.slow
+def test_a_mistake_of_all_processes_is_told_once(tmp_path, tsv_folder):
+    output = script("train.py", "--stage", 1, "--data", tsv_folder, "--batch-size", 7, "--out", tmp_path / "run", processes=2, ok=False)
+    assert output.count("error: --batch-size 7 does not divide by 2 processes; 6 does") == 1
+
+
+@pytest.mark.slow
 def test_a_mistake_that_one_process_meets_is_told_by_it(tsv_folder, tmp_path):
     path = tsv_folder / "valid_imgs.tsv"
     lines = path.read_text().splitlines(keepends=True)
@@ -611,10 +702,13 @@ def damaged_shards(tmp_path_factory):
     return f"{folder}/{{0..3}}.tar"
 
 
-def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(damaged_shards, tmp_path):
-    """Two processes, an epoch and a half."""
-    command = ["train.py", "--stage", 2, "--data", damaged_shards, "--epochs", 1.5, "--batch-size", 100, "--max-bad", 0.05, "--precision", "fp32", "--log-every", 15, "--out", tmp_path / "run"]
-    output = script(*command, processes=2)
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(processes, damaged_shards, tmp_path, called):
+    """An epoch and a half."""
+    checkpoint.save(tmp_path / "mini.pt", train.CLIP(MINI))
+    command = ["--stage", 2, "--data", damaged_shards, "--init", tmp_path / "mini.pt", "--epochs", 1.5, "--batch-size", 100, "--max-bad", 0.05, "--precision", "fp32", "--log-every", 15,
+               "--out", tmp_path / "run"]
+    output = called(train, *command) if processes == 1 else script("train.py", *command, processes=2)
     assert "no validation, so no best.pt" in output and "20 so far, 50 may be" in output and "finished" in output
     bad = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert len(bad) == 20 and {b["pair"] for b in bad} == {i for i in range(1000) if i % 50 == 7} and all(1 <= b["step"] <= 10 for b in bad)              # each once, all in the first epoch
@@ -624,7 +718,7 @@ def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(damaged
 
 
 def test_too_many_damaged_samples_stop_the_run(damaged_shards, tmp_path, stops):
-    line = stops("train.py", "--stage", 2, "--data", damaged_shards, "--epochs", 2, "--batch-size", 50, "--precision", "fp32", "--out", tmp_path / "run")
+    line = stops("train.py", "--stage", 2, "--model", "mini", "--data", damaged_shards, "--epochs", 2, "--batch-size", 50, "--precision", "fp32", "--out", tmp_path / "run")
     assert "11 pairs cannot be read, and of 1,000 only 10 may be (--max-bad 0.01)" in line and "The first: " in line
     assert len((tmp_path / "run/bad_samples.jsonl").read_text().splitlines()) == 11 and checkpoint.read(tmp_path / "run/last.pt")["step"] < 20
 
@@ -634,7 +728,7 @@ def test_in_a_small_data_set_one_bad_image_stops_the_run_with_its_id(tsv_folder,
     lines = path.read_text().splitlines(keepends=True)
     lines[4] = lines[4].replace("\tiVBOR", "\tiVBOX")
     path.write_text("".join(lines))
-    assert "little/train: image 5 cannot be read" in stops("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 3, "--batch-size", 6, "--workers", 1, "--out", tmp_path / "run")
+    assert "little/train: image 5 cannot be read" in stops("train.py", "--stage", 2, "--model", "mini", "--data", tsv_folder, "--max-steps", 3, "--batch-size", 6, "--workers", 1, "--out", tmp_path / "run")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_step(tsv_folder, tmp_path, stops):
@@ -721,7 +815,7 @@ def test_the_cached_step_equals_autograd_through_the_same_chunks_kept_in_memory(
             loss = contrastive_loss(*map(torch.cat, zip(*embeds)), model.logit_scale.exp(), truth)
             loss.backward()
             loss, norm = loss.item(), gradients.norm()
-        results.append({"loss": torch.tensor(loss), "norm": torch.tensor(norm)} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers()))
+        results.append({"loss": torch.as_tensor(loss), "norm": torch.as_tensor(norm)} | {n: p.grad for n, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers()))
         results[-1].pop("vision.attention_pool.key.bias", None)                 # softmax cancels it: its gradient is rounding alone
     assert passes.count(False) == 3 and passes.count(True) == (3 if stage == "1" else 6)
     worst = max(((a - b).norm() / (a.norm() + 1e-12)).item() for a, b in ((results[0][k].double(), results[1][k].double()) for k in results[0]))
@@ -734,7 +828,7 @@ def test_with_positives_pair_only_its_own_caption_is_right(tsv_folder, tmp_path,
     given, loss = {}, train.tiled_loss
     for positives in ("all", "pair"):
         monkeypatch.setattr(train, "tiled_loss", lambda *arguments: given.update({positives: arguments[3]}) or loss(*arguments))
-        trained("train.py", "--stage", 2, "--data", tsv_folder, "--max-steps", 1, *QUICK, "--batch-size", 36, "--positives", positives, "--out", tmp_path / positives)
+        trained("train.py", "--stage", 2, "--model", "mini", "--data", tsv_folder, "--max-steps", 1, *QUICK, "--batch-size", 36, "--positives", positives, "--out", tmp_path / positives)
     assert len(given["all"][0]) == 36 * 3 and given["pair"] is None
 
 
@@ -748,7 +842,11 @@ def test_one_micro_batch_is_embedded_once():
     assert passes.count("VisionTransformer") == 1 and passes.count("BertEncoder") <= 4              # groups of captions of like length
 
 
-def _sent(rank, world, stage):
+def _sent_of_both_stages(rank, world):
+    return {stage: _sent(rank, stage) for stage in ("1", "2")}
+
+
+def _sent(rank, stage):
     """One step on two processes -> how many numbers all-reduces sent, how many buckets were on their way before the backward pass was over, the gradients."""
     model, (pixels, ids) = build(VIT).train(), batch(VIT, n=8)
     if stage == "1":
@@ -764,18 +862,33 @@ def _sent(rank, world, stage):
     return torch.tensor(sent), early[0], len(gradients.buckets), loss, {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_gradients_are_summed_while_the_backward_pass_runs_and_only_what_trains_is_sent(stage, tmp_path):
-    model, (pixels, ids) = build(VIT).eval(), batch(VIT, n=8)
-    if stage == "1":
-        model.freeze_vision()
-    contrastive_loss(*model(pixels, ids)).backward()
-    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    for sent, early, buckets, loss, got in on_processes(_sent, 2, tmp_path, stage):
-        assert sent.sum() == sum(p.numel() for p in model.parameters() if p.requires_grad) + buckets and early == buckets > 5
-        assert loss == pytest.approx(contrastive_loss(*model(pixels, ids)).item(), rel=1e-5) and got.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+def test_gradients_are_summed_while_the_backward_pass_runs_and_only_what_trains_is_sent(tmp_path):
+    results = on_processes(_sent_of_both_stages, 2, tmp_path)
+    for stage in ("1", "2"):
+        model, (pixels, ids) = build(VIT).eval(), batch(VIT, n=8)
+        if stage == "1":
+            model.freeze_vision()
+        contrastive_loss(*model(pixels, ids)).backward()
+        expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        for sent, early, buckets, loss, got in (result[stage] for result in results):
+            assert sent.sum() == sum(p.numel() for p in model.parameters() if p.requires_grad) + buckets and early == buckets > 5
+            assert loss == pytest.approx(contrastive_loss(*model(pixels, ids)).item(), rel=1e-5) and got.keys() == expected.keys()
+            for name, gradient in expected.items():
+                torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_frozen_tower_prepares_each_image_once():
+    """The second pass of gradient caching needs no images then."""
+    for frozen, times in ((True, 1), (False, 2)):
+        model, (pixels, ids) = build(VIT).train(), batch(VIT)
+        if frozen:
+            model.freeze_vision()
+        prepared = []
+        micro = SimpleNamespace(images=lambda device: prepared.append(0) or pixels, ids=ids, seed=0)
+        gradients = train.GradientSum([p for p in model.parameters() if p.requires_grad])
+        train.train_step(model, [micro, micro, micro], None, gradients, train.make_optimizer(model, 0.1),
+                         torch.amp.GradScaler("cpu", enabled=False), contextlib.nullcontext)
+        assert len(prepared) == 3 * times
 
 
 def test_patch_dropout_leaves_out_patches_in_training_alone():
