@@ -139,11 +139,11 @@ def download(repo, name, by_hand, repo_type="model"):
     `by_hand` says what to do with a file from elsewhere. Raises BadInput.
     """
     import huggingface_hub              # here, because importing it takes 0.3 s
-    cached = huggingface_hub.try_to_load_from_cache(repo, name, repo_type=repo_type)
-    if isinstance(cached, str):         # else None, or a mark that the hub has no such file
-        return Path(cached)
     try:
-        return Path(huggingface_hub.hf_hub_download(repo, name, repo_type=repo_type))
+        path = huggingface_hub.try_to_load_from_cache(repo, name, repo_type=repo_type)
+        if not isinstance(path, str):   # None, or a mark that the hub has no such file
+            path = huggingface_hub.hf_hub_download(repo, name, repo_type=repo_type)
+        return Path(path)
     except Exception as error:          # of the network, the disk, an address: of many classes
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__

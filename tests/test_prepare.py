@@ -380,8 +380,8 @@ def test_captions_of_no_list_are_said(tmp_path, image_folder, called):
 
 def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
     release = packed(tmp_path, COCO, "folder")
-    assert "name the folder of the images (MSCOCO's, or Flickr30K's) with --images" in stopped(prepare, "convert", release, tmp_path / "out")
-    assert "there is no such folder" in stopped(prepare, "convert", release, tmp_path / "out", "--images", tmp_path / "none")
+    assert "--images None: not a folder" in stopped(prepare, "convert", release, tmp_path / "out")
+    assert "is an original release, without images" in stopped(prepare, "convert", release, tmp_path / "out", "--images", tmp_path / "none")
     assert "it holds its own images" in stopped(prepare, "convert", tsv_folder, tmp_path / "out", "--images", image_folder)
     assert "is there already" in stopped(prepare, "convert", tsv_folder, release)
     assert "neither a folder" in stopped(prepare, "convert", tmp_path / "none", tmp_path / "out")

@@ -48,7 +48,8 @@ def main():
     if args.command == "fetch":
         fetch(args.name, args.data_root)
     elif args.command == "convert":
-        convert(args.source, args.dest, args.images, args.shards, args.skip_missing)
+        convert(args.source, Path(args.dest), args.images, args.shards, args.skip_missing,
+                args.data_root)
     elif args.command == "check":
         system.check_place("--json", args.json)
         if not check(args.data, args.data_root, args.processes, args.json):
@@ -72,23 +73,21 @@ def parse_args():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def add(name, text, root=True):
+    def add(name, text, takes_data=True):
         one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        if root:
-            one.add_argument("--data-root", default="data",
-                             help="the folder of the known data sets (default: data)")
+        one.add_argument("--data-root", default="data",
+                         help="the folder of the known data sets (default: data)")
+        if takes_data:
+            one.add_argument("data", metavar="DATA",
+                             help=f"{', '.join(data.NAMES)}, a folder, or a pattern of tar shards")
         return one
 
-    def add_data(one):
-        one.add_argument("data", metavar="DATA",
-                         help=f"{', '.join(data.NAMES)}, a folder, or a pattern of tar shards")
-
-    one = add("fetch", "download a published data set and unpack it")
+    one = add("fetch", "download a published data set and unpack it", takes_data=False)
     one.add_argument("name", choices=FETCHED)
     one = add("convert", "write an original release, or any layout, as Chinese-CLIP's layout or "
-              "tar shards", root=False)
+              "tar shards", takes_data=False)
     one.add_argument("source", help="an original release (a folder, .zip, .tar, .tar.gz or .tgz), "
-                     "a folder in any layout, or a pattern of tar shards")
+                     "or DATA as for the other commands")
     one.add_argument("dest", help="the folder to make")
     one.add_argument("--images", "--pictures", metavar="DIR",
                      help="the images of an original release: ID.jpg, at any depth")
@@ -96,21 +95,18 @@ def parse_args():
     one.add_argument("--skip-missing", action="store_true",
                      help="leave out images that are not in --images, and their captions")
     one = add("check", "look at every image and caption; exit status 1 when something is wrong")
-    add_data(one)
     one.add_argument("--processes", type=int, default=1, help="how many read images (default: 1)")
     one.add_argument("--json", metavar="FILE", help="write all findings, not ten of each kind")
-    add_data(add("counts", "say what each split holds"))
+    add("counts", "say what each split holds")
     one = add("shards", "write a data set as tar shards; continues after a kill")
-    add_data(one)
     one.add_argument("dest", help="the folder of the shards")
     one.add_argument("--split", help="the only split to write (default: all)")
     one.add_argument("--per-shard", type=int, default=10_000, help=argparse.SUPPRESS)       # images
     one.add_argument("--processes", type=int, default=1, help="how many write (default: 1)")
     one = add("sheet", "draw a sheet of up to 24 images and print a caption of each")
-    add_data(one)
     one.add_argument("file", metavar="FILE.png")
     one.add_argument("--split", default="test", help="(default: test)")
-    one = add("paint", "paint a data set for a first try")
+    one = add("paint", "paint a data set for a first try", takes_data=False)
     one.add_argument("name", choices=data.PAINTED)
     one.add_argument("folder", nargs="?", help="the folder to make (default: data/NAME)")
     args = parser.parse_args()
@@ -172,22 +168,19 @@ def unpack_set(archive, part, name):
 # ---- convert
 
 
-def convert(source, dest, images, shards, skip_missing):
+def convert(source, dest, images, shards, skip_missing, data_root):
     """Write a data set in the Chinese-CLIP layout, or as tar shards, to the new folder `dest`.
 
     `images`: the folder of an original release's images; `skip_missing` leaves out those that it
     lacks. The bytes of the images stay as they are. Raises BadInput, and then nothing is at `dest`.
     """
-    dest = Path(dest)
     if dest.is_symlink() or dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise BadInput(f"{dest} is there already; name a new folder")
-    original = is_original(source)
-    if original and images is None:
-        raise BadInput(f"{source}: an original release has no images, and no other layout was "
-                       "found there; name the folder of the images (MSCOCO's, or Flickr30K's) "
-                       "with --images")
-    if original and not Path(images).is_dir():
-        raise BadInput(f"--images {images}: there is no such folder")
+    original = is_original(source, data_root)
+    if original and not (images and Path(images).is_dir()):
+        raise BadInput(f"--images {images}: not a folder. {source} is an original release, without "
+                       "images (no other layout was found there); name the folder of MSCOCO's or "
+                       "Flickr30K's images")
     if not original and (images is not None or skip_missing):
         raise BadInput(f"{source}: it holds its own images; --images and --skip-missing are for "
                        "the original COCO-CN and Flickr30K-CN")
@@ -198,7 +191,8 @@ def convert(source, dest, images, shards, skip_missing):
             name, described = open_release(Path(source), part / "unpacked")
             splits = with_images(described, Path(images), skip_missing)
         else:
-            splits = ((one, open_split(source, one)) for one in data.all_names(source))
+            splits = ((one, open_split(source, one, data_root))
+                      for one in data.all_names(source, data_root))
         for split_name, split in splits:
             if shards:
                 with contextlib.redirect_stdout(io.StringIO()):     # it names a temporary folder
@@ -210,11 +204,11 @@ def convert(source, dest, images, shards, skip_missing):
     print(f"Next: python -m tools.prepare check {shlex.quote(str(dest))}")
 
 
-def is_original(source):
+def is_original(source, data_root):
     """Whether it is an original release: an archive, or a folder in no layout of data.py."""
     if is_packed(source) or is_pattern(source):
         return is_packed(source)
-    folder = data.find(source)
+    folder = data.find(source, data_root)
     return not (caption_file(folder) or any(folder.glob("[!.]*_imgs.tsv")) or split_shards(folder))
 
 
