@@ -1,10 +1,4 @@
-"""Our weights -> files for other projects.
-
-    print(export(model, "own.pt", "cn-clip"))           # a file for cn_clip's load_from_name
-    print(export(model, "own-hf", "huggingface"))       # a folder for transformers' from_pretrained
-
-An export appears whole or not at all, and never over a file that exists.
-"""
+"""Our weights -> files for cn_clip and transformers."""
 import os
 import tempfile
 from pathlib import Path
@@ -31,10 +25,11 @@ PEER_NAMES = {
 
 
 def export(model, path, format="cn-clip"):
-    """Write a model for other tools -> a line that says how it is opened there.
+    """Write a model for other tools, whole or not at all -> a line that says how it is opened.
 
     "cn-clip": a .pt file. "huggingface": a folder for ChineseCLIPModel and ChineseCLIPProcessor,
-    of a ViT alone, because transformers has no ResNet. BadInput when it cannot be written.
+    of a ViT alone, because transformers has no ResNet. BadInput when it cannot be written, or when
+    something is there already.
     """
     writers = {"cn-clip": export_cn_clip, "huggingface": export_huggingface}
     path, cfg = Path(path), model.cfg
@@ -48,9 +43,8 @@ def export(model, path, format="cn-clip"):
     for key, x in model.state_dict().items():
         ours[key] = x.detach().cpu().float() if x.is_floating_point() else x.cpu()
     check_tensors(ours, ours, path, cfg)
+    parent = path.absolute().parent
     try:
-        # it gets its name when everything is written
-        parent = path.absolute().parent
         with tempfile.TemporaryDirectory(dir=parent, prefix=f"{path.name}.part-") as folder:
             whole = Path(folder) / "whole"
             line = writers[format](ours, whole, path, cfg)
@@ -73,10 +67,10 @@ def check_free(path):
 def export_cn_clip(ours, part, path, cfg):
     """Write the file `part`, which will be `path` -> a line that says how it is opened."""
     layout = Layout("Chinese-CLIP", resnet=None if cfg.patch_size else cfg.vision_layers)
-    # Such a file does not say the number of heads; with another one its weights mean another model.
+    # Such a file does not say the number of heads. Readers take that of CONFIGS or, by cn_clip's
+    # rule, one head for 64 channels. (The pool of a ResNet has 32 times its width.)
     for tower, pool in (("vision", 32 if layout.resnet else 1), ("text", 1)):
         width, heads = getattr(cfg, f"{tower}_width"), getattr(cfg, f"{tower}_heads")
-        # without a row in CONFIGS cn_clip's rule: 64 channels a head; a ResNet's pool has 32 widths
         theirs = known_heads(tower, width, layout.resnet) or pool * width // 64
         if heads != theirs:
             raise BadInput(f"a cn-clip file says nothing of heads, and with this width its readers "

@@ -1,17 +1,14 @@
 """Embeddings kept in a folder, so that they are computed once.
 
-    store = Store("features/own/coco-cn-test", made_of)                 # evaluate.py --features
-    image_embed, text_embed = store.load_or_compute(labels, compute)
+    image_embed, text_embed = Store(folder, made_of).load_or_compute(labels, compute)   # evaluate
 
-    features = Features("runs/stage1/features", made_of, count, dim)    # train.py, stage 1
+    features = Features(folder, made_of, count, dim)    # stage 1
     features.complete(encode, say, stop)                # computes what is missing
     features[7]                                         # (D,) float16: the unit vector of image 7
-
-features.json says what the embeddings were made of (`made_of`); those of another origin are
-refused. Each file is written whole or not at all.
 """
 import functools
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -30,7 +27,10 @@ BATCH = 128                                             # images at a time: so a
 
 
 class Store:
-    """A folder of arrays, NAME.npy, and features.json, which says what they were made of."""
+    """A folder of arrays, NAME.npy, and features.json, which says what they were made of.
+
+    Arrays of another origin are refused. Each file is written whole or not at all.
+    """
 
     def __init__(self, folder, made_of):
         """made_of: plain values by name, such as the weights' fingerprint and the precision."""
@@ -54,8 +54,9 @@ class Store:
         return about
 
     def unreadable(self, error):
-        return BadInput(f"--features {self.folder}: cannot be read ({type(error).__name__}: {error}"
-                        "); delete it or name another folder")
+        reason = f"{type(error).__name__}: {error}"
+        return BadInput(f"--features {self.folder}: cannot be read ({reason}); "
+                        "delete it or name another folder")
 
     def make_folder(self):
         try:
@@ -65,12 +66,10 @@ class Store:
                            "or none") from None
 
     def save(self, name, array):
-        part = f".{os.getpid()}.part"                   # two processes may write the same array
-        system.write(self.path(name), lambda f: np.save(f, array), part=part)
+        system.write(self.path(name), lambda f: np.save(f, array), part=own_part())
 
     def save_about(self, **more):
-        part = f".{os.getpid()}.part"
-        system.write_json(self.about, {"made_of": self.made_of, **more}, part=part)
+        system.write_json(self.about, {"made_of": self.made_of, **more}, part=own_part())
 
     def load_or_compute(self, labels, compute):
         """What an earlier call has kept here, or else compute(), which is kept -> [(I, D), (T, D)].
@@ -80,19 +79,18 @@ class Store:
         """
         is_main = rank_and_world()[0] == 0
         if any(all_gather_objects(self.about.exists())):
-            embeds = self.load(labels)
+            embeds, line = self.load(labels), f"embeddings of {self.folder} used again"
+        else:
             if is_main:
-                print(f"embeddings of {self.folder} used again")
-            return embeds
+                self.make_folder()                      # before the work: it may be impossible
+            embeds, line = compute(), f"embeddings kept in {self.folder}"
+            if is_main:
+                for name, x in zip(ARRAYS, embeds):
+                    self.save(name, x.numpy())
+                self.save_about(sha256=sha256_of(embeds), **labels)     # last: now it is complete
+            barrier()                                   # other processes may read it now
         if is_main:
-            self.make_folder()                          # before the work: perhaps it cannot be made
-        embeds = compute()
-        if is_main:
-            for name, x in zip(ARRAYS, embeds):
-                self.save(name, x.numpy())
-            self.save_about(sha256=sha256_of(embeds), **labels)         # last: now it is complete
-            print(f"embeddings kept in {self.folder}")
-        barrier()                                       # others may read it now
+            print(line)
         return embeds
 
     def load(self, labels):
@@ -109,16 +107,21 @@ class Store:
         return embeds
 
 
+def own_part():
+    """The ending of this process's unfinished files: two may write the same array."""
+    return f".{os.getpid()}.part"
+
+
 def sha256_of(embeds):
     return {f"{name}.npy": hashlib.sha256(x.contiguous().numpy()).hexdigest()
             for name, x in zip(ARRAYS, embeds)}
 
 
 class Features(Store):
-    """The embeddings of a split's images, for stage 1, which keeps the vision tower frozen.
+    """The embeddings of a split's images, for stage 1, whose vision tower is frozen.
 
-    One row for each image, however many captions it has: float16, NaN if it cannot be read. The
-    parts 000000.npy, 000001.npy, … hold 4,096 rows each. After a kill, whole parts are used again;
+    A row for each image, however many captions it has; NaN if it cannot be read. The parts
+    000000.npy, 000001.npy, … hold 4,096 rows each. After a kill, whole parts are used again, and
     any number of processes computes the rest. Of several runs with one folder, one computes and the
     others wait. The object holds no open files, so it can be sent to readers.
     """
@@ -187,35 +190,33 @@ class Features(Store):
         all processes together, after each batch; it raises SystemExit after a signal. BadInput when
         the folder cannot be written or embeddings are not finite.
         """
-        computed = 0
+        done = "used again"
         if self.missing():                              # a complete folder may be read-only
             lock = self.lock(say, stop)
-            todo = self.missing()                       # after another run has computed some
-            computed = len(todo)
+            missing = self.missing()                    # another run may have computed some
             if self.rank == 0:
                 self.save_about()
-            self.compute(todo[self.rank :: self.world_size], encode, stop)
+            self.compute(missing[self.rank :: self.world_size], encode, stop)
             barrier()                                   # all parts are written
             if self.rank == 0:
                 lock.close()
+            if missing:
+                done = f"{len(missing):,} of {self.parts:,} parts computed"
         opened_part.cache_clear()                       # a part may be another file by now
-        parts = f"{self.parts:,} part{'s' * (self.parts > 1)}"
-        say(f"features of {self.count:,} images in {self.folder}, "
-            f"{2 * self.dim * self.count / 2**20:,.1f} MiB: "
-            + (f"{computed:,} of {parts} computed" if computed else "used again"))
+        size = 2 * self.dim * self.count / 2**20
+        say(f"features of {self.count:,} images in {self.folder}, {size:,.1f} MiB: {done}")
 
     def lock(self, say, stop):
         """Wait until no other run computes here -> the lock, in the first process (else None)."""
-        lock, waited = None, False
-        while True:
+        for second in itertools.count():
+            lock = None
             if self.rank == 0:
                 self.make_folder()
                 lock = system.lock(self.folder / "lock")
             if all_gather_objects(lock is not None)[0]:
                 return lock
-            if not waited:
+            if second == 0:
                 say(f"{self.folder}: another run computes features there; this one waits for them")
-            waited = True
             time.sleep(1)
             stop()
 
@@ -235,11 +236,11 @@ class Features(Store):
                 raise BadInput(f"{self.folder}: the embeddings of images {batch[0]} to {batch[-1]} "
                                "are not finite; look at the vision tower's weights, or try "
                                "--precision fp32")
-            n = batch[0] // ROWS
-            if batch[0] == self.images(n)[0]:
-                rows = np.full((len(self.images(n)), self.dim), np.nan, np.float16)
+            n, images = batch[0] // ROWS, self.images(batch[0] // ROWS)
+            if batch[0] == images[0]:
+                rows = np.full((len(images), self.dim), np.nan, np.float16)
             rows[[i % ROWS for i in numbers]] = embed.numpy()
-            if batch[-1] == self.images(n)[-1]:
+            if batch[-1] == images[-1]:
                 self.save(n, rows)
         embedded.close()
 

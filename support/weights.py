@@ -1,21 +1,14 @@
-"""Checkpoints: our own format out and in, every released format in.
+"""Checkpoints: our own format, written and read, and every released format, read.
 
-    save("a.pt", model, step=3)                             # whole or not at all
-    model, transform = load("a.pt")                         # or a name of NAMES, or any file below
-    state = read("a.pt")                                    # the checked tensors, without a model
-
-The content tells the format, and the tensors' shapes the sizes. The number of heads, which shapes
-do not tell, comes from config.json or the table CONFIGS.
-
-    ours                  {"format", "config", "model"}; a snapshot adds what the run continues from
+    ours                  {"format", "config", "model"}; a snapshot adds what the run resumes from
     Chinese-CLIP          {"state_dict": {"module.visual…", "module.bert…"}}, or the inner table
-                          alone; also after FlashAttention
     Hugging Face          a folder of ChineseCLIPModel: config.json with .safetensors or .bin files
     OpenAI CLIP           for stage 1, the vision tower alone: TorchScript, .pt, Hugging Face
     BERT, RoBERTa, RBT3   for stage 1, the text tower alone: .safetensors or .bin of Hugging Face
 
-Each tensor of a file is used, or it is on a short list of what is left out, or the file is refused
-with the tensor's name. No code of a file ever runs.
+The content tells the format, and the tensors' shapes the sizes; the number of heads comes from
+config.json or the table CONFIGS. Each tensor of a file is used, or it is on a short list of what is
+left out, or the file is refused with the tensor's name. No code of a file ever runs.
 """
 import argparse
 import dataclasses
@@ -26,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from model import Config
 from support import system
 from support.checks import (check_names_and_shapes, check_tensors, closest_config, config_of,
                             empty_model, name_of)
@@ -49,10 +43,8 @@ NAMES = {
 
 # The fields of Config that describe each tower.
 TOWER_SIZES = {
-    "vision": ("embed_dim", "image_size", "vision_layers", "vision_width", "vision_heads",
-               "patch_size"),
-    "text": ("text_layers", "text_width", "text_heads", "text_dropout", "vocab_size",
-             "text_positions"),
+    "vision": "embed_dim image_size vision_layers vision_width vision_heads patch_size".split(),
+    "text": "text_layers text_width text_heads text_dropout vocab_size text_positions".split(),
 }
 
 # ---- a file and a model
@@ -76,9 +68,7 @@ def load(source, device="cpu", image_size=None):
     that file by renaming, never by overwriting.
     """
     state = read(source)
-    if image_size is not None:
-        state = resized(state, image_size)
-    model = model_of(state, source)
+    model = model_of(state if image_size is None else resized(state, image_size), source)
     return model.to(device), Transform(model.cfg.image_size)
 
 
@@ -114,16 +104,15 @@ def load_into(model, state, source, assign=False):
 
 
 def without_shared_memory(tensors):
-    """The same tensors, copied where one shares memory with another, or with itself, as views do.
+    """The same tensors; views of another one, or of themselves, are copied.
 
-    Training one of them must not change another.
+    Training one tensor must not change another.
     """
     seen, result = set(), {}
     for key, x in tensors.items():
         memory = x.untyped_storage().data_ptr()
-        if memory in seen or not x.is_contiguous():
-            x = x.clone(memory_format=torch.contiguous_format)
-        result[key] = x
+        shared = memory in seen or not x.is_contiguous()
+        result[key] = x.clone(memory_format=torch.contiguous_format) if shared else x
         seen.add(memory)
     return result
 
@@ -159,18 +148,14 @@ def read(source, tower=None, mapped=True):
     except BadInput as error:
         if path == Path(source):
             raise
-        # in the hub's cache the path is a link
-        raise BadInput(f"{error}. Delete {path.resolve()}, and it will be downloaded again"
-                       ) from None
-    if content.get("format") == FORMAT:
-        state = read_own(content, path)
-    else:
-        state = read_foreign(content, path, tower)
+        place = path.resolve()                          # in the hub's cache the path is a link
+        raise BadInput(f"{error}. Delete {place}, and it will be downloaded again") from None
+    own = content.get("format") == FORMAT
+    state = read_own(content, path) if own else read_foreign(content, path, tower)
     if tower is not None:
-        config, tensors = state["config"].items(), state["model"].items()
-        sizes = {field: value for field, value in config if field in TOWER_SIZES[tower]}
-        tensors = {key: x for key, x in tensors if key.startswith(TOWER_KEYS[tower])}
-        state |= {"config": sizes, "model": tensors}
+        state["config"] = {field: state["config"][field] for field in TOWER_SIZES[tower]}
+        state["model"] = {key: x for key, x in state["model"].items()
+                          if key.startswith(TOWER_KEYS[tower])}
     return state
 
 
@@ -222,14 +207,13 @@ def read_towers(vision, text, config=None):
         tensors |= state["model"]
         if state.get("skipped"):
             skipped.append(f"{state['skipped']} of {sources[tower]}")
-    merged = {"config": sizes, "model": tensors, "towers": tuple(states),
-              "skipped": "; ".join(skipped)}
     try:
-        empty_model(config_of(merged))
+        empty_model(Config(**sizes))
     except ValueError as error:
-        raise BadInput(f"{text}: its sizes do not go together with the rest of the model ({error})"
-                       ) from None
-    return merged
+        raise BadInput(f"{text}: its sizes do not go together with the rest of the model "
+                       f"({error})") from None
+    return {"config": sizes, "model": tensors, "towers": tuple(states),
+            "skipped": "; ".join(skipped)}
 
 
 def resized(state, image_size):

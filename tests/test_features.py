@@ -125,7 +125,7 @@ def test_each_row_is_its_images_embedding_on_shards_as_on_tsv(tmp_path):
     shards(tmp_path / "a.tar"), write_tar(tmp_path / "b.tar", {"x.txt": b"no image", "y.png": png(seed=99), "y.txt": "一".encode(), "z.txt": b"none either"})
     for split, count in ((open_split(tmp_path / "tsv", "train"), 12), (open_split(f"{tmp_path}/*.tar", "train"), 15)):
         made, seen = pickle.loads(pickle.dumps(all_features(model, split, tmp_path / f"features{count}"))), Counter()
-        assert "_whole" not in vars(split) and split.image_count() == count
+        assert "described" not in vars(split) and split.image_count() == count
         for k in range(len(split)):
             seen[i := split.image_of(k)] += 1
             if k >= 24 and split.where(k)["member"] != "y.png":
@@ -244,6 +244,18 @@ def test_features_of_something_else_are_refused_by_name(tsv_folder, tmp_path):
     (tmp_path / "f/features.json").unlink()
     with pytest.raises(BadInput, match="it has no features.json"):
         all_features(model, split, tmp_path / "f")
+
+
+def test_a_folder_of_an_older_version_is_used_again(tsv_folder, tmp_path, passes):
+    """Its features.json also counts the pictures."""
+    split, model = open_split(tsv_folder, "train"), build(VIT)
+    all_features(model, split, tmp_path / "f")
+    about = json.loads((tmp_path / "f/features.json").read_text())
+    about["made_of"]["pictures"] = 12
+    (tmp_path / "f/features.json").write_text(json.dumps(about))
+    passes.clear()
+    all_features(model, split, tmp_path / "f")
+    assert not passes
 
 
 def test_weights_that_are_no_numbers_are_refused_and_leave_no_part(tsv_folder, tmp_path):
