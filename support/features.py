@@ -187,8 +187,8 @@ class Features(Store):
 
         encode(batches), ranges of images, yields for each (numbers of the images that can be read,
         their embeddings (b, D), …). say(line) prints once for all processes. stop() is called by
-        all processes together, after each batch; it raises SystemExit after a signal. BadInput when
-        the folder cannot be written or embeddings are not finite.
+        all processes together, before each batch; it raises SystemExit after a signal. BadInput
+        when the folder cannot be written or embeddings are not finite.
         """
         done = "used again"
         if self.missing():                              # a complete folder may be read-only
@@ -236,7 +236,8 @@ class Features(Store):
                 raise BadInput(f"{self.folder}: the embeddings of images {batch[0]} to {batch[-1]} "
                                "are not finite; look at the vision tower's weights, or try "
                                "--precision fp32")
-            n, images = batch[0] // ROWS, self.images(batch[0] // ROWS)
+            n = batch[0] // ROWS
+            images = self.images(n)
             if batch[0] == images[0]:
                 rows = np.full((len(images), self.dim), np.nan, np.float16)
             rows[[i % ROWS for i in numbers]] = embed.numpy()

@@ -153,7 +153,8 @@ def read(source, tower=None, mapped=True):
     own = content.get("format") == FORMAT
     state = read_own(content, path) if own else read_foreign(content, path, tower)
     if tower is not None:
-        state["config"] = {field: state["config"][field] for field in TOWER_SIZES[tower]}
+        sizes = vars(config_of(state))
+        state["config"] = {field: sizes[field] for field in TOWER_SIZES[tower]}
         state["model"] = {key: x for key, x in state["model"].items()
                           if key.startswith(TOWER_KEYS[tower])}
     return state
@@ -232,8 +233,7 @@ def resized(state, image_size):
     key = "vision.position_embed" if config.patch_size else "vision.attention_pool.position_embed"
     table, side, new = state["model"][key], config.image_size // step, image_size // step
     grid = table[1:].view(1, side, side, -1).permute(0, 3, 1, 2)                # (1, C, side, side)
-    # as Chinese-CLIP does
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=True)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=True)  # as Chinese-CLIP
     rows = grid.permute(0, 2, 3, 1).reshape(new * new, -1)                      # (new², C)
     table = torch.cat([table[:1], rows])                                        # (1 + new², C)
     return state | {"config": state["config"] | {"image_size": image_size},

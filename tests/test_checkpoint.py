@@ -148,6 +148,14 @@ def test_entries_that_only_reading_makes_are_not_taken_from_a_file(tmp_path):
     assert not {"skipped", "towers", "layout"} & checkpoint.read(tmp_path / "a.pt").keys()
 
 
+def test_a_config_may_lack_a_size_that_has_a_default(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", build(VIT))
+    state = torch.load(tmp_path / "a.pt")
+    del state["config"]["text_dropout"]
+    torch.save(state, tmp_path / "a.pt")
+    assert checkpoint.read(tmp_path / "a.pt", "text")["config"]["text_dropout"] == 0.1
+
+
 def test_compressed_files_are_read(tmp_path):
     """torch itself maps their compressed bytes as numbers."""
     checkpoint.save(tmp_path / "a.pt", model := build(VIT))
