@@ -102,7 +102,7 @@ def turned(points, angle):
 
 def polygon(draw, x, y, s, fill, points):
     """Paint a polygon around (x, y), s times as large as its points say."""
-    draw.polygon([(x + s * u, y + s * v) for u, v in points], fill=fill)
+    draw.polygon([(x + s * u, y + s * v) for u, v in points], fill=tuple(fill))
 
 
 def split_of(text, parts=10):
@@ -161,8 +161,7 @@ def paint(scene, rng, size=128):
             x, y = middle[0] + dx * size * 0.22, middle[1] + dy * size * 0.22
             angle = math.radians(rng.uniform(-12, 12))
             for fill, shape in THINGS[thing]["shapes"]:
-                fill = tuple(fill) if fill else own
-                polygon(draw, x, y, radius, fill, turned(outline(shape), angle))
+                polygon(draw, x, y, radius, fill or own, turned(outline(shape), angle))
     return image
 
 
