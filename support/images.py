@@ -33,7 +33,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @contextlib.contextmanager
 def refused_as(name):
-    """Any error inside, in reading, decoding or resizing an image, becomes BadInput with its name."""
+    """Any error inside, while an image is read, decoded or resized, becomes BadInput with a name."""
     try:
         yield
         return
@@ -68,10 +68,9 @@ def image_at(paths, i, folder=""):
 
 
 def to_rgb(image):
-    """Any PIL image -> RGB as a person sees it.
+    """Any PIL image -> RGB as a person sees it; the pixels of RGB images do not change.
 
     It is turned as its EXIF tag says; transparent parts become white; 16-bit grey becomes 8-bit.
-    The pixels of RGB images do not change.
     """
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -105,7 +104,7 @@ def to_uint8(image, size):
 
 
 def normalize(pixels):
-    """(…, 3, R, R) in 0..1 -> (pixels - mean) / std of each channel, as the vision tower takes it."""
+    """(…, 3, R, R) in 0..1 -> (pixels - mean) / std of each channel, for the vision tower."""
     mean, std = statistics_on(pixels.device)
     return (pixels - mean) / std
 
@@ -113,7 +112,7 @@ def normalize(pixels):
 @functools.lru_cache(maxsize=16)
 def statistics_on(device):
     """CLIP_MEAN and CLIP_STD, (3, 1, 1) each, copied to a device once: a copy waits for it."""
-    return [torch.tensor(channels, device=device).view(3, 1, 1) for channels in (CLIP_MEAN, CLIP_STD)]
+    return [torch.tensor(values, device=device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD)]
 
 
 # ---- the pixels of training
@@ -142,10 +141,7 @@ def training_pixels(encoded, size, name):
 
 
 def resized(pixels, size):
-    """As to_uint8, by torch: with AVX2 in a third of the time. (3, H, W) -> (3, size, size).
-
-    In memory the pixels are (H, W, 3).
-    """
+    """(3, H, W), in memory (H, W, 3) -> (3, size, size). With AVX2 torch takes a third of the time."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return to_uint8(Image.fromarray(pixels.permute(1, 2, 0).numpy()), size)
     return F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0].contiguous()
@@ -157,7 +153,7 @@ def jpeg_pixels(encoded):
     None when torchvision cannot: then Pillow decodes it, or says what is wrong with the file.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # the bytes are read-only, as they may be
+        warnings.simplefilter("ignore")                     # of read-only bytes
         try:
             return jpeg_decoder()(torch.frombuffer(encoded, dtype=torch.uint8))
         except Exception:
@@ -183,10 +179,9 @@ def jpeg_decoder():
 
 
 def image_files(folder):
-    """The images under a folder, at any depth -> paths relative to it, sorted; {folder: reason}.
+    """The images under a folder, at any depth -> sorted paths relative to it; {unreadable: reason}.
 
-    The second: what cannot be read. Hidden files and folders (.trash, ._cat.jpg) are left out, and
-    so are folders that are links.
+    Hidden files and folders (.trash, ._cat.jpg) are left out, and so are folders that are links.
     """
     found, unread = [], {}
 
@@ -204,9 +199,6 @@ def image_files(folder):
 
 
 def reader_loader(dataset, workers, **options):
-    """A DataLoader whose workers end with this process; it raises RuntimeError when they are stuck.
-
-    options: as DataLoader takes them.
-    """
+    """A DataLoader whose workers end with this process; stuck ones raise RuntimeError."""
     return DataLoader(dataset, num_workers=workers, worker_init_fn=system.reader_start(),
                       timeout=system.READER_SECONDS if workers else 0, **options)

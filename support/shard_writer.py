@@ -110,10 +110,10 @@ def fill_shard(f, split, texts_of, images, done, whole):
             try:
                 encoded = split.image_bytes(i)
             except (BadInput, OSError, ValueError) as error:        # ValueError: base64
-                name = f"{split.name}: image {split.image_ids[i]}"
+                problem = f"{split.name}: image {split.image_ids[i]} cannot be read ({error})"
                 if whole:
-                    raise BadInput(f"{name} cannot be read ({error}); replace or remove it") from None
-                warnings.warn(f"{name} is left out: it cannot be read ({error})")
+                    raise BadInput(f"{problem}; replace or remove it") from None
+                warnings.warn(f"{problem}; it is left out")
                 continue
             kind = next((KINDS[start] for start in KINDS if encoded.startswith(start)), "tif")
             record = {"id": split.image_ids[i], "texts": texts_of[i]}

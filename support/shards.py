@@ -62,8 +62,9 @@ class ShardSplit:
                 counts[s] = len(index) - 1
                 if index[0, 3] >= 0:
                     self.damaged.append(self.shards[s])
-                    warnings.warn(f"{self.shards[s]}: damaged or cut short at byte {index[0, 3]:,}; "
-                                  f"what comes after is lost ({counts[s]:,} pairs are there). Replace it")
+                    warnings.warn(f"{self.shards[s]}: damaged or cut short at byte "
+                                  f"{index[0, 3]:,}; what comes after is lost ({counts[s]:,} pairs "
+                                  "are there). Replace it")
                 progress.update()
         return counts
 
@@ -314,7 +315,7 @@ def shard_index(path, thorough=False):
             if sound and index[0, :3].tolist() == head:
                 if not (thorough and points_outside(index, status.st_size)):
                     return index
-        except Exception:                                   # missing, or damaged in one of many ways
+        except Exception:                                   # missing, or damaged
             pass
     rows, damaged = scan(path)
     index = np.array([[*head, damaged, 0, 0], *rows], dtype=np.int64)
