@@ -69,10 +69,8 @@ def check(source, data_root, processes, json_file):
                      "pairs": len(split), "table_1": TABLE_1.get(known, {}).get(name)})
         print(f"{title:8} {content.count:8,} images {captions:8,} captions {len(split):8,} pairs"
               + against_paper(known, name, len(split)))
-    for name in ("test", "train", "valid"):
-        if name not in contents and not is_pattern(source):
-            program = "evaluate.py" if name == "test" else "train.py"
-            print(f"note: there is no split {name!r}, which {program} looks for")
+    if not is_pattern(source) and (missing := {"train", "valid", "test"} - set(contents)):
+        print(f"note: there is no split {', '.join(sorted(missing))}")
     find_equal_images(looks, contents, found)
     find_equal_captions(sentences, contents, found)
     find_similar_images(looks, contents, found)
@@ -137,11 +135,15 @@ class InShards:
 
     def __init__(self, split, title, found):
         self.split, self.title, self.found = split, title, found
-        self.pairs = array.array("q")                               # of the images, each once
+        self.pairs, self.captioned = array.array("q"), array.array("q")         # of each image one
         for k in range(len(split)):
             _, (_, image_size, _, text_size, _, which) = split.row(k)
-            if image_size >= 0 and which == 0:
+            if which > 0:                                           # another of its captions
+                continue
+            if image_size >= 0:
                 self.pairs.append(k)
+            if text_size >= 0:
+                self.captioned.append(k)
             if image_size < 0 or text_size < 0:
                 found[BLIND if image_size < 0 else SILENT].append(f"{title}: {self.place(k)}")
         for path in split.damaged:
@@ -160,16 +162,14 @@ class InShards:
         return self.place(self.pairs[i])
 
     def captions(self):
-        for k in range(len(self.split)):
-            _, (_, _, _, text_size, _, which) = self.split.row(k)
-            if text_size >= 0 and which == 0:
-                try:
-                    texts = self.split.captions(k)[1]
-                except BadInput as error:
-                    self.found[EMPTY].append(f"{self.title}: {error}")
-                    continue
-                for text in texts:
-                    yield self.place(k), text
+        for k in self.captioned:
+            try:
+                texts = self.split.captions(k)[1]
+            except BadInput as error:
+                self.found[EMPTY].append(f"{self.title}: {error}")
+                continue
+            for text in texts:
+                yield self.place(k), text
 
 
 # ---- look at each caption and image
@@ -222,14 +222,10 @@ def look(read, numbers):
         grey = np.asarray(grey).astype(int)
         brighter = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
         bits = bytes(32) if grey.max() - grey.min() < 16 else brighter          # nearly flat: none
-        pixels = repr(image.size).encode() + image.tobytes()
-        row = struct.pack("=Q8s8s32s", i, digest(encoded()), digest(pixels), bits)
-        seen.append((row, ""))
+        of_bytes = hashlib.md5(encoded()).digest()
+        of_pixels = hashlib.md5(repr(image.size).encode() + image.tobytes()).digest()
+        seen.append((struct.pack("=Q8s8s32s", i, of_bytes[:8], of_pixels[:8], bits), ""))
     return seen
-
-
-def digest(content):
-    return hashlib.md5(content).digest()[:8]
 
 
 # ---- repeats

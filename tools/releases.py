@@ -159,19 +159,18 @@ def split_of(path, folder):
 
 
 def one_text(split, texts):
-    """The file to take of several texts of a Flickr30K-CN split, [(kind, file), …].
+    """The file to take of the texts of a Flickr30K-CN split, [(kind, file), …].
 
     Of the test split it is the one that people wrote (zhm), as in published figures.
     """
     manual = [path for kind, path in texts if kind == "zhm"]
-    if len(texts) > 1 and split == "test" and len(manual) == 1:
+    if len(texts) == 1:
+        return texts[0][1]
+    if split == "test" and len(manual) == 1:
         print(f"test: of {len(texts)} texts the one that people wrote is taken, {manual[0].name}")
         return manual[0]
-    if len(texts) > 1:
-        kinds = ", ".join(kind for kind, _ in texts)
-        raise BadInput(f"{texts[0][1]}: there is another text of the {split} split, {texts[1][1]} "
-                       f"({kinds}); leave only the one that is meant in the folder")
-    return texts[0][1]
+    raise BadInput(f"{texts[0][1]}: there is another text of the {split} split, {texts[1][1]}; "
+                   "leave only the one that is meant in the folder")
 
 
 def rows_of(path, pattern, expected):
