@@ -1,7 +1,6 @@
 """The network: two towers that map an image and a Chinese text to unit vectors in one space
 (paper, section 3 and figure 1).
 
-    image_embed, text_embed, scale = CLIP(CONFIGS["vit-b-16"])(pixels, ids)
     pixels (B, 3, R, R) -> VisionTransformer or ModifiedResNet      -> image_embed (B, D)
     ids (B, L)          -> BertEncoder, state of [CLS], projection  -> text_embed (B, D)
 
@@ -54,17 +53,14 @@ class Config:
                 valid = isinstance(value, (int, float)) and 0 <= value < 1
             elif name == "vision_layers" and resnet:
                 valid = len(value) == 4 and all(type(x) is int and 1 <= x <= most for x in value)
-            elif name == "patch_size" and value is None:
-                valid = resnet
             else:
                 valid = type(value) is int and 1 <= value <= most
-            if not valid:
+            if not (valid or name == "patch_size" and value is None and resnet):
                 raise ValueError(f"{name} cannot be {value!r}")
 
 
-# The released sizes are those of Chinese CLIP (arXiv 2211.01335, table 1). Its text towers "RBT3"
-# and "RoBERTa-wwm-ext" (base and large) are BERTs of 3 x 768, 12 x 768 and 24 x 1024. The CE-CLIP
-# rows of the paper are vit-b-16 and vit-l-14. `tiny` is ours: a laptop trains it in minutes.
+# The released sizes of Chinese CLIP (arXiv 2211.01335, table 1), whose text towers are BERTs: RBT3,
+# RoBERTa-wwm-ext base and large. The paper's CE-CLIP is vit-b-16 and vit-l-14; `tiny` is ours.
 #                         D     R    vision: layers width heads patch   text: layers width heads
 CONFIGS = {
     "rn50":         Config(1024, 224, (3, 4, 6, 3),   64, 32, None,        3,  768, 12),
@@ -77,7 +73,6 @@ CONFIGS = {
 }
 
 
-# ---- shared by the towers
 class Layout:
     """Where the tokens of B sequences stand. Linear layers see the K real tokens alone, (K, C);
     attention sees every sequence padded to L tokens, (B, L, C). An image needs no padding."""
@@ -87,15 +82,13 @@ class Layout:
         self.shape, self.rows = (B, L), rows
         self.mask = None if real is None else real[:, None, None]  # (B, 1, 1, L) keys to attend to
 
-    def pad(self, x):
-        """(K, C) -> (B, L, C), zeros where there is padding."""
+    def pad(self, x):  # (K, C) -> (B, L, C), zeros where there is padding
         B, L = self.shape
         if self.rows is not None:
             x = x.new_zeros(B * L, x.shape[1]).index_copy(0, self.rows, x)
         return x.view(B, L, -1)
 
-    def unpad(self, x):
-        """(B, L, C) -> (K, C)."""
+    def unpad(self, x):  # (B, L, C) -> (K, C)
         x = x.flatten(0, 1)
         return x if self.rows is None else x.index_select(0, self.rows)
 
@@ -149,8 +142,7 @@ def run(block, *args, checkpointed):
 
 @contextmanager
 def statistics_kept(module):
-    """For a second forward pass over the same images: BatchNorm does not update its running
-    statistics again. It still normalizes by the batch."""
+    """BatchNorm keeps its running statistics, for a second forward pass over the same images."""
     norms = [m for m in module.modules() if isinstance(m, BatchNorm2d)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
     for m in norms:  # new statistics = 1 x old + 0 x batch: so the graph is the same
@@ -162,14 +154,15 @@ def statistics_kept(module):
             m.momentum, m.num_batches_tracked = state
 
 
-def at_least_float32(x):
-    """bfloat16 and float16 -> float32; float32 and float64 stay."""
+def at_least_float32(x):  # bfloat16 and float16 -> float32; float32 and float64 stay
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_device(x, device):
-    """A CPU tensor -> device. The CPU does not wait until a GPU has done its work."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor -> device. From CPU to GPU, the CPU does not wait for the GPU to finish its work."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 class VisionBlock(nn.Module):
@@ -190,8 +183,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT as in CLIP: a strided convolution embeds patches, a class token stands before them, a
-    LayerNorm before the first layer. The last MLP computes the class token alone."""
+    """ViT as in CLIP, LayerNorm before the layers. The last MLP sees the class token alone."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -205,10 +197,19 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(C, H) for _ in range(cfg.vision_layers))
         self.norm_post = nn.LayerNorm(C)
         self.projection = nn.Parameter(torch.empty(C, cfg.embed_dim))
-        self.init_weights()
 
-    def forward(self, pixels):
-        """pixels: (B, 3, R, R), normalized -> (B, D), not yet of unit length."""
+        # As in openai/CLIP (model.py, initialize_parameters). back: into the residual stream
+        into, back = C**-0.5, C**-0.5 * (2 * cfg.vision_layers) ** -0.5
+        for p in (self.class_token, self.position_embed, self.projection):
+            nn.init.normal_(p, std=into)
+        for block in self.blocks:
+            qkv, out, (widen, _, narrow) = block.attention.qkv, block.attention.out, block.mlp
+            stds = {qkv: into, widen: (2 * C) ** -0.5, out: back, narrow: back}
+            for linear, std in stds.items():
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, pixels):  # (B, 3, R, R), normalized -> (B, D), not yet of unit length
         x = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # (B, P, C)
         x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = x + self.position_embed  # (B, 1 + P, C)
@@ -225,23 +226,10 @@ class VisionTransformer(nn.Module):
             x = run(block, x, layout, last, checkpointed=self.grad_checkpointing)
         return self.norm_post(x) @ self.projection
 
-    def init_weights(self):
-        """CLIP's scheme (openai/CLIP, model.py, initialize_parameters): standard deviations C^-1/2
-        into attention, (2 C)^-1/2 into the MLP, (2 C layers)^-1/2 back into the residual stream."""
-        C = self.position_embed.shape[1]
-        back = C**-0.5 * (2 * len(self.blocks)) ** -0.5
-        for p in (self.class_token, self.position_embed, self.projection):
-            nn.init.normal_(p, std=C**-0.5)
-        for block in self.blocks:
-            attention, mlp = block.attention, block.mlp
-            into = (attention.qkv, C**-0.5), (mlp[0], (2 * C) ** -0.5)
-            for linear, std in (*into, (attention.out, back), (mlp[2], back)):
-                nn.init.normal_(linear.weight, std=std)
-                nn.init.zeros_(linear.bias)
-
 
 class _Sum(torch.autograd.Function):
     """The sum over all processes. All of them use it, so its gradient is the sum of theirs."""
+
     @staticmethod
     def forward(ctx, x):
         x = x.clone()
@@ -282,6 +270,7 @@ class Bottleneck(nn.Module):
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, channels_out, 1, bias=False)
         self.bn3 = BatchNorm2d(channels_out)
+        nn.init.zeros_(self.bn3.weight)  # as in CLIP: a new block is its shortcut
         self.shortcut = nn.Identity()
         if stride > 1 or channels_in != channels_out:
             conv = nn.Conv2d(channels_in, channels_out, 1, bias=False)
@@ -296,14 +285,15 @@ class Bottleneck(nn.Module):
 class AttentionPool(nn.Module):
     """Attention from the mean of a feature map to the mean and all places (CLIP, section 2.4)."""
 
-    def __init__(self, side, width, heads, embed_dim):
+    def __init__(self, width, cfg):
         super().__init__()
-        if width % heads:
-            raise ValueError(f"a width of {width} does not divide into {heads} heads")
-        self.heads = heads
-        self.position_embed = nn.Parameter(torch.empty(1 + side * side, width))
+        self.heads, places = cfg.vision_heads, (cfg.image_size // 32) ** 2
+        self.position_embed = nn.Parameter(torch.empty(1 + places, width))
         self.query, self.key, self.value = (nn.Linear(width, width) for _ in range(3))
-        self.out = nn.Linear(width, embed_dim)
+        self.out = nn.Linear(width, cfg.embed_dim)
+        for p in self.parameters():
+            if p.ndim == 2:  # all but biases, as in CLIP
+                nn.init.normal_(p, std=width**-0.5)
 
     def forward(self, x):  # (B, C, h, w) -> (B, D)
         x = x.flatten(2).transpose(1, 2)  # (B, h w, C)
@@ -328,31 +318,17 @@ class ModifiedResNet(nn.Module):
         self.stem.append(nn.AvgPool2d(2))
         self.blocks, channels_in = nn.ModuleList(), width
         for group, depth in enumerate(cfg.vision_layers):
-            channels = width * 2**group
             for i in range(depth):
                 stride = 2 if group > 0 and i == 0 else 1
-                self.blocks.append(Bottleneck(channels_in, channels, stride))
-                channels_in = 4 * channels
-        side = cfg.image_size // 32
-        self.attention_pool = AttentionPool(side, channels_in, cfg.vision_heads, cfg.embed_dim)
-        self.init_weights()
+                self.blocks.append(Bottleneck(channels_in, width * 2**group, stride))
+                channels_in = 4 * width * 2**group
+        self.attention_pool = AttentionPool(channels_in, cfg)
 
-    def forward(self, pixels):
-        """pixels: (B, 3, R, R), normalized -> (B, D), not yet of unit length."""
+    def forward(self, pixels):  # (B, 3, R, R), normalized -> (B, D), not yet of unit length
         x = pixels.contiguous(memory_format=torch.channels_last)  # convolutions are faster
         for block in [self.stem, *self.blocks]:
             x = run(block, x, checkpointed=self.grad_checkpointing)
         return self.attention_pool(x)  # of (B, 32 C, R / 32, R / 32)
-
-    def init_weights(self):
-        """CLIP's scheme: the attention pool by C^-1/2; each block starts as its shortcut."""
-        pool = self.attention_pool
-        std = pool.position_embed.shape[1] ** -0.5
-        nn.init.normal_(pool.position_embed, std=std)
-        for linear in (pool.query, pool.key, pool.value, pool.out):
-            nn.init.normal_(linear.weight, std=std)
-        for block in self.blocks:
-            nn.init.zeros_(block.bn3.weight)
 
 
 class BertBlock(nn.Module):
@@ -374,8 +350,7 @@ class BertBlock(nn.Module):
 
 
 class BertEncoder(nn.Module):
-    """BERT without its pooler and heads. A text is the last state of its first token, [CLS]
-    (paper, section 3.1, step 1), so the last MLP computes that token alone."""
+    """BERT without pooler and heads. A text is the last state of [CLS] (paper, section 3.1)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -389,7 +364,11 @@ class BertEncoder(nn.Module):
         self.norm = nn.LayerNorm(C, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(BertBlock(C, H, dropout) for _ in range(cfg.text_layers))
-        self.init_weights()
+        for name, p in self.named_parameters():  # as google-research/bert, initializer_range
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, ids):
         """ids: (B, L) int64, 0 = [PAD] at the end, best on the CPU -> states of [CLS], (B, C)."""
@@ -406,14 +385,6 @@ class BertEncoder(nn.Module):
             last = block is self.blocks[-1]
             x = run(block, x, layout, last, checkpointed=self.grad_checkpointing)
         return x
-
-    def init_weights(self):
-        """google-research/bert, initializer_range: standard deviation 0.02, biases 0."""
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
 
 
 class CLIP(nn.Module):
@@ -432,15 +403,13 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels):
         """pixels: (B, 3, R, R) float, normalized -> unit vectors (B, D), float32 or float64."""
-        with torch.no_grad() if self.vision_frozen else nullcontext():
-            return F.normalize(at_least_float32(self.vision(pixels)), dim=-1)
+        return F.normalize(at_least_float32(self.vision(pixels)), dim=-1)
 
     def encode_text(self, ids):
         """ids: (B, L) int64, 0 = [PAD] at the end -> unit vectors (B, D), float32 or float64."""
         return F.normalize(at_least_float32(self.text(ids) @ self.text_projection), dim=-1)
 
-    def forward(self, pixels, ids):
-        """-> image_embed (B, D), text_embed (B, D), scale = exp(logit_scale)."""
+    def forward(self, pixels, ids):  # -> (B, D), (B, D), ()
         return self.encode_image(pixels), self.encode_text(ids), self.logit_scale.exp()
 
     def freeze_vision(self):
@@ -455,13 +424,11 @@ class CLIP(nn.Module):
             self.vision.eval()
         return self
 
-    def set_grad_checkpointing(self, on=True):
-        """Keep each block's input alone, and run the block again in the backward pass."""
+    def set_grad_checkpointing(self, on=True):  # less memory, more computation: see `run`
         self.vision.grad_checkpointing = self.text.grad_checkpointing = on
 
     def compile_vision(self, backend="inductor"):
-        """torch.compile a ViT's blocks. They share one compilation; the last differs and stays as
-        it is. Raises ValueError for a ResNet: its blocks all differ."""
+        """torch.compile a ViT's blocks but the last, which differs. Of a ResNet: ValueError."""
         if isinstance(self.cfg.vision_layers, tuple):
             raise ValueError("it is for ViTs; the blocks of a ResNet all differ")
         for block in self.vision.blocks[:-1]:

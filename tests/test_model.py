@@ -129,7 +129,7 @@ def test_the_wide_layer_of_an_mlp_is_kept_once(quick):
 
 def test_attention_pool_equals_the_written_out_softmax():
     torch.manual_seed(0)
-    pool, x = AttentionPool(2, 16, 4, 8), torch.randn(3, 16, 2, 2)
+    pool, x = AttentionPool(16, RESNET), torch.randn(3, 16, 2, 2)
     torch.nn.init.normal_(pool.position_embed)
     tokens = x.flatten(2).transpose(1, 2)
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + pool.position_embed
