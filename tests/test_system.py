@@ -57,13 +57,17 @@ def test_a_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path):
         system.lock(tmp_path / "nowhere/lock")
 
 
-def test_a_forked_process_does_not_inherit_a_lock(tmp_path):
-    held = system.lock(tmp_path / "lock")
-    child = os.fork()
-    if not child:
-        os._exit(system.lock(tmp_path / "lock") is None)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
-    held.close()
+def test_a_reader_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
+    code = ("import os, sys, time; from support import system; held = system.lock(sys.argv[1]); child = os.fork()\n"
+            "if child: print(child, flush=True)\n"
+            "time.sleep(60)")
+    parent = subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    assert system.lock(tmp_path / "lock") is None
+    parent.kill()
+    parent.wait()
+    with system.lock(tmp_path / "lock"):
+        os.kill(child, signal.SIGKILL)
 
 
 def test_progress_shows_the_time_left_in_a_terminal_and_nothing_elsewhere(capfd, monkeypatch):
