@@ -32,7 +32,7 @@ READER_SECONDS = 900
 class BadInput(Exception):
     """An error that the user can mend. Its message is one line: what is wrong, where, what to do.
 
-    Of a message that a DataLoader hands on, a worker's whole traceback, the last line is kept.
+    A DataLoader's worker hands on a whole traceback as the message; its last line is kept.
     """
 
     def __init__(self, message):
@@ -66,9 +66,8 @@ def write(path, fill, shown=None, part=".part"):
     except (OSError, RuntimeError) as error:            # torch.save raises RuntimeError: disk full
         with contextlib.suppress(OSError):
             part.unlink()
-        reason = error.__context__ or error
-        raise BadInput(f"{shown}: cannot be written ({reason}); "
-                       "nothing there was changed") from None
+        why = error.__context__ or error
+        raise BadInput(f"{shown}: cannot be written ({why}); nothing there was changed") from None
 
 
 def write_text(path, text, **options):
@@ -82,8 +81,7 @@ def write_json(path, content, **options):
 
 def is_device(path):
     """Whether it exists and is neither a file nor a folder: /dev/null, /dev/stdout, a pipe."""
-    path = Path(path)
-    return path.exists() and not path.is_file() and not path.is_dir()
+    return Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())
 
 
 def check_place(flag, path):
@@ -91,8 +89,7 @@ def check_place(flag, path):
     if path is None or is_device(path):
         return
     if not path or Path(path).is_dir() or not os.access(Path(path).resolve().parent, os.W_OK):
-        raise BadInput(f"{flag} {path!r}: name a file in a folder that is there and can be "
-                       "written to")
+        raise BadInput(f"{flag} {path!r}: name a file in a folder that is there and writable")
 
 
 def cache_folder():
@@ -275,8 +272,7 @@ def end(status):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         sys.exit(status)
     if failed:
-        print(status, file=sys.stderr)
+        print(status, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    sys.stderr.flush()
     # At once: threads of torch.distributed can crash a Python that ends in the usual way.
     os._exit(1 if failed else status or 0)

@@ -10,7 +10,8 @@
     python -m tools.prepare paint landscapes                # -> data/landscapes, for a first try
 
 DATA is a known name, a folder in any layout that data.py reads, or a pattern of tar shards.
-A folder that fetch, convert or paint makes is there whole or not at all.
+A folder that fetch, convert or paint makes is there whole or not at all. Beside it an empty
+file .NAME.lock stays, by which a second process waits for the first.
 """
 import argparse
 import base64
