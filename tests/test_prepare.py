@@ -1,6 +1,7 @@
 """Getting the data: fetched whole or not at all, no archive can write outside of its folder, conversions that lose nothing, and a look through that finds what is wrong."""
 import base64
 import errno
+import gzip
 import io
 import json
 import os
@@ -291,7 +292,7 @@ def packed(tmp_path, files, how):
     return tmp_path / f"release.{how}"
 
 
-@pytest.mark.parametrize("how", ["folder", "zip", "tar", "tar.gz", "tgz"])
+@pytest.mark.parametrize("how", ["folder", "zip", "tar.gz", "tgz"])
 @pytest.mark.parametrize("release, files", [("coco", COCO), ("flickr", FLICKR)])
 def test_original_releases(release, files, how, tmp_path, image_folder, called):
     said = called(prepare, "convert", packed(tmp_path, files, how), tmp_path / "out", "--images", image_folder)
@@ -390,8 +391,9 @@ def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
     content = packed(tmp_path, COCO, "tar").read_bytes()
     with tarfile.open(tmp_path / "release.tar") as tar:
         at = tar.getmembers()[4].offset                                         # a header in the middle, where tarfile would stop without a word
-    (tmp_path / "header.tar").write_bytes(content[:at] + b"\xff" * 512 + content[at + 512 :])
-    assert "after its end there is more" in stopped(prepare, "convert", tmp_path / "header.tar", tmp_path / "out", "--images", image_folder)
+    damaged = content[:at] + b"\xff" * 512 + content[at + 512 :]
+    (tmp_path / "header.tgz").write_bytes(gzip.compress(damaged))
+    assert "after its end there is more" in stopped(prepare, "convert", tmp_path / "header.tgz", tmp_path / "out", "--images", image_folder)
     (tmp_path / "out").mkdir()                                                  # an empty folder may be there
     called(prepare, "convert", tsv_folder, tmp_path / "out")
     assert len(contents(tmp_path / "out")) == 6

@@ -37,7 +37,7 @@ from support.system import BadInput
 from support.tables import against_paper
 from tools import landscapes
 from tools.check import check
-from tools.releases import is_packed, open_release, unpack, with_images
+from tools.releases import open_release, unpack, with_images
 
 HUB = "OFA-Sys/chinese-clip-eval"               # the data set on the Hugging Face hub that has …
 FETCHED = ("coco-cn", "flickr30k-cn")           # … these, as COCO-CN.zip and Flickr30k-CN.zip
@@ -87,7 +87,7 @@ def parse_args():
     one.add_argument("name", choices=FETCHED)
     one = add("convert", "write an original release, or any layout, as Chinese-CLIP's layout or "
               "tar shards", takes_data=False)
-    one.add_argument("source", help="an original release (a folder, .zip, .tar, .tar.gz or .tgz), "
+    one.add_argument("source", help="an original release (a folder, .zip, .tar.gz or .tgz), "
                      "or DATA as for the other commands")
     one.add_argument("dest", help="the folder to make")
     one.add_argument("--images", "--pictures", metavar="DIR",
@@ -207,8 +207,10 @@ def convert(source, dest, images, shards, skip_missing, data_root):
 
 def is_original(source, data_root):
     """Whether it is an original release: an archive, or a folder in no layout of data.py."""
-    if is_packed(source) or is_pattern(source):
-        return is_packed(source)
+    if Path(source).is_file() and source.lower().endswith((".zip", ".tgz", ".tar.gz")):
+        return True
+    if is_pattern(source):
+        return False
     folder = data.find(source, data_root)
     return not (caption_file(folder) or any(folder.glob("[!.]*_imgs.tsv")) or split_shards(folder))
 

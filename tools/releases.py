@@ -4,7 +4,7 @@
                    imageid.human-written-caption.txt, lines `ID#number<TAB>caption`
     Flickr30K-CN   a text file for each split, lines `ID#kind#number word:tag word:tag …`
 
-A release is a folder, with these files at any depth, or an archive of it.
+A release is a folder, with these files at any depth, or a .zip, .tar.gz or .tgz of it.
 """
 import contextlib
 import errno
@@ -20,8 +20,7 @@ from pathlib import Path
 
 import data
 from support import system
-from support.images import IMAGE_TYPES, image_files
-from support.shards import is_pattern
+from support.images import image_files
 from support.system import BadInput
 
 # What damaged archives raise, and encrypted ones (RuntimeError).
@@ -93,22 +92,6 @@ def unpack(path, folder, remedy):
                 archive.extract(m, folder, **options)
                 progress.update()
     os.sync()                               # the disk has the files before the folder its name
-
-
-def is_packed(source):
-    """Whether it is a release in an archive. A .tar may also be a shard, which has images."""
-    path = Path(source)
-    if not path.is_file():
-        return False
-    if path.name.lower().endswith((".zip", ".tgz", ".tar.gz")):
-        return True
-    if not is_pattern(source):
-        return False
-    with opened(path, "Get it again") as archive:
-        names = [m.name.lower() for m in tar_members(archive)]
-    endings = tuple(f".{kind}" for kind in IMAGE_TYPES)
-    is_list = any(name.rpartition("/")[2] in LISTS for name in names)
-    return is_list or not any(name.endswith(endings) for name in names)
 
 
 # ---- captions
