@@ -36,6 +36,8 @@ class Store:
         """made_of: plain values by name, such as the weights' fingerprint and the precision."""
         self.folder, self.about = Path(folder), Path(folder) / "features.json"
         self.made_of = json.loads(json.dumps(made_of))  # as it is read again: tuples become lists
+        self.unfinished = f".{os.getpid()}.part"        # two processes may write the same array
+        self.rank, self.world_size = rank_and_world()
 
     def path(self, name):
         return self.folder / f"{name}.npy"
@@ -66,10 +68,10 @@ class Store:
                            "or none") from None
 
     def save(self, name, array):
-        system.write(self.path(name), lambda f: np.save(f, array), part=own_part())
+        system.write(self.path(name), lambda f: np.save(f, array), part=self.unfinished)
 
     def save_about(self, **more):
-        system.write_json(self.about, {"made_of": self.made_of, **more}, part=own_part())
+        system.write_json(self.about, {"made_of": self.made_of, **more}, part=self.unfinished)
 
     def load_or_compute(self, labels, compute):
         """What an earlier call has kept here, or else compute(), which is kept -> [(I, D), (T, D)].
@@ -77,19 +79,18 @@ class Store:
         labels: what the rows are, {"image_ids": names of images, "texts": captions}. All processes
         call it together. BadInput when the folder holds something else, or damaged arrays.
         """
-        is_main = rank_and_world()[0] == 0
         if any(all_gather_objects(self.about.exists())):
             embeds, line = self.load(labels), f"embeddings of {self.folder} used again"
         else:
-            if is_main:
+            if self.rank == 0:
                 self.make_folder()                      # before the work: it may be impossible
             embeds, line = compute(), f"embeddings kept in {self.folder}"
-            if is_main:
+            if self.rank == 0:
                 for name, x in zip(ARRAYS, embeds):
                     self.save(name, x.numpy())
                 self.save_about(sha256=sha256_of(embeds), **labels)     # last: now it is complete
             barrier()                                   # other processes may read it now
-        if is_main:
+        if self.rank == 0:
             print(line)
         return embeds
 
@@ -105,11 +106,6 @@ class Store:
             raise BadInput(f"--features {self.folder}: the .npy files are not those that "
                            "features.json describes; delete it or name another folder")
         return embeds
-
-
-def own_part():
-    """The ending of this process's unfinished files: two may write the same array."""
-    return f".{os.getpid()}.part"
 
 
 def sha256_of(embeds):
@@ -131,7 +127,6 @@ class Features(Store):
         super().__init__(folder, made_of)
         self.count, self.dim = count, dim
         self.parts = -(-count // ROWS)
-        self.rank, self.world_size = rank_and_world()
 
     def images(self, n):
         """The numbers of the images of part n, a range."""
@@ -252,9 +247,9 @@ def are_unit(rows):
 
 
 def read_part(path, rows, dim):
-    """-> (rows, dim) float16, mapped.
+    """A part's rows (rows, dim) float16, mapped.
 
-    OSError for anything else, not BadInput, which would count as an image that cannot be read.
+    OSError when it is damaged: BadInput would count as one more image that cannot be read.
     """
     try:
         part = np.load(path, mmap_mode="r")
