@@ -165,10 +165,14 @@ def ranks_of_chunk(queries, candidates, correct):
     best = scores.amax(dim=1, keepdim=True)                                     # (q, 1)
     first = padded.where(scores == best, len(candidates)).amin(dim=1, keepdim=True)         # (q, 1)
 
-    # What ranks before it is more similar, or as similar and earlier in the order.
-    before = (similarity > best) | ((similarity == best) & (place < first))     # (q, C)
-    ranks = before.sum(dim=1, dtype=torch.int32).long().cpu()                   # int32 is faster
-    return ranks.masked_fill(torch.tensor([not right for right in correct]), -1)
+    # Before it rank the more similar candidates, and of the equally similar ones the earlier.
+    # Sums of floats are faster than those of booleans.
+    marks = torch.empty_like(similarity)                                        # (q, C)
+    ranks = torch.gt(similarity, best, out=marks).sum(dim=1).long()             # (q,)
+    equal = torch.eq(similarity, best, out=marks).sum(dim=1)                    # (q,), 1 without ties
+    tied = (equal > 1).nonzero()[:, 0]
+    ranks[tied] += ((similarity[tied] == best[tied]) & (place < first[tied])).sum(dim=1)
+    return ranks.cpu().masked_fill(torch.tensor([not right for right in correct]), -1)
 
 
 class Ranking(NamedTuple):

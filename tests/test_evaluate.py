@@ -336,7 +336,7 @@ def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, ti
     (["--ckpt", "CKPT", "nowhere.pt", "--data", "LITTLE"], "nowhere.pt: there is no such checkpoint"),
     (["--ckpt", "CKPT", "--data", "imagenet"], "neither a folder, nor a pattern of tar shards, nor a known data set (coco-cn, flickr30k-cn, muge, ap-id"),
     (["--ckpt", "CKPT", "--data", "coco-cn", "--data-root", "nowhere"], "there is no folder nowhere/COCO-CN"),
-    (["--ckpt", "CKPT", "--data", "LITTLE", "--split", "dev"], "no split 'dev'; it has test"),
+    (["--ckpt", "CKPT", "--data", "LITTLE", "--split", "dev"], "no split 'dev' (dev_imgs.tsv or dev-000000.tar, …); it has test"),
     (["--ckpt", "CKPT", "--data", "LITTLE", "--json", "nowhere/a.json"], "name a file in a folder that"),
     (["--ckpt", "CKPT", "--data", "LITTLE", "--json", ""], "name a file in a folder that"),
     (["--ckpt", "CKPT", "--data", "LITTLE", "--report", "tests"], "--report 'tests': name a file"),

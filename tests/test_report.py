@@ -79,8 +79,8 @@ def test_report_shows_what_was_measured(page):
     for way in ("text_to_image", "image_to_text"):
         assert f"{record[way]['R@1']:.1f}" in words and f"{record[way]['MR']:.1f}" in words
     assert "run: training loss" in words and "run: recall on the valid split" in words
-    asked = [t for t, a in reader.tags if t == "figure" and a.get("class") == "ask"]
-    assert len(asked) == 16 and len([1 for t, a in reader.tags if a.get("class") == "ask pair"]) == 16
+    asked = [t for t, a in reader.tags if t == "figure" and a.get("class") == "query"]
+    assert len(asked) == 16 and len([1 for t, a in reader.tags if a.get("class") == "query pair"]) == 16
     right = [a for _, a in reader.tags if "right" in (a.get("class") or "").split()]
     assert len(right) >= 32                                                     # every query shows one right answer at least
     assert len(text) < 5e6
@@ -96,16 +96,16 @@ def test_largest_page_is_under_5_megabytes(monkeypatch, tmp_path):
     assert most * (len(report.thumbnail(image)) + 6 * 3 * report.LONGEST) + 4 * 2 * report.SAMPLE * report.LONGEST * 18 < 4e6
 
 
-def test_answers_show_five_and_the_first_right_one():
-    candidates = torch.tensor([[x, 0.0] for x in (0.9, 0.8, 0.7, 0.7, 0.6, 0.5, 0.4, 0.3)])
-    best, first = report.answers(torch.tensor([1.0, 0]), candidates, [7, 6])
-    assert [(place, c, right) for place, c, _, right in best] == [(0, 0, False), (1, 1, False), (2, 2, False), (3, 3, False), (4, 4, False), (6, 6, True)] and first == 6
-    best, first = report.answers(torch.tensor([1.0, 0]), candidates, [1, 7])
-    assert [c for _, c, *_ in best] == [0, 1, 2, 3, 4] and first == 1
+def test_top_candidates_are_five_and_the_best_correct_one():
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.7, 0.6, 0.5, 0.4, 0.3])
+    found = report.top_candidates(scores, [7, 6])
+    assert [(f.rank, f.candidate, f.is_correct) for f in found] == [(0, 0, False), (1, 1, False), (2, 2, False), (3, 3, False), (4, 4, False), (6, 6, True)]
+    assert report.correct_rank(found) == "correct at rank 7"
+    assert [f.candidate for f in report.top_candidates(scores, [1, 7])] == [0, 1, 2, 3, 4]
 
 
 def test_chart_puts_points_where_they_belong():
-    drawn = report.chart("t", {"a": [(0, 0), (5, 50), (10, 100)]}, "x", low=0, high=100)
+    drawn = report.chart("t", {"a": [(0, 0), (5, 50), (10, 100)]}, "x", high=100)
     points = [tuple(map(float, point.split(","))) for point in re.search(r'points="([^"]+)"', drawn)[1].split()]
     (x0, y0), (x1, y1), (x2, y2) = points
     assert x1 == pytest.approx((x0 + x2) / 2, abs=0.1) and y1 == pytest.approx((y0 + y2) / 2, abs=0.1) and y2 < y0         # SVG counts downwards
