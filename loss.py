@@ -43,10 +43,10 @@ def matches(image_keys, text_keys):
     N, M = image_keys.shape
     keys, order = text_keys.sort()
     wanted = image_keys.flatten()  # (N M,)
-    first = torch.searchsorted(keys, wanted)  # wanted[k] is keys[first[k]], and the next keys:
-    count = torch.searchsorted(keys, wanted, right=True) - first  # so often, or 0 times
-    k = torch.arange(N * M).repeat_interleave(count)  # each k count[k] times
-    nth = torch.arange(len(k)) - (count.cumsum(0) - count)[k]  # 0, 1, … up to count[k] - 1
+    first = torch.searchsorted(keys, wanted)  # where each wanted key begins in `keys`
+    count = torch.searchsorted(keys, wanted, right=True) - first  # how often it is there
+    k = torch.arange(N * M).repeat_interleave(count)  # (E',): which wanted key, …
+    nth = torch.arange(len(k)) - (count.cumsum(0) - count)[k]  # … and which of its texts, from 0
     cells = torch.unique(k // M * N + order[first[k] + nth])  # i N + j, each once, sorted
     return cells // N, cells % N
 
@@ -61,7 +61,7 @@ def contrastive_loss(image_embed, text_embed, scale, truth=None):
     image, text = gather(image_embed), gather(text_embed)  # (N, D)
     N, own = len(image), own_rows(image_embed)
     Y = image.new_zeros(N, N)
-    Y[truth or _diagonal(N)] = 1
+    Y[_diagonal(N) if truth is None else truth] = 1
     Yr, Yc = Y / Y.sum(1, keepdim=True), Y / Y.sum(0, keepdim=True)
     to_text = F.cross_entropy(scale * image_embed @ text.T, Yr[own], reduction="sum")
     to_image = F.cross_entropy(scale * text_embed @ image.T, Yc.T[own], reduction="sum")
@@ -72,11 +72,12 @@ def contrastive_loss(image_embed, text_embed, scale, truth=None):
 def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
     """The same, with its gradient -> loss (), d_image (B, D), d_text (B, D), d_scale ().
 
-    The arguments are those of contrastive_loss. d_image and d_text are whole, d_scale is this
-    process's share. Two stripes of about `tile` numbers are in memory at a time.
+    The arguments are those of contrastive_loss. d_image and d_text are the gradient of the global
+    loss at this process's pairs; d_scale is this process's share. Memory: two stripes of S, of
+    about `tile` numbers each.
     """
     image, text = gather(image_embed), gather(text_embed)  # (N, D)
-    rows, columns = truth or _diagonal(len(image))
+    rows, columns = _diagonal(len(image)) if truth is None else truth  # (E,) each
     order = columns.argsort(stable=True)  # Yᵀ, sorted by row
     by_image = _Direction(image_embed, text, scale, rows, columns, tile)
     by_text = _Direction(text_embed, image, scale, columns[order], rows[order], tile)
@@ -91,13 +92,13 @@ def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
     return (to_text + to_image) / (2 * len(image)), d_image, d_text, d_scale
 
 
-def _diagonal(N):
+def _diagonal(N):  # rows and columns of the ones of Y without `truth`
     return torch.arange(N), torch.arange(N)
 
 
 class _Direction:
-    """One of the two terms of the loss, image -> text. For text -> image swap I and T, r and c, Yr
-    and Yc, and transpose S, Y and G.
+    """The term image -> text of the loss. For the other term swap I and T, r and c, Yr and Yc, and
+    transpose S, Y and G.
 
     own: (B, D), this process's I. other: (N, D), all T. rows, columns: (E,), the ones of Y, on the
     CPU, sorted by row."""

@@ -104,12 +104,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, layout):  # (K, C) -> (K, C)
+    def forward(self, x, layout, cls_only=False):  # (K, C) -> (K, C); cls_only: (B, C)
         qkv = layout.pad(self.qkv(x)).unflatten(2, (3, self.heads, -1))  # (B, L, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+        q = q[:, :, :1] if cls_only else q  # one query: the first token
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, dropout_p=dropout)
-        return self.out(layout.unpad(y.transpose(1, 2).flatten(2)))
+        y = y.transpose(1, 2).flatten(2)  # (B, L or 1, C)
+        return self.out(y[:, 0] if cls_only else layout.unpad(y))
 
 
 class MLP(nn.Sequential):
@@ -119,14 +121,15 @@ class MLP(nn.Sequential):
     def __init__(self, width, quick):
         activation = nn.SiLU() if quick else nn.GELU()
         super().__init__(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
-        self.a = 1.702 if quick else 1.0
+        self.a = 1.702 if quick else None
 
     def forward(self, x):  # (K, C) -> (K, C)
-        widen, activation, narrow = self
-        hidden = F.linear(x, self.a * widen.weight, self.a * widen.bias)  # (K, 4 C)
+        (widen, activation, narrow), a = self, self.a
+        hidden = F.linear(x, a * widen.weight, a * widen.bias) if a else widen(x)  # (K, 4 C)
 
         def rest(hidden):
-            return F.linear(activation(hidden), narrow.weight / self.a, narrow.bias)
+            weight = narrow.weight / a if a else narrow.weight
+            return F.linear(activation(hidden), weight, narrow.bias)
 
         # For the backward pass keep `hidden` alone, and compute the activation again.
         return checkpoint(rest, hidden, use_reentrant=False, preserve_rng_state=False)
@@ -176,14 +179,13 @@ class VisionBlock(nn.Module):
         self.mlp = MLP(width, quick=True)
 
     def forward(self, x, layout, cls_only=False):  # (K, C) -> (K, C); cls_only: (B, C)
-        x = x + self.attention(self.norm1(x), layout)
-        if cls_only:
-            x = layout.pad(x)[:, 0]
+        y = self.attention(self.norm1(x), layout, cls_only)
+        x = (layout.pad(x)[:, 0] if cls_only else x) + y
         return x + self.mlp(self.norm2(x))
 
 
 class VisionTransformer(nn.Module):
-    """ViT as in CLIP, LayerNorm before the layers. The last MLP sees the class token alone."""
+    """ViT as in CLIP, with LayerNorm before its layers. The last has one query, the class token."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -197,7 +199,6 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(C, H) for _ in range(cfg.vision_layers))
         self.norm_post = nn.LayerNorm(C)
         self.projection = nn.Parameter(torch.empty(C, cfg.embed_dim))
-
         # As in openai/CLIP (model.py, initialize_parameters). back: into the residual stream
         into, back = C**-0.5, C**-0.5 * (2 * cfg.vision_layers) ** -0.5
         for p in (self.class_token, self.position_embed, self.projection):
@@ -343,9 +344,8 @@ class BertBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x, layout, cls_only=False):  # (K, C) -> (K, C); cls_only: (B, C)
-        x = self.norm1(x + self.dropout(self.attention(x, layout)))
-        if cls_only:
-            x = layout.pad(x)[:, 0]
+        y = self.dropout(self.attention(x, layout, cls_only))
+        x = self.norm1((layout.pad(x)[:, 0] if cls_only else x) + y)
         return self.norm2(x + self.dropout(self.mlp(x)))
 
 

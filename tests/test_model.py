@@ -81,6 +81,8 @@ def test_attention_equals_the_written_out_softmax(lengths):
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, *attention.parameters()])])
     for ours, plain in zip(*results):
         torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    firsts = [sum(lengths[:b]) for b in range(len(lengths))]
+    torch.testing.assert_close(attention(x, layout, cls_only=True), results[1][0][firsts], rtol=1e-5, atol=1e-5)
 
 
 def test_captions_of_a_batch_do_not_see_each_other():
@@ -100,7 +102,7 @@ def test_a_text_without_tokens_disturbs_no_other():
 
 
 @pytest.mark.parametrize("tower, tokens", [("vision", 6 * 17), ("text", 33)])
-def test_the_last_mlp_computes_the_class_token_alone_and_none_computes_padding(tower, tokens):
+def test_the_last_layer_computes_the_class_token_alone_and_none_computes_padding(tower, tokens):
     model, (pixels, ids) = build(VIT), batch(VIT)
     seen = []
     for block in getattr(model, tower).blocks:
