@@ -1,37 +1,30 @@
 """Training: both pretraining stages and fine-tuning (paper, sections 3.1 and 3.2).
 
     python train.py --stage 1 --vision-weights vision.pt            # demo data, the tiny model
-    torchrun --nproc_per_node 8 train.py --stage 1 --vision-weights vision.pt       # the same steps
+    torchrun --nproc_per_node 8 train.py --stage 1 --vision-weights vision.pt   # the same steps
     python train.py --stage 1 --vision-weights ViT-B-16.pt \\
-        --text-weights chinese-roberta-wwm-ext --data coco-cn       # as in the paper
+        --text-weights chinese-roberta-wwm-ext --data coco-cn  # as in the paper
     python train.py --stage 2 --init runs/stage1/last.pt
-    python train.py --recipe small --data /path/to/folder --out runs/own    # fine-tune on your images
+    python train.py --recipe small --data /path/to/folder --out runs/own    # on your images
     python train.py --recipe coco-cn-base --micro-batch 256         # fine-tune as in the paper
     torchrun --nnodes 8 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint host:29500 \\
         --max-restarts 3 train.py --stage 2 --data 'shards/{000000..020000}.tar' --micro-batch 256
 
 Stage 1 trains the text tower against the frozen vision tower; stage 2 and fine-tuning train both.
 --batch-size is the global batch, over all processes; --micro-batch is what one process embeds at a
-time. Neither the micro-batch nor the number of processes changes the steps, apart from dropout masks
-and rounding. (BatchNorm of a ResNet that trains sees micro-batch x processes images at a time.)
+time. Neither the micro-batch nor the number of processes changes the steps, apart from dropout
+masks and rounding. (BatchNorm of a ResNet that trains sees micro-batch x processes images.)
 
 The same command resumes a run that was killed, with the same result: bit for bit on CPUs, while
-kernels of GPUs round differently each time. Files in --out:
-
-    last.pt                             the state to resume from; with --keep also step-00001000.pt, …
-    best.pt                             the weights with the highest recall on the valid split
-    start.pt                            of a fine-tune: the weights before it
-    metrics.jsonl, settings.json        every printed figure; every setting
-    bad_samples.jsonl, nonfinite.json   unreadable pairs; the batch whose loss was not finite
-    features/                           of stage 1: the image embeddings (support/features.py)
-    lock                                keeps a second run out
+kernels of GPUs round differently each time. --out holds last.pt, the state to resume from, best.pt,
+the weights with the highest recall on the valid split, and what support/run.py lists.
 """
 import functools
 import math
 from pathlib import Path
 from typing import NamedTuple
 
-from support import system                                  # before torch: see support/__init__.py
+from support import system  # before torch: see support/__init__.py
 
 import numpy as np
 import torch
@@ -47,20 +40,19 @@ from support.features import Features
 from support.images import normalize
 from support.meter import Meter
 from support.painter import write_demo
-from support.processes import (all_gather_objects, all_reduce_max, barrier, precision_of,
-                               rank_and_world, start_processes)
+from support.processes import (all_gather_objects, all_reduce_max, precision_of, rank_and_world,
+                               start_processes)
 from support.remarks import description
 from support.run import Run
 from support.settings import parse_args, resolve
 from support.shards import is_pattern
-from support.system import BadInput
 from tokenizer import MASK, SEP
 
 
 def main():
     args = parse_args(None, __doc__, list(data.NAMES), list(data.AUGMENT))
     device, rank, world_size = start_processes()
-    find_data(args, rank)                                   # before weights are downloaded
+    find_data(args)  # before weights are downloaded
     last = Path(args.out) / "last.pt"
     source, state = starting_point(args, last)
     resuming = source == last
@@ -76,7 +68,7 @@ def main():
 
     model = build_model(config, settings).to(device).train()
     optimizer = make_optimizer(model, settings.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")     # else a no-op
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # else a no-op
     run = Run(last.parent, vars(settings), rank, model, optimizer, scaler)
     first_step = run.resume(state) if resuming else 0
     if state:
@@ -88,7 +80,7 @@ def main():
     if run.finished(first_step):
         return run.say(run.nothing_to_do(first_step))
 
-    image_embed = None                                      # of the valid split, kept in stage 1
+    image_embed = None  # of the valid split, kept in stage 1
 
     def validate(step, share=None):
         nonlocal image_embed
@@ -96,13 +88,11 @@ def main():
             return
         image_embed, text_embed = embed_split(model, valid_split, device, autocast,
                                               workers=settings.workers, image_embed=image_embed)
-        recall = retrieval_recall(image_embed, text_embed, valid_split.positives)
-        run.validated(step, recall, share)
+        run.validated(step, retrieval_recall(image_embed, text_embed, valid_split.positives), share)
         if settings.stage != "1":
-            image_embed = None                              # training changes them
+            image_embed = None  # training changes them
 
     run.open_folder(first_step)
-    run.catch_signals()
     features = None
     if settings.features:
         made_of = checkpoint.vision_facts(model) | {"data": train_split.fingerprint(),
@@ -151,11 +141,10 @@ def train(run, settings, split, features, first_step, autocast, validate):
                                 autocast)
         run.after_step(step, loss, norm, pairs_of)
 
-        last = step == total
-        if last or step % settings.log_every == 0:
+        if step == total or step % settings.log_every == 0:
             run.check_last_step()
             run.log(meter.record(step, lr, model, run))
-        validating = last or step % settings.valid_every == 0
+        validating = step == total or step % settings.valid_every == 0
         if validating:
             with meter.paused():
                 validate(step)
@@ -170,24 +159,23 @@ def train(run, settings, split, features, first_step, autocast, validate):
 def train_step(model, micro_batches, truth, gradients, optimizer, scaler, autocast):
     """One optimizer step on this process's share of the global batch -> loss, gradient norm.
 
-    Both are of the global batch and stay on the device. Nothing here waits for the device, so the
-    CPU prepares the next step meanwhile. truth: as loss.matches gives it, or None. When loss or
+    Both are of the global batch and stay on the device. Nothing here waits for the device, so that
+    the CPU can prepare the next step. truth: as loss.matches gives it, or None. When loss or
     gradient are not finite, the model stays as it is.
 
     Several micro-batches take two passes (gradient caching, arXiv 2101.06983). By the chain rule
 
         dloss/dθ = Σ_k  dloss/d(embeddings of k) · d(embeddings of k)/dθ
 
-    The first factor needs the embeddings of all N pairs but no graph; the second needs a graph, but
-    only of one micro-batch at a time. With a single micro-batch the first pass keeps the graph.
+    The first factor needs all N pairs but no graph, the second a graph but of one micro-batch at a
+    time. With a single micro-batch the first pass keeps the graph.
     """
     statistics = [(x, x.clone()) for x in model.buffers()]  # of BatchNorm: forward changes them
-    single = len(micro_batches) == 1
 
     # 1. embed every micro-batch
     image_embeds, text_embeds = [], []
     for micro in micro_batches:
-        with torch.set_grad_enabled(single):
+        with torch.set_grad_enabled(len(micro_batches) == 1):
             image_embed, text_embed = embed(model, micro, autocast)
         image_embeds.append(image_embed)
         text_embeds.append(text_embed)
@@ -202,7 +190,7 @@ def train_step(model, micro_batches, truth, gradients, optimizer, scaler, autoca
     end = 0
     for micro in micro_batches:
         start, end = end, end + len(micro.ids)
-        if not single:
+        if len(micro_batches) > 1:  # the second pass
             with statistics_kept(model):
                 image_embed, text_embed = embed(model, micro, autocast, not model.vision_frozen)
         outputs, d_outputs = [text_embed], [d_texts[start:end]]
@@ -216,8 +204,8 @@ def train_step(model, micro_batches, truth, gradients, optimizer, scaler, autoca
         torch.autograd.backward(outputs, [scaler.scale(d) for d in d_outputs])
     loss = gradients.wait()
 
-    # 4. step, clamp. The device decides, with found_inf = 1 the fused AdamW changes nothing: asking
-    # the device would wait for it. (An enabled scaler replaces found_inf by its own.)
+    # 4. step, clamp. With found_inf = 1 the fused AdamW changes nothing; an `if` would wait for the
+    # device. (An enabled scaler replaces found_inf by its own.)
     scaler.unscale_(optimizer)
     norm = gradients.norm()
     finite = (loss + norm).isfinite()
@@ -226,17 +214,15 @@ def train_step(model, micro_batches, truth, gradients, optimizer, scaler, autoca
     model.clamp_logit_scale()
     for x, before in statistics:
         x.copy_(torch.where(finite, x, before))
-    scaler.update()                                         # fp16: lowers the scale after overflow
+    scaler.update()  # fp16: lowers the scale after overflow
     return loss, norm
 
 
-# ---- the data of a step
-
-
-# All micro-batches of a step may not fit the device. So they stay on the CPU as they were read, and
-# train_step prepares the images of one at a time, when it embeds them.
 class MicroBatch(NamedTuple):
-    """b pairs of this process."""
+    """b pairs as they were read, on the CPU: all of a step at once may not fit the device.
+
+    So train_step prepares the images of one micro-batch at a time, when it embeds them.
+    """
     pixels: torch.Tensor                                    # (b, 3, R, R) uint8, or features (b, D)
     ids: torch.Tensor                                       # (b, L) int64, some tokens [MASK]
     seed: int = 0                                           # of its dropout and patch masks
@@ -260,7 +246,7 @@ def embed(model, micro, autocast, vision=True):
     torch.manual_seed(micro.seed)
     images = micro.images(model.logit_scale.device) if vision else None
     with autocast():
-        if vision and images.ndim == 4:                     # not features, which are embeddings
+        if vision and images.ndim == 4:  # not features, which are embeddings
             images = model.encode_image(images)
         return images, model.encode_text(micro.ids)
 
@@ -268,9 +254,8 @@ def embed(model, micro, autocast, vision=True):
 def read_batch(loader, places, step, settings, context_length):
     """This process's share of a step's batch -> micro-batches, truth, reports.
 
-    places: of each micro-batch, its range in the global batch. truth: of the global batch, as
-    loss.matches gives it; None for --positives pair, where each pair is its own only match.
-    reports: the pairs that could not be read, of all processes.
+    places: the range of each micro-batch in the global batch. truth: as loss.matches gives it; None
+    for --positives pair. reports: the pairs that could not be read, of all processes.
     """
     rank, _ = rank_and_world()
     image_draws, token_draws = random_draws(settings, step, context_length)
@@ -278,14 +263,14 @@ def read_batch(loader, places, step, settings, context_length):
     for number, own in enumerate(places):
         rows = slice(own.start, own.stop)
         pixels, ids, keys_of_images, keys_of_texts, bad = data.own_memory(next(loader))
-        if token_draws is not None:                         # never mask [PAD], [UNK], [CLS], [SEP]
+        if token_draws is not None:  # never mask [PAD], [UNK], [CLS], [SEP]
             masked = (token_draws[rows] < settings.mask_tokens) & (ids > SEP)
             ids = torch.where(masked, MASK, ids)
         draws = None if image_draws is None else image_draws[rows]
         seed = random_seed(settings.seed, step, rank, number)
         micro_batches.append(MicroBatch(pixels, ids, seed, draws, settings.augment))
-        image_keys.append(keys_of_images)                   # (b, M), M differs
-        text_keys.append(keys_of_texts)                     # (b,)
+        image_keys.append(keys_of_images)  # (b, M), M differs
+        text_keys.append(keys_of_texts)  # (b,)
         reports += bad
     if all_reduce_max(len(reports)):
         reports = sum(all_gather_objects(reports), [])
@@ -316,20 +301,15 @@ def random_seed(seed, step, rank, micro=0):
     return int(np.random.SeedSequence([seed, step, rank + 1, micro]).generate_state(1)[0])
 
 
-# ---- the optimizer
-
-
 class GradientSum:
     """The parameters' gradients, summed over processes while the backward pass still runs.
 
     They stand in flat buckets, of which p.grad are views. In each step: begin; a backward pass for
     each micro-batch, whose gradients add up; before the last one last_pass; then wait. In the last
     pass a bucket is sent when its gradients and the buckets before it are complete. Backward goes
-    from the last layer to the first, so the buckets hold the parameters in that order. The loss
-    travels in the first bucket. Why a sum and not a mean: see loss.py.
-
-    DistributedDataParallel sums its first iteration in another order than the next ones: a resumed
-    run would differ in its last bits.
+    from the last layer to the first; so do the buckets. The loss travels in the first one. Why a
+    sum: see loss.py. (DistributedDataParallel rounds its first iteration differently, so a resumed
+    run would have other last bits.)
     """
 
     def __init__(self, params, most=2**23):
@@ -344,9 +324,9 @@ class GradientSum:
             size += p.numel()
         for number, group in enumerate(groups):
             sizes = [p.numel() for p in group]
-            flat = group[0].new_zeros(sum(sizes) + 1, requires_grad=False)      # + 1: the loss
+            flat = group[0].new_zeros(sum(sizes) + 1, requires_grad=False)  # + 1: the loss
             for p, part in zip(group, flat[:-1].split(sizes)):
-                p.grad = part.view_as(p)                    # never set to None, so no zero_grad
+                p.grad = part.view_as(p)  # never set to None, so no zero_grad
                 p.register_post_accumulate_grad_hook(functools.partial(self._done, number))
             self.buckets.append(flat)
             self.sizes.append(len(group))
@@ -373,7 +353,7 @@ class GradientSum:
     def wait(self):
         """The loss of the global batch, once all sums have arrived."""
         while self.sending and len(self.works) < len(self.buckets):
-            self._send()                                    # some parameter has no gradient
+            self._send()  # a parameter has no gradient
         for work in self.works:
             work.wait()
         self.works, self.sending = [], False
@@ -386,7 +366,7 @@ class GradientSum:
 def make_optimizer(model, weight_decay):
     """AdamW over what trains. Matrices and tables decay; vectors and the temperature do not.
 
-    Betas and eps are CLIP's, one pair for ViT and one for ResNet. Fused: train_step needs found_inf.
+    Betas and eps are CLIP's for ViT and for ResNet. Fused: train_step needs found_inf.
     """
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
@@ -406,31 +386,26 @@ def learning_rate(step, peak, warmup, total):
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
-# ---- the start of a run
-
-
-def find_data(args, rank):
-    """Raise BadInput when the data set is not there; the demo is painted on its first use."""
-    folder = Path(args.data_root) / "demo"
-    if args.data == "demo" and not folder.exists():
-        if rank == 0:
-            write_demo(folder)
-        barrier()
+def find_data(args):
+    """Raise BadInput when the data set is not there. The demo is painted on its first use."""
+    demo = Path(args.data_root) / "demo"
+    if args.data == "demo" and not demo.exists():
+        write_demo(demo)  # one process paints, the others wait
     data.all_names(args.data, args.data_root)
 
 
 def starting_point(args, last):
-    """The name of the starting weights, and what checkpoint.read gives of them ({}: random weights).
+    """The name of the starting weights, and what checkpoint.read gives of them.
 
-    The run's own snapshot `last`, else --init, else the towers of --vision-weights and
-    --text-weights, else random weights.
+    The run's own snapshot `last`, else the towers of --vision-weights and --text-weights, else
+    --init, else random weights ({}).
     """
     if last.exists():
-        return last, checkpoint.read(last, mapped=False)    # not mapped: it will be replaced
+        return last, checkpoint.read(last, mapped=False)  # not mapped: it will be replaced
     towers = args.vision_weights, args.text_weights
     if towers != (None, None):
-        names = [name for name in towers if name is not None]
-        return " + ".join(names), checkpoint.read_towers(*towers, CONFIGS.get(args.model))
+        names = " + ".join(name for name in towers if name is not None)
+        return names, checkpoint.read_towers(*towers, CONFIGS.get(args.model))
     if args.init is not None:
         return args.init, checkpoint.read(args.init)
     return "random weights", {}
@@ -444,11 +419,8 @@ def build_model(config, settings):
         model.freeze_vision()
     model.set_grad_checkpointing(settings.grad_checkpointing)
     if settings.compile:
-        try:
-            model.compile_vision()
-        except ValueError as error:
-            raise BadInput(f"--compile: {error}") from None
-    model.vision.patch_dropout = settings.patch_dropout     # of a ViT; resolve refuses it for others
+        model.compile_vision()
+    model.vision.patch_dropout = settings.patch_dropout
     return model
 
 

@@ -125,10 +125,11 @@ class Run:
             self.start_weights()
 
     def open_folder(self, step):
-        """Lock the folder and drop what a killed run logged after `step`: those steps come again.
+        """Lock the folder, catch signals, and drop what a killed run logged after `step`.
 
         BadInput when another run is writing there, or has left its best.pt.
         """
+        self.catch_signals()
         barrier()                                           # every process has read last.pt
         if not self.first:
             return
@@ -170,8 +171,8 @@ class Run:
                  f"{len(self.bad):,} so far, {most:,} may be ({listed}); the first: {reason}")
         if len(self.bad) > most:
             raise BadInput(f"step {step}: {len(self.bad):,} pairs cannot be read, and of {seen:,} "
-                           f"only {most:,} may be (--max-bad {self.settings['max_bad']:g}); {listed} "
-                           f"lists them. The first: {reason}")
+                           f"only {most:,} may be (--max-bad {self.settings['max_bad']:g}); "
+                           f"{listed} lists them. The first: {reason}")
 
     def after_step(self, step, loss, norm, pairs_of):
         """Check the step before this one; this one is checked after the next step.
@@ -333,7 +334,8 @@ class Run:
                 raise BadInput(f"it holds the weights after step {state.get('step')}")
         except BadInput as error:
             raise BadInput(f"{path} is not the start of this run, from which the averages at the "
-                           f"end begin; put it back, or go on with --no-average. ({error})") from None
+                           "end begin; put it back, or go on with --no-average. "
+                           f"({error})") from None
         return state["model"]
 
     # ---- the end

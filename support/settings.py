@@ -212,6 +212,8 @@ def resolve(args, config, train_split, valid_split, precision, world_size):
         why = "the vision tower is frozen" if args.stage == "1" else "a ResNet has none"
         raise BadInput(f"--patch-dropout {settings.patch_dropout}: there are no patches to leave "
                        f"out: {why}")
+    if settings.compile and is_resnet:
+        raise BadInput("--compile: it is for ViTs; the blocks of a ResNet all differ")
     if not pairs:
         raise BadInput(f"{train_split.name}: no caption names an image, so there are no pairs to "
                        "train on")

@@ -142,13 +142,12 @@ def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path, called,
 
 
 def test_the_demo_is_painted_once(tmp_path, monkeypatch):
-    """By the first process, before anything else."""
     painted = []
     monkeypatch.setattr(train, "write_demo", lambda folder: painted.append(folder) or folder.mkdir())
     monkeypatch.setattr(data, "all_names", lambda name, root: ["train"])
     args = SimpleNamespace(data="demo", data_root=tmp_path)
-    for rank in (1, 0, 0):
-        train.find_data(args, rank)
+    for _ in range(2):
+        train.find_data(args)
     assert painted == [tmp_path / "demo"]
 
 
