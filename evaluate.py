@@ -163,7 +163,7 @@ def ranks_of_chunk(queries, candidates, correct):
     padded = torch.tensor(padded, device=candidates.device)                     # (q, n)
     scores = similarity.gather(1, padded)                                       # (q, n)
     best = scores.amax(dim=1, keepdim=True)                                     # (q, 1)
-    first = padded.where(scores == best, len(candidates)).amin(dim=1, keepdim=True)         # (q, 1)
+    first = padded.where(scores == best, len(place)).amin(dim=1, keepdim=True)  # (q, 1)
 
     # Before it rank the more similar candidates, and of the equally similar ones the earlier.
     # Sums of floats are faster than those of booleans.

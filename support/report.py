@@ -151,8 +151,9 @@ def chart(title, curves, x_name, log_x=False, high=None):
                    f'stroke-dasharray: {dash}"><title>{text(name)}</title></polyline>')
         keys.append(f'<span><i style="border-color: {colour}; border-top-style: {border}"></i>'
                     f'{text(name)}</span>')
-    return (f'<figure><figcaption>{text(title)}</figcaption>'
-            f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{text(title)}">{"".join(svg)}</svg>'
+    title = text(title)
+    return (f'<figure><figcaption>{title}</figcaption>'
+            f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{title}">{"".join(svg)}</svg>'
             f'<div class="key">{"".join(keys)}</div></figure>')
 
 
@@ -358,11 +359,11 @@ def write_sheet(path, query, note, found, read, link, query_image=None):
     found: [(file, similarity), …], best first; read(file) -> image, or raises BadInput;
     link(file) -> its address; query_image: the image that was the query.
     """
-    cards = []
+    cards = ""
     if query_image:
-        cards.append(card(lambda: query_image, ["<b>the query</b>"], "card right", side=256))
+        cards += card(lambda: query_image, ["<b>the query</b>"], "card right", side=256)
     for place, (file, similarity) in enumerate(found, 1):
         address = f'<a href="{html.escape(link(file))}">{text(file)}</a>'
         lines = [f"<b>{place}.</b> {similarity:.3f}", address]
-        cards.append(card(functools.partial(read, file), lines, side=256))
-    write_page(path, query, [*paragraphs([note]), f'<div class="cards sheet">{"".join(cards)}</div>'])
+        cards += card(functools.partial(read, file), lines, side=256)
+    write_page(path, query, [*paragraphs([note]), f'<div class="cards sheet">{cards}</div>'])

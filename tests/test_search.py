@@ -10,7 +10,6 @@ from conftest import bomb, jpeg, png
 from PIL import Image
 
 import checkpoint
-import data
 from model import CLIP, CONFIGS
 from support import system
 from support.images import decoded, image_files
@@ -152,7 +151,7 @@ def test_an_empty_folder_does_not_cost_the_index(searched, album, tmp_path):
 def test_a_part_that_cannot_be_read_stays_in_the_index(searched, album, monkeypatch):
     searched("猫")
     real = image_files
-    monkeypatch.setattr(data, "image_files", lambda folder: ([path for path in real(folder)[0] if not path.startswith("去 海边")], {"去 海边": "Permission denied"}))
+    monkeypatch.setattr(search, "image_files", lambda folder: ([path for path in real(folder)[0] if not path.startswith("去 海边")], {"去 海边": "Permission denied"}))
     _, said = searched("猫")
     assert "去 海边: cannot be read (Permission denied); what was indexed of it stays" in said and "; 0 new or changed, 0 gone" in said
 
@@ -199,7 +198,7 @@ def test_names_of_files_cannot_write_to_the_terminal(searched, album):
 @pytest.mark.parametrize("arguments, message", [
     (["--images", "nowhere", "猫"], "--images nowhere: there is no such folder"),
     (["--ckpt", "nowhere.pt", "猫"], "nowhere.pt: there is no such checkpoint"),
-    (["猫", "--image", "ALBUM/kind.png"], "ask with a sentence or with a image"),
+    (["猫", "--image", "ALBUM/kind.png"], "name a sentence or an image"),
     (["--image", "ALBUM/broken.jpg"], "broken.jpg cannot be read"),
     (["--image", "nowhere.jpg"], "nowhere.jpg cannot be read"),
     ([" "], "the query is empty"),

@@ -11,7 +11,7 @@ import unicodedata
 import warnings
 from pathlib import Path
 
-from support import report, system                              # before torch: see support/__init__.py
+from support import report, system                  # before torch: see support/__init__.py
 
 import numpy as np
 import torch
