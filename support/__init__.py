@@ -1,4 +1,6 @@
-"""What the paper's five files call and a student need not open. Each module imports only modules above it:
+"""What the five files of the paper call, and a student need not open.
+
+Each module imports only modules above it:
 
 system           errors of one line, whole files or none, locks, helper processes, a script's main
 folders          a folder that is there whole or not at all
