@@ -155,22 +155,24 @@ class TsvSplit(Split):
 
     def read_images(self):
         """-> the ids of the images. Fills self.offsets."""
-        line_of, start = {}, 0                              # id -> its line
+        line_of, end = {}, 0                                # id -> its line
         size = self.path.stat().st_size / 2**20
         with open(self.path, "rb") as f, \
                 system.progress(f"{self.path.name}: MiB indexed", size) as progress:
             for number, line in enumerate(f, 1):
-                id_, tab, _ = line[:64].partition(b"\t")
-                if line[:64].strip():
-                    if not tab or not id_.strip().isdigit():
-                        raise BadInput(f"{self.path}, line {number}: expected `number<TAB>base64 "
-                                       f"image`, found {line[:40]!r}")
-                    if line_of.setdefault(int(id_), number) != number:
-                        raise BadInput(f"{self.path}, line {number}: image id {int(id_)} stands in "
-                                       f"line {line_of[int(id_)]} already; ids must be unique")
-                    self.offsets.append((start + len(id_) + 1, len(line) - len(id_) - 1))
-                start += len(line)
+                start, end = end, end + len(line)
                 progress.update(len(line) / 2**20)
+                if not line[:64].strip():                   # a blank line
+                    continue
+                id_, tab, _ = line[:64].partition(b"\t")
+                if not tab or not id_.strip().isdigit():
+                    raise BadInput(f"{self.path}, line {number}: expected `number<TAB>base64 "
+                                   f"image`, found {line[:40]!r}")
+                if line_of.setdefault(int(id_), number) != number:
+                    raise BadInput(f"{self.path}, line {number}: image id {int(id_)} stands in "
+                                   f"line {line_of[int(id_)]} already; ids must be unique")
+                start += len(id_) + 1
+                self.offsets.append((start, end - start))
         return list(line_of)
 
     def read_texts(self, path, image_ids):
@@ -304,7 +306,7 @@ def split_names(folder):
 
 
 def all_names(data, data_root="data"):
-    """The splits of a data set: of a pattern of shards ["train"], whatever it is used for."""
+    """The splits of a data set; a pattern of shards is one, ["train"], whatever it is used for."""
     return ["train"] if is_pattern(data) else split_names(find(data, data_root))
 
 

@@ -88,15 +88,14 @@ class ShardSplit:
 
     def pair_bytes(self, k):
         """The bytes of pair k's image."""
-        path, (image, image_size, *_) = self.row(k)
-        return read_at(path, image, image_size, "it")
+        path, (image, size, *_) = self.row(k)
+        return read_at(path, image, size, "it")
 
     def captions(self, k):
         """-> the number of pair k's caption among those of its image, and these."""
-        path, (_, _, text, text_size, is_json, which) = self.row(k)
+        path, (_, _, text, size, is_json, which) = self.row(k)
         name = self.location(k)
-        content = read_at(path, text, text_size, f"{name}: the caption")
-        texts = captions_in(content, is_json, name)
+        texts = captions_in(read_at(path, text, size, f"{name}: the caption"), is_json, name)
         if which >= len(texts):
             raise BadInput(f"{name}: the caption is not what the index says; delete {path}.index, "
                            "it will be made again")
@@ -112,8 +111,8 @@ class ShardSplit:
         return self.shards[s], index[k - self.starts[s] + 1].tolist()
 
     def fingerprint(self):
-        counts = np.diff(self.starts)
-        about = [(path.name, os.path.getsize(path), int(n)) for path, n in zip(self.shards, counts)]
+        counts = np.diff(self.starts).tolist()
+        about = [(path.name, os.path.getsize(path), n) for path, n in zip(self.shards, counts)]
         digest = hashlib.md5(json.dumps(about).encode()).hexdigest()
         return f"{len(self):,} pairs in {len(self.shards):,} shards (hash {digest[:12]})"
 
@@ -309,24 +308,20 @@ def shard_index(path, thorough=False):
     files = [path.with_name(path.name + ".index"),
              system.cache_folder() / "index" / f"{digest}.index"]
     for file in files:
-        try:
+        with contextlib.suppress(Exception):                # it is missing, or damaged
             index = np.load(file, mmap_mode="r")            # reads the first row alone
             sound = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == COLUMNS
             if sound and index[0, :3].tolist() == head:
                 if not (thorough and points_outside(index, status.st_size)):
                     return index
-        except Exception:                                   # missing, or damaged
-            pass
     rows, damaged = scan(path)
     index = np.array([[*head, damaged, 0, 0], *rows], dtype=np.int64)
     for file in files:
-        try:
+        with contextlib.suppress(BadInput, OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             part = f".{os.getpid()}.part"                   # several processes may write the same
             system.write(file, lambda f: np.save(f, index), part=part)
             return index
-        except (BadInput, OSError):
-            continue
     raise BadInput(f"{files[0]}: cannot be written, nor can {files[1]}; set CE_CLIP_CACHE to a "
                    "folder with room")
 
