@@ -169,7 +169,7 @@ def ranks_of_chunk(queries, candidates, correct):
     # Sums of floats are faster than those of booleans.
     marks = torch.empty_like(similarity)                                        # (q, C)
     ranks = torch.gt(similarity, best, out=marks).sum(dim=1).long()             # (q,)
-    equal = torch.eq(similarity, best, out=marks).sum(dim=1)                    # (q,), 1 without ties
+    equal = torch.eq(similarity, best, out=marks).sum(dim=1)                    # (q,), 1 or more
     tied = (equal > 1).nonzero()[:, 0]
     ranks[tied] += ((similarity[tied] == best[tied]) & (place < first[tied])).sum(dim=1)
     return ranks.cpu().masked_fill(torch.tensor([not right for right in correct]), -1)
@@ -210,8 +210,7 @@ def rank_both_ways(image_embed, text_embed, positives, chunk=None):
     """
     if not (image_embed.sum().isfinite() and text_embed.sum().isfinite()):
         raise BadInput("the embeddings hold NaN or infinity: the weights are damaged, training "
-                       "diverged (then a lower --lr helps), or fp16 has overflown (then "
-                       "--precision fp32 helps)")
+                       "diverged (try a lower --lr), or fp16 overflowed (try --precision fp32)")
     if not any(len(images) for images in positives):
         raise BadInput("no caption of the split describes an image of it: there is no recall")
     captions_of_image = [[] for _ in range(len(image_embed))]
@@ -273,12 +272,11 @@ def evaluate(args, device, is_main):
     records, rankings = [], []                                  # of each checkpoint
     for source in args.ckpt:
         record, split, embeds = embed_with(source, args, open_split, device)
-        ranking = rank_both_ways(*embeds, split.positives)
-        for way in ranking:
-            record[way] = ranking[way].recall()
+        rankings.append(rank_both_ways(*embeds, split.positives))
+        for way, ranking in rankings[-1].items():
+            record[way] = ranking.recall()
+        add_intervals(record, rankings[-1], rankings[0])
         records.append(record)
-        rankings.append(ranking)
-        add_intervals(record, ranking, rankings[0])
     if not is_main:
         return
     print(table(records, name, split_name))
@@ -326,8 +324,7 @@ def embed_with(source, args, open_split, device):
 
 
 def setting_of(state, name):
-    """"fine-tuned" or "trained" if a checkpoint has seen the data set `name`, a value of --data,
-    as far as its file tells; else "zero-shot"."""
+    """"fine-tuned" or "trained" on the data set `name`, as a checkpoint's file says; "zero-shot"."""
     known = data_name(name) in data.NAMES                       # other folders may share a name
     for seen, stage in reversed(checkpoint.trained_on(state)):
         same_place = known or Path(seen).resolve() == Path(name).resolve()

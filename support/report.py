@@ -145,7 +145,7 @@ def chart(title, curves, x_name, log_x=False, high=None):
     for n, (name, curve) in enumerate(curves.items()):
         colour = f"var(--c{n // 2 % 6})"
         dash, border = ("7 4", "dashed") if n % 2 else ("none", "solid")
-        shown = curve[: -1 : max(1, len(curve) // 400)] + curve[-1:]            # enough for a screen
+        shown = curve[: -1 : max(1, len(curve) // 400)] + curve[-1:]        # enough for a screen
         points = " ".join(f"{across(x)},{down(y)}" for x, y in shown)
         svg.append(f'<polyline points="{points}" style="stroke: {colour}; '
                    f'stroke-dasharray: {dash}"><title>{text(name)}</title></polyline>')

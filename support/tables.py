@@ -45,11 +45,9 @@ SIZE_GROUPS = ("base-size", "large-size", "tiny", "custom")     # in the order o
 def against_paper(name, split_name, pairs):
     """Whether a split has as many pairs as in the paper's table 1: the end of a line, or ""."""
     published = TABLE_1.get(name, {}).get(split_name)
-    if not published:
-        return ""
     if published == pairs:
         return ", as in the paper's table 1"
-    return f"; the paper's table 1 has {published:,}"
+    return f"; the paper's table 1 has {published:,}" if published else ""
 
 
 # ---- statistics
@@ -88,9 +86,8 @@ def bootstrap_interval(values, groups):
     return np.quantile(bootstrap_means(values, groups), (0.025, 0.975)).tolist()
 
 
-def half_width(interval):
-    """What stands behind ± for an interval [low, high]."""
-    return (interval[1] - interval[0]) / 2
+def plus_minus(interval):
+    return f"±{(interval[1] - interval[0]) / 2:.1f}"
 
 
 def change_of(before, after, groups):
@@ -141,7 +138,7 @@ def recall_cells(recalls, interval=None):
     """[R@1, R@5, R@10] -> their cells and that of their mean; `interval`: of R@1, shown as ±."""
     cells = [f"{x:5.1f}" for x in (*recalls, sum(recalls) / len(recalls))]
     if interval:
-        cells[0] += f" ±{half_width(interval):.1f}"
+        cells[0] += f" {plus_minus(interval)}"
     return cells
 
 
@@ -150,12 +147,11 @@ def align_columns(rows):
     def width(cell):
         return len(cell) + sum(unicodedata.east_asian_width(c) in "WF" for c in cell)       # 猫: 2
 
-    widths = [max(map(width, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        padded = [cell + " " * (size - width(cell)) for cell, size in zip(row, widths)]
-        lines.append("  ".join(padded).rstrip())
-    return lines
+    lines = [""] * len(rows)
+    for column in zip(*rows):
+        size = max(map(width, column)) + 2
+        lines = [line + cell + " " * (size - width(cell)) for line, cell in zip(lines, column)]
+    return [line.rstrip() for line in lines]
 
 
 def table(records, name, split):
@@ -199,7 +195,7 @@ def notes(records, name, split):
 
 
 def gain_in_words(change):
-    """What change_of gives -> "+2.0 (+0.5 to +3.5)"."""
+    """What change_of returns, as text: "+2.0 (+0.5 to +3.5)"."""
     low, high = change["interval"]
     chance = ", which may be chance" if low <= 0 <= high else ""
     return f"{change['mean']:+.1f} ({low:+.1f} to {high:+.1f}{chance})"
@@ -210,8 +206,8 @@ CLASS_COLUMNS = ["model", "top-1", "top-5", "mean per class"]
 
 def class_row(record):
     """The cells of CLASS_COLUMNS."""
-    top_1 = f"{record['top-1']:5.1f} ±{half_width(record['top-1_interval']):.1f}"
-    return [f"> {record['model']} ({record['ckpt']})", top_1,
+    return [f"> {record['model']} ({record['ckpt']})",
+            f"{record['top-1']:5.1f} {plus_minus(record['top-1_interval'])}",
             f"{record['top-5']:5.1f}", f"{record['mean_per_class']:5.1f}"]
 
 
@@ -231,9 +227,8 @@ def class_notes(records, templates):
         "±: half of the 95 % interval when the images are resampled (bootstrap, 1,000 draws).",
     ]
     for record in others:
-        change = record["change_of_top-1"]
-        lines.append(f"top-1 of {record['ckpt']} less that of {first['ckpt']}, "
-                     f"with 95 % interval: {gain_in_words(change)}.")
+        lines.append(f"top-1 of {record['ckpt']} less that of {first['ckpt']}, with 95 % interval: "
+                     f"{gain_in_words(record['change_of_top-1'])}.")
     for record in records:
         pairs = [f"{c['class']} taken for {c['taken_for']}, {c['times']} of {c['of']}"
                  for c in record["confused"][:5]]
