@@ -204,9 +204,8 @@ class Ranking(NamedTuple):
 def rank_both_ways(image_embed, text_embed, positives, chunk=None):
     """-> {"text_to_image": Ranking, "image_to_text": Ranking}.
 
-    image_embed (I, D), text_embed (T, D): unit vectors; positives: the images that each caption
-    describes; chunk: see best_ranks. Raises BadInput when an embedding is not finite or no
-    caption describes an image.
+    image_embed (I, D), text_embed (T, D): unit vectors; positives: the images of each caption.
+    Raises BadInput when an embedding is not finite or no caption has an image.
     """
     if not (image_embed.sum().isfinite() and text_embed.sum().isfinite()):
         raise BadInput("the embeddings hold NaN or infinity: the weights are damaged, training "
@@ -243,8 +242,8 @@ def class_embeddings(model, names, templates, autocast, batch_size=128):
     for c, tokens in enumerate(ids.reshape(len(names), -1)):
         other = first_with.setdefault(tokens.tobytes(), c)
         if other != c:
-            warnings.warn(f"the prompts of {names[c]} are those of {names[other]}, token by "
-                          "token: the model cannot tell the two classes apart")
+            warnings.warn(f"the prompts of {names[c]} are those of {names[other]}, token by token: "
+                          "the model cannot tell them apart")
     embed = embed_texts(model, ids, autocast, batch_size)                       # (C P, D)
     embed = embed.view(len(names), len(templates), -1).mean(dim=1)              # (C, D)
     return F.normalize(embed, dim=1)
@@ -324,7 +323,7 @@ def embed_with(source, args, open_split, device):
 
 
 def setting_of(state, name):
-    """"fine-tuned" or "trained" on the data set `name`, as a checkpoint's file says; "zero-shot"."""
+    """"fine-tuned" or "trained" on the data set `name`, as the checkpoint says; "zero-shot"."""
     known = data_name(name) in data.NAMES                       # other folders may share a name
     for seen, stage in reversed(checkpoint.trained_on(state)):
         same_place = known or Path(seen).resolve() == Path(name).resolve()
@@ -379,7 +378,7 @@ def parse_args():
 
 
 def shared_flags(parser):
-    """Adds the flags that tools/classify.py has, too -> the parser."""
+    """Adds the flags that tools/classify.py has, too."""
     parser.add_argument("--ckpt", nargs="+", required=True,
                         help="checkpoints: files, folders, or names of released weights")
     parser.add_argument("--split", help="(default: test)")
@@ -397,7 +396,7 @@ def shared_flags(parser):
 
 
 def check_shared(args):
-    """Raises BadInput for values of shared_flags that are out of range or cannot be written."""
+    """Raises BadInput for values of these flags that cannot work."""
     if not 1 <= args.batch_size <= 1e6 or not 0 <= args.workers <= 512:
         raise BadInput(f"--batch-size {args.batch_size} --workers {args.workers}: "
                        "out of range, 1 to 1e6 and 0 to 512")

@@ -25,6 +25,7 @@ from support import system
 from support.images import decoded
 from support.processes import precision_of
 from support.tables import PUBLISHED, add_intervals, bootstrap_interval, bootstrap_means, table
+from tools import classify
 from tools.classify import class_root, classification_of, open_classes
 
 
@@ -87,6 +88,7 @@ def test_queries_without_an_answer_are_left_out_and_counted():
     assert result["image_to_text"]["queries"] == 2 and result["text_to_image"]["R@1"] == 100.0
 
 
+@pytest.mark.slow
 def test_memory_of_recall_does_not_grow_with_the_queries():
     """CE_CLIP_RECALL=100000 asks for 100,000 x 100,000 at width 512 (minutes on two cores); the matrix alone would take 40 GB."""
     n, width = int(os.environ.get("CE_CLIP_RECALL", 20_000)), 512 if "CE_CLIP_RECALL" in os.environ else 32
@@ -115,6 +117,7 @@ def many(images=1000, texts=5000, width=512, seed=0):
     return image.float(), text.float(), positives
 
 
+@pytest.mark.slow
 def test_equals_the_published_evaluation(tmp_path):
     """cn_clip's five scripts, and from the same features to the table ours; the times are printed side by side."""
     pytest.importorskip("cn_clip")
@@ -232,11 +235,10 @@ def figures(path):
     return json.loads(path.read_text(encoding="utf-8"))["results"]
 
 
-def test_two_processes_give_the_figures_of_one(tiny_checkpoint, little, tmp_path):
-    for processes in (1, 2):
-        output = script("evaluate.py", "--ckpt", tiny_checkpoint, "--data", little, "--json", tmp_path / f"{processes}.json", "--features", tmp_path / str(processes), "--batch-size", 5,
-                        "--precision", "fp32", processes=processes)
-        assert output.count("> tiny") == 1
+def test_two_processes_give_the_figures_of_one(called, tiny_checkpoint, little, tmp_path):
+    command = lambda n: ["--ckpt", tiny_checkpoint, "--data", little, "--json", tmp_path / f"{n}.json", "--features", tmp_path / str(n), "--batch-size", 5, "--precision", "fp32", "--workers", 0]
+    assert called(evaluate, *command(1)).count("> tiny") == 1
+    assert script("evaluate.py", *command(2), processes=2).count("> tiny") == 1
     one, two = ([*tmp_path.glob(f"{n}/*/*/*.npy")] for n in (1, 2))
     assert len(one) == 2 and all(a.read_bytes() == b.read_bytes() for a, b in zip(sorted(one), sorted(two)))           # bit for bit
     assert figures(tmp_path / "1.json") == figures(tmp_path / "2.json")
@@ -480,6 +482,14 @@ def test_classification_by_hand():
     assert {(c["class"], c["taken_for"], c["times"], c["of"]) for c in result["confused"]} == {("甲", "乙", 1, 2), ("戊", "己", 1, 1)}
     probabilities = evaluate.class_probabilities(images, classes, 10.0)
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(4)) and probabilities[0].argmax() == 0
+
+
+def test_classify_on_two_processes_by_its_older_name(called, tiny_checkpoint, elevater, tmp_path):
+    command = lambda n: ["--ckpt", tiny_checkpoint, "--workers", 0, "--precision", "fp32", "--batch-size", 4, "--json", tmp_path / f"{n}.json"]
+    output = script("evaluate.py", *command(2), "--classify", elevater, processes=2)
+    assert output.count("> tiny") == 1
+    assert called(classify, elevater, *command(1)).replace("1.json", "2.json") in output
+    assert figures(tmp_path / "1.json") == figures(tmp_path / "2.json")
 
 
 def test_classify_through_the_command_line(called, stopped, tiny_checkpoint, elevater, tmp_path):

@@ -56,14 +56,12 @@ class Index:
         try:
             with np.load(self.place) as content:
                 files, embed = json.loads(content["files"].tobytes()), content["embed"]
-            if embed.shape != (len(files), width) or embed.dtype != np.float16:
-                raise ValueError("not an index of these files")
-            if not np.isfinite(embed).all():
-                raise ValueError("not embeddings")
+            sound = embed.shape == (len(files), width) and embed.dtype == np.float16
             for size, changed, reason in files.values():
-                whole = isinstance(size, int) and isinstance(changed, int)
-                if not whole or not isinstance(reason, (str, type(None))):
-                    raise ValueError("not what was written there")
+                sound &= type(size) is type(changed) is int
+                sound &= reason is None or isinstance(reason, str)
+            if not sound or not np.isfinite(embed).all():
+                raise ValueError("not what was written there")
             self.files, self.embed = files, embed
         except FileNotFoundError:
             pass
@@ -101,8 +99,8 @@ class Index:
         rows, saved = [self.embed], time.time()                 # rows: to concatenate
         try:
             for paths, embed, unreadable in encode(todo):
-                zeros = np.zeros((len(unreadable), embed.shape[1]), np.float16)
-                rows += [embed.half().numpy(), zeros]
+                rows.append(embed.half().numpy())
+                rows.append(np.zeros((len(unreadable), embed.shape[1]), np.float16))
                 self.files |= {path: [*now[path], None] for path in paths}
                 self.files |= {path: [*now[path], reason] for path, reason in unreadable.items()}
                 if time.time() > saved + SAVE_SECONDS:
