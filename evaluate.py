@@ -67,8 +67,8 @@ class ImageBatches(Dataset):
 
 @torch.no_grad()
 def encode_images(model, read, batches, device, autocast, workers=0):
-    """Embeds batches, sequences of image numbers, in this process alone. Yields for each (numbers
-    of the images that can be read, embeddings (B, D) on the CPU, {number: reason} of the others).
+    """Embeds batches of image numbers, in this process alone. Yields (numbers of the images that
+    can be read, embeddings (B, D) on the CPU, {number: reason} of the others) for each batch.
 
     read(i) returns image i or raises BadInput. The model is in evaluation mode.
     """
@@ -302,7 +302,7 @@ def embed_with(source, args, open_split, device):
               "precision": precision, "pairs": len(split)}
 
     def compute():
-        # Rounded as --features keeps them, also without it, so that the figures are the same.
+        # Rounded as --features keeps them, also without it: the figures are the same.
         dtype = torch.float32 if precision == "fp32" else torch.float16
         embeds = embed_split(model, split, device, autocast, args.batch_size, args.workers)
         return [x.to(dtype) for x in embeds]
@@ -346,7 +346,7 @@ def main():
     classes.add_argument("--classify", metavar="DIR")
     folder, others = classes.parse_known_args()
     if folder.classify is not None:
-        # The older way to say python -m tools.classify DIR …
+        # The older way to call tools/classify.py; no import, because imports only go down.
         return importlib.import_module("tools.classify").main([folder.classify, *others])
     args = parse_args()
     device, rank, _ = start_processes()
@@ -362,8 +362,7 @@ def parse_args():
     parser.add_argument("--data-root", default="data",
                         help="the folder of the named data sets (default: data)")
     parser.add_argument("--features", metavar="DIR",
-                        help="keep the embeddings there and use them the next time "
-                             "(float32 where the towers ran in fp32, else float16)")
+                        help="keep the embeddings there and use them the next time")
     args = parser.parse_args()
     check_shared(args)
     if args.split and is_pattern(args.data):

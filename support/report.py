@@ -12,8 +12,8 @@ import html
 import io
 import json
 import math
+from collections import namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -42,16 +42,10 @@ def chinese(x):
 def write_page(path, title, parts):
     """Write a page whole, or raise BadInput. parts: pieces of HTML."""
     style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
-    page = [
-        '<!doctype html>',
-        '<html lang="en"><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<title>{text(title)}</title><style>\n{style}</style>',
-        f'<body><h1>{text(title)}</h1>',
-        *parts,
-        '</body></html>',
-    ]
-    system.write_text(path, "\n".join(page) + "\n")
+    head = ('<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f'<title>{text(title)}</title><style>\n{style}</style>\n<body><h1>{text(title)}</h1>')
+    system.write_text(path, "\n".join([head, *parts, "</body></html>\n"]))
 
 
 def thumbnail(image, side=176):
@@ -212,13 +206,7 @@ def metrics_of(path):
 # ---- examples
 
 
-class Found(NamedTuple):
-    """A candidate that a page shows of a query."""
-
-    rank: int                                                   # from 0
-    candidate: int
-    score: float
-    is_correct: bool
+Found = namedtuple("Found", "rank candidate score is_correct")   # what a page shows of a query
 
 
 def top_candidates(scores, correct):
@@ -253,9 +241,8 @@ def text_and_images(caption, found, split, captions_of_image):
     """A caption and the images found for it, each with the first of its own captions."""
     cards = ""
     for f in found:
-        score, classes = f"<b>{f.score:.3f}</b>", "card"
-        if f.is_correct:
-            score, classes = f"<b>{f.score:.3f} ✓</b>", "card right"
+        mark, classes = (" ✓", "card right") if f.is_correct else ("", "card")
+        score = f"<b>{f.score:.3f}{mark}</b>"
         if f.rank >= BEST:
             score, classes = f"{score} rank {f.rank + 1:,}", f"{classes} later"
         own = [split.texts[t] for t in captions_of_image[f.candidate][:1]]
@@ -286,10 +273,10 @@ def write_retrieval(path, name, split_name, records, rankings, split, image_embe
     names = ["scale", "model", "setting", *2 * ["R@1", "R@5", "R@10", "MR"]]
     above = ('<tr><th colspan="3"></th><th colspan="4">Text-to-Image</th>'
              '<th colspan="4">Image-to-Text</th></tr>')
-    charts = "".join([recall_chart(records, rankings), *training_charts(records)])
     parts = [html_table(names, [list(map(text, row)) for row in rows], above),
              *paragraphs(tables.notes(records, name, split_name)),
-             f'<h2>Curves</h2><div class="charts">{charts}</div>']
+             '<h2>Curves</h2><div class="charts">', recall_chart(records, rankings),
+             *training_charts(records), "</div>"]
 
     whose = f" ({text(records[-1]['ckpt'])})" if len(records) > 1 else ""
     hint = (f"The {BEST} best candidates with their cosine similarity. Correct ones are framed; "
@@ -349,8 +336,7 @@ def write_classification(path, title, notes, records, names, paths, labels, prob
             image = functools.partial(image_at, paths, i)
             examples.append(image_and_texts(image, lines, found, names, "{:.1f} %"))
         parts += section(f"Images: {what}{whose}", hint, examples)
-    charts = "".join(training_charts(records))
-    write_page(path, title, [*parts, f'<div class="charts">{charts}</div>'])
+    write_page(path, title, [*parts, '<div class="charts">', *training_charts(records), "</div>"])
 
 
 def write_sheet(path, query, note, found, read, link, query_image=None):

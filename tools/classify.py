@@ -62,10 +62,8 @@ def open_classes(root):
     folders = sorted(path.name for path in root.iterdir()
                      if path.is_dir() and not path.name.startswith("."))
     names, class_of = list(map(composed, folders)), {name: c for c, name in enumerate(folders)}
-    label_file = root / "label_cn.txt"
-    if not label_file.is_file():
-        label_file = root.absolute().parent / "label_cn.txt"
-    if label_file.is_file():
+    label_files = [root / "label_cn.txt", root.absolute().parent / "label_cn.txt"]
+    if label_file := next(filter(Path.is_file, label_files), None):
         names = read_labels(label_file)
         class_of = class_numbers(root, folders, names, label_file)
     elif folders and are_numbers(folders):
@@ -89,7 +87,7 @@ def open_classes(root):
     files = sorted(path.name for path in root.iterdir() if path.is_file())
     if loose := [name for name in files if Path(name).suffix.lower() in ENDINGS]:
         warnings.warn(f"{root}: images in no class folder: {len(loose):,} ({listed(loose)})")
-    if empty := [names[c] for c in range(len(names)) if c not in labels]:
+    if empty := [names[c] for c in sorted(set(range(len(names))) - set(labels))]:
         warnings.warn(f"{root}: classes without an image: {len(empty):,} ({listed(empty)})")
     return names, paths, labels
 

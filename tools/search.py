@@ -192,21 +192,18 @@ def parse_args():
     parser.add_argument("--image", metavar="FILE", help="an image to find similar ones of")
     parser.add_argument("--top", type=int, default=10, help="images to show (default: 10)")
     parser.add_argument("--html", metavar="FILE.html", help="write them as a contact sheet, too")
-    parser.add_argument("--batch-size", type=int, default=64,
-                        help="images embedded at a time (default: 64)")
-    parser.add_argument("--workers", type=int, default=1,
-                        help="processes that read images (default: 1)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
+    parser.add_argument("--workers", type=int, default=1, help="reading processes (default: 1)")
     args = parser.parse_args()
     if not args.images or not Path(args.images).expanduser().is_dir():
         raise BadInput(f"--images {args.images}: there is no such folder")
     if args.query is not None and args.image is not None:
         raise BadInput(f"{args.query!r} and --image {args.image}: name a sentence or an image")
     if args.query is not None and not (args.query.strip() and is_text(args.query)):
-        raise BadInput("the query is empty or not UTF-8; write a sentence, or leave it out and "
-                       "type it later")
-    limits = (("--top", args.top, 1, 1000), ("--batch-size", args.batch_size, 1, 100_000),
-              ("--workers", args.workers, 0, 512))
-    for flag, value, low, high in limits:
+        raise BadInput("the query is empty or not UTF-8; write a sentence, or leave it out")
+    limits = {"top": (1, 1000), "batch_size": (1, 100_000), "workers": (0, 512)}
+    for name, (low, high) in limits.items():
+        flag, value = "--" + name.replace("_", "-"), getattr(args, name)
         if not low <= value <= high:
             raise BadInput(f"{flag} {value}: out of range, {low} to {high:,}")
     system.check_place("--html", args.html)
