@@ -290,7 +290,7 @@ def evaluate(args, device, is_main):
 def embed_with(source, args, open_split, device):
     """One checkpoint -> (its record without recalls, the split, [image_embed, text_embed]).
 
-    The model is freed afterwards; the embeddings (I, D), (T, D) stay on the device.
+    The model is freed; the embeddings (I, D), (T, D) stay on the device.
     """
     state = checkpoint.read(source)
     model = checkpoint.model_of(state, source).to(device)
@@ -354,7 +354,7 @@ def main():
 
 
 def parse_args():
-    """The flags, checked before anything is loaded."""
+    """The flags, checked."""
     parser = shared_flags(argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
     parser.add_argument("--data", required=True,
@@ -384,8 +384,8 @@ def shared_flags(parser):
     parser.add_argument("--batch-size", type=int, default=128,
                         help="images or texts embedded at a time (default: 128)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                        help="of the towers; all else is computed in fp32 (default: auto: fp16 "
-                             "on GPUs, bf16 on CPUs that have it, else fp32)")
+                        help="of the towers (default: auto: fp16 on GPUs, bf16 on CPUs that "
+                             "have it, else fp32)")
     parser.add_argument("--workers", type=int, default=1,
                         help="processes that read images, for each process (default: 1)")
     parser.add_argument("--report", metavar="FILE.html",
