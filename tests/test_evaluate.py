@@ -236,7 +236,7 @@ def figures(path):
 
 
 def test_two_processes_give_the_figures_of_one(called, tiny_checkpoint, little, tmp_path):
-    command = lambda n: ["--ckpt", tiny_checkpoint, "--data", little, "--json", tmp_path / f"{n}.json", "--features", tmp_path / str(n), "--batch-size", 5, "--precision", "fp32", "--workers", 0]
+    command = lambda n: ["--ckpt", tiny_checkpoint, "--data", little, "--json", tmp_path / f"{n}.json", "--features", tmp_path / str(n), "--batch-size", 5, "--precision", "fp32", "--workers", n - 1]
     assert called(evaluate, *command(1)).count("> tiny") == 1
     assert script("evaluate.py", *command(2), processes=2).count("> tiny") == 1
     one, two = ([*tmp_path.glob(f"{n}/*/*/*.npy")] for n in (1, 2))
