@@ -107,7 +107,7 @@ def small_bench(small_sizes, tmp_path, monkeypatch):
     monkeypatch.setitem(checkpoint.PEER_NAMES, "small-vit", (str(tmp_path / "vision"), str(tmp_path / "text")))
     monkeypatch.setattr(bench, "in_own_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(bench, "peak", lambda device, dtype: 1e9)
-    monkeypatch.setattr("processes.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("support.processes.bf16_is_fast", lambda device: False)
 
 
 @pytest.fixture(scope="session")
