@@ -42,9 +42,8 @@ from support.meter import Meter
 from support.painter import write_demo
 from support.processes import (all_gather_objects, all_reduce_max, precision_of, rank_and_world,
                                start_processes)
-from support.remarks import description
 from support.run import Run
-from support.settings import parse_args, resolve
+from support.settings import description, parse_args, resolve
 from support.shards import is_pattern
 from tokenizer import MASK, SEP
 

@@ -3,21 +3,17 @@
 Each module imports only modules above it:
 
 system           errors of one line, whole files or none, locks, helper processes, a script's main
-folders          a folder that is there whole or not at all
 processes        the processes of one run, their devices, the precision
 images           an image file -> pixels
 captions         caption files: csv and jsonl
 shards           tar shards: the layout for more pairs than memory holds
 shard_writer     any split -> tar shards
 weight_files     .pt, .bin, .safetensors, TorchScript -> tensors
-checks           whether tensors are those of a model
-formats          how other projects name our tensors
+formats          names, sizes and checks of tensors, ours and other projects'
 exports          our weights -> files for other projects
 weights          checkpoints: load, save, read, export
 features         embeddings kept on disk
-recipes          defaults of the stages, recipes, learning rates
-settings         flags, and every setting of a run
-remarks          what a run says about its settings
+settings         flags, recipes, every setting of a run, remarks on them
 tables           published rows, intervals, aligned columns
 report           pages for a browser
 meter            speed and memory of a training run

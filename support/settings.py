@@ -2,17 +2,23 @@
 
     args = parse_args(usage=__doc__)                        # the flags of train.py
     settings = resolve(args, config, train_split, valid_split, precision, world_size)
+    print(description(settings, …))                         # and warnings
 
 A flag that is not given takes its value from the recipe, else from the stage, else its default.
+recipes.json holds recipes, {name: [source, settings]}, and defaults of the stages.
 """
 import argparse
+import json
 import math
 from pathlib import Path
 
 from model import CONFIGS
-from support.checks import name_of
-from support.recipes import RECIPES, STAGES, TINY, fitting_lr
+from support.formats import name_of
 from support.system import BadInput
+
+with open(Path(__file__).with_name("recipes.json"), encoding="utf-8") as f:
+    TABLES = json.load(f)
+STAGES, TINY, RECIPES = TABLES["stages"], TABLES["tiny"], TABLES["recipes"]
 
 RANGES = {
     "batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9),
@@ -33,12 +39,10 @@ def parse_args(argv=None, usage="", data_names=(), augmentations=None):
     has them, which this file must not import. Raises BadInput.
     """
     parser = argparse.ArgumentParser(
-        description="Train CE-CLIP.", epilog="\n".join([usage, *recipe_table(), *default_table()]),
+        description="Train CE-CLIP.", epilog=f"{usage}\n{tables()}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_start(parser.add_argument_group("start"))
-    add_data(parser.add_argument_group("data"), data_names, augmentations)
-    add_steps(parser.add_argument_group("steps"))
-    add_running(parser.add_argument_group("running"))
+    add_data_flags(parser, data_names, augmentations)
+    add_training_flags(parser)
     args = parser.parse_args(argv)
     if args.max_steps and args.epochs is not None:
         raise BadInput(f"--max-steps {args.max_steps} --epochs {args.epochs:g}: pass one of them")
@@ -55,139 +59,96 @@ def parse_args(argv=None, usage="", data_names=(), augmentations=None):
         raise BadInput(f"--recipe {args.recipe}: name the data with --data")
     args.data = args.data or "demo"
     args.out = args.out or "runs/" + {"1": "stage1", "2": "stage2"}.get(args.stage, args.stage)
-    if Path(args.out).exists() and not Path(args.out).is_dir():
-        raise BadInput(f"--out {args.out}: it is a file; name a folder for the run")
     if args.init is not None and towers:
-        raise BadInput(f"--init {args.init}: it brings both towers, so neither --vision-weights "
-                       "nor --text-weights go with it")
+        raise BadInput(f"--init {args.init} brings both towers: leave out --vision-weights and "
+                       "--text-weights")
     if args.features == "":
         raise BadInput("--features '': name a folder, auto or none")
-    if args.model is not None and args.model not in CONFIGS:
-        raise BadInput(f"--model {args.model}: not a known model ({', '.join(CONFIGS)})")
     for name, (low, high) in RANGES.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:  # NaN, too, is out of range
-            raise BadInput(f"--{name.replace('_', '-')} {value}: out of range, at least {low:g} "
-                           f"and at most {high:g}")
+            raise BadInput(f"--{name.replace('_', '-')} {value}: out of range, {low:g} to {high:g}")
     return args
 
 
-def add_start(group):
-    add = group.add_argument
-    add("--stage", choices=list(STAGES),
-        help="1: vision tower frozen; 2: both towers; finetune: both, on your data")
-    add("--recipe", choices=list(RECIPES),
-        help="the settings of a table of the paper, or of ours, listed below; flags override them")
-    add("--model",
-        help=f"{', '.join(CONFIGS)} (default: that of --init or --vision-weights, else tiny)")
-    add("--init",
-        help="a checkpoint to start from: a file, a folder, or the name of released weights (see "
-             "checkpoint.py)")
-    add("--vision-weights",
-        help="a checkpoint whose vision tower and temperature to start from: OpenAI CLIP or any "
-             "Chinese CLIP")
-    add("--text-weights",
-        help="a checkpoint whose text tower to start from: BERT, RoBERTa, RBT3 of Hugging Face or "
-             "any Chinese CLIP (default: a fresh one)")
+def add_data_flags(parser, data_names, augmentations):
+    add = parser.add_argument_group("start").add_argument
+    add("--stage", choices=list(STAGES), help="1: vision tower frozen; 2, finetune: both train")
+    add("--recipe", choices=list(RECIPES), help="settings of a table below; flags override them")
+    add("--model", choices=list(CONFIGS),
+        help="(default: that of --init or --vision-weights, else tiny)")
+    add("--init", help="checkpoint to start from: a file, a folder, or a name (see checkpoint.py)")
+    add("--vision-weights", help="checkpoint with the vision tower: OpenAI CLIP, Chinese CLIP")
+    add("--text-weights", help="checkpoint with the text tower: BERT of Hugging Face, Chinese CLIP")
     add("--out", help="folder of the run (default: runs/stage1, runs/stage2 or runs/finetune)")
     add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-
-
-def add_data(group, data_names, augmentations):
-    add = group.add_argument
-    add("--data",
-        help=f"{', '.join(data_names)}, a folder, or a pattern of tar shards like "
-             "'shards/{000000..020000}.tar' (default: demo)")
-    add("--valid-data",
-        help="what to validate on: the valid split of a name or folder, or all of a pattern "
-             "(default: that of --data; with a pattern of shards, nothing)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", help=f"{', '.join(data_names)}, a folder, or a pattern of tar shards like "
+                       "'shards/{000000..020000}.tar' (default: demo)")
+    add("--valid-data", help="what to validate on (default: the valid split of --data; with a "
+                             "pattern of shards, nothing)")
     add("--data-root", default="data", help="where the named data sets lie (default: data)")
     add("--augment", choices=augmentations, default="none",
-        help="(default: none) photo: small shifts and stretches, mild colours; drawing: bends, "
-             "turns and recolours")
+        help="photo: small shifts, mild colours; drawing: bends, turns, recolours (default: none)")
     add("--positives", choices=("all", "pair"), default="all",
-        help="the matches in a batch: all captions of an image and all images of a caption "
-             "(default), or its pair alone, as in the paper")
-    add("--mask-tokens", type=float, default=0.0,
-        help="share of a caption's tokens that become [MASK] in training (default: 0)")
-    add("--patch-dropout", type=float, default=0.0,
-        help="share of an image's patches that a ViT leaves out in training: less time and memory "
-             "(default: 0)")
+        help="matches in a batch: all captions of an image and all images of a caption (default), "
+             "or the pair alone, as in the paper")
+    add("--mask-tokens", type=float, default=0.0, help="share of tokens that become [MASK]")
+    add("--patch-dropout", type=float, default=0.0, help="share of patches that a ViT leaves out")
     add("--max-bad", type=float, default=0.01,
-        help="share of the pairs that may be unreadable and are replaced; above it the run stops "
-             "(default: %(default)s)")
+        help="share of pairs that may be unreadable and are replaced (default: %(default)s)")
     # auto: OUT/features, when images come more than once. none: nowhere. Or a folder.
     add("--features", metavar="DIR", default="auto", help=argparse.SUPPRESS)
 
 
-def add_steps(group):
-    add = group.add_argument
+def add_training_flags(parser):
+    add = parser.add_argument_group("steps").add_argument
     add("--batch-size", type=int, help="pairs per optimizer step, over all processes")
-    add("--micro-batch", type=int,
-        help="pairs that a process embeds at a time; several make up its share of the batch "
-             "(default: the whole share)")
+    add("--micro-batch", type=int, help="pairs that a process embeds at a time (default: all)")
     add("--epochs", type=float, help="passes over the training pairs")
     add("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs")
     add("--lr", type=float, help="peak learning rate (default of finetune: it fits the batch)")
     add("--warmup", type=int, help="steps to reach it (at most half the run)")
-    add("--weight-decay", type=float, default=0.001,
-        help="of matrices and tables (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.001, help="(default: %(default)s)")
     add("--valid-every", type=int, default=0,
-        help="steps between validations (default: a tenth of the run, of a fine-tune a twentieth, "
-             "more where they would take much of the time)")
+        help="steps between validations (default: about a tenth of the run; finetune: a twentieth)")
     add("--patience", type=int, default=0,
         help="stop after so many validations without a higher recall (default: 0, never)")
     add("--average", action=argparse.BooleanOptionalAction,
-        help="at the end try averages of the start and the end, too, as the best weights (default: "
-             "when fine-tuning)")
-
-
-def add_running(group):
-    add = group.add_argument
+        help="try averages of the first and last weights as the best ones (default: finetune)")
+    add = parser.add_argument_group("running").add_argument
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
     add("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
-    add("--compile", action="store_true",
-        help="torch.compile for the vision tower: for GPUs, and a minute at the start; on CPUs it "
-             "gains nothing")
-    add("--workers", type=int, default=1,
-        help="processes that read images, for each training process (default: 1)")
+    add("--compile", action="store_true", help="torch.compile of the vision tower, for GPUs")
+    add("--workers", type=int, default=1, help="readers of images per process (default: 1)")
     add("--save-minutes", type=float, default=15.0,
-        help="minutes between snapshots, beside those at each validation (default: "
-             "%(default)g; 0: none)")
-    add("--keep", type=int, default=1,
-        help="how many of the latest snapshots to keep (default: 1, last.pt)")
+        help="between snapshots, beside those of validations (default: %(default)g; 0: never)")
+    add("--keep", type=int, default=1, help="latest snapshots to keep (default: 1, last.pt)")
     add("--save-every", type=int, default=0, help=argparse.SUPPRESS)            # steps; 0: never
     add("--log-every", type=int, default=10, help=argparse.SUPPRESS)            # steps
 
 
-def recipe_table():
-    """Lines of --help."""
+def tables():
+    """The recipes and the defaults of the stages, for --help."""
     lines = ["recipes:"]
     for name, (source, settings) in RECIPES.items():
-        flags = " ".join(as_flag(*setting) for setting in settings.items())
-        lines += [f"  {name:18}  {flags}", f"{'':22}({source})"]
-    return lines
+        lines += [f"  {name:18}  {as_flags(settings)}", f"{'':22}({source})"]
+    lines += ["", "defaults:"]
+    for model, stages in (("tiny", TINY), ("other models", STAGES)):
+        lines += [f"  {model + ', ' + name:22}  {as_flags(stages[name])}" for name in stages]
+    return "\n".join(lines)
 
 
-def default_table():
-    """Lines of --help."""
-    def row(stage, model, values):
-        columns = [f"  {value or 'by batch':>10}" for value in values]
-        return f"  {stage:8}  {model:12}" + "".join(columns)
-
-    names = ["--lr", "--batch-size", "--epochs", "--warmup"]
-    lines = ["", "defaults:", row("stage", "model", names)]
-    for stage in STAGES:
-        lines.append(row(stage, "tiny", TINY[stage].values()))
-        lines.append(row(stage, "other models", STAGES[stage].values()))
-    return lines
-
-
-def as_flag(name, value):
-    if value is False:
-        return f"--no-{name}"
-    return f"--{name.replace('_', '-')} {f'{value:g}' if isinstance(value, float) else value}"
+def as_flags(settings):
+    flags = []
+    for name, value in settings.items():
+        if value is False:
+            flags.append(f"--no-{name}")
+        elif value is not None:
+            shown = f"{value:g}" if isinstance(value, float) else value
+            flags.append(f"--{name.replace('_', '-')} {shown}")
+    return " ".join(flags)
 
 
 # ---- every setting of a run
@@ -198,25 +159,20 @@ def resolve(args, config, train_split, valid_split, precision, world_size):
 
     Raises BadInput when they contradict each other or the data.
     """
-    defaults = (TINY if config == CONFIGS["tiny"] else STAGES)[args.stage]
     settings = argparse.Namespace(**vars(args))
+    defaults = (TINY if config == CONFIGS["tiny"] else STAGES)[args.stage]
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(settings, name, value)
     is_resnet, pairs = isinstance(config.vision_layers, tuple), len(train_split)
     if settings.batch_size % world_size:
-        fits = max(1, settings.batch_size // world_size) * world_size
-        raise BadInput(f"--batch-size {settings.batch_size} does not divide by {world_size} "
-                       f"processes; {fits} does")
+        raise BadInput(f"--batch-size {settings.batch_size}: no multiple of {world_size} processes")
     if settings.patch_dropout and (args.stage == "1" or is_resnet):
-        why = "the vision tower is frozen" if args.stage == "1" else "a ResNet has none"
-        raise BadInput(f"--patch-dropout {settings.patch_dropout}: there are no patches to leave "
-                       f"out: {why}")
+        raise BadInput(f"--patch-dropout {settings.patch_dropout}: it is for a ViT that trains")
     if settings.compile and is_resnet:
         raise BadInput("--compile: it is for ViTs; the blocks of a ResNet all differ")
     if not pairs:
-        raise BadInput(f"{train_split.name}: no caption names an image, so there are no pairs to "
-                       "train on")
+        raise BadInput(f"{train_split.name}: no caption names an image, so there are no pairs")
     settings.model, settings.precision = name_of(config), precision
     settings.total_steps = args.max_steps
     if args.max_steps:
@@ -229,12 +185,9 @@ def resolve(args, config, train_split, valid_split, precision, world_size):
     settings.valid_every = args.valid_every or often_enough(settings, valid_split)
     if args.average is None:
         settings.average = args.stage == "finetune" and valid_split is not None
-    if valid_split is None and (settings.average or settings.patience):
-        flag, without = "--patience", "--patience 0"
-        if settings.average:
-            flag, without = "--average", "--no-average"
-        raise BadInput(f"{flag}: there is no valid split to choose by; --valid-data names one, "
-                       f"{without} does without")
+    for flag in ("average", "patience"):
+        if valid_split is None and getattr(settings, flag):
+            raise BadInput(f"--{flag}: there is no valid split to choose by; pass --valid-data")
     settings.features = features_folder(args, settings, train_split)
     settings.features_kept = True if settings.features else None    # rounded: they change the run
     settings.processes = world_size
@@ -245,6 +198,16 @@ def resolve(args, config, train_split, valid_split, precision, world_size):
     settings.train_pairs = train_split.fingerprint()
     settings.valid_pairs = valid_split.fingerprint() if valid_split else None
     return settings
+
+
+def fitting_lr(batch_size, config):
+    """A learning rate for fine-tuning with batches of this size.
+
+    With Adam it grows with the square root of the batch (arXiv 2205.10287): r sqrt(batch_size / N).
+    N and r of the tiny model are measured, those of others are the paper's (table 3, Flickr30K-CN).
+    """
+    batch, lr = (128, 2e-3) if config == CONFIGS["tiny"] else (7680, 5e-5)
+    return lr * math.sqrt(batch_size / batch)
 
 
 def often_enough(settings, valid_split):
@@ -272,8 +235,80 @@ def features_folder(args, settings, train_split):
             raise BadInput(f"--features {args.features}: {changing}, so there are no features to "
                            "keep; leave it out")
         return args.features
-    # In a single pass nothing would be used again.
     one_pass = (settings.total_steps - 1) * settings.batch_size < train_split.image_count()
     if args.features == "none" or changing or one_pass:
         return None
     return str(Path(args.out) / "features")
+
+
+# ---- what a run says at its start
+
+
+def description(settings, model, train_split, valid_split, device, source, left_out, first_step):
+    """The first lines of a run: the model, the data, the settings, and remarks on them.
+
+    source: the name of the starting weights. left_out: what was not read of them, or None.
+    """
+    lines = []
+    if settings.data == "demo":
+        lines.append("Training on the painted demo data. For the real thing pass --data coco-cn "
+                     "or a folder, and --model vit-b-16 or another size.")
+    if settings.recipe:
+        recipe_source, recipe = RECIPES[settings.recipe]
+        now = {name: getattr(settings, name) for name in recipe}
+        changed = {name: value for name, value in now.items() if value != recipe[name]}
+        lines.append(f"recipe {settings.recipe} ({recipe_source}); otherwise than there: "
+                     f"{listed(changed) or 'nothing'}")
+    parameters = sum(p.numel() for p in model.parameters())
+    training = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    lines.append(f"stage {settings.stage}: {settings.model}, {parameters:,} parameters, "
+                 f"{training:,} of them train; starts from {source}")
+    if left_out:
+        lines.append(f"left out: {left_out}")
+    valid = "no validation, so no best.pt (--valid-data names what to validate on)"
+    if valid_split:
+        valid = (f"{valid_split.name}: {len(valid_split.image_ids):,} images, "
+                 f"{len(valid_split.texts):,} captions, every {settings.valid_every:,} steps")
+    lines.append(f"{train_split.name}: {len(train_split):,} pairs; {valid}")
+    lines += remarks(settings, model.cfg, train_split, valid_split, source)
+    line = (f"steps: {settings.total_steps:,} of {settings.batch_size:,} pairs; processes: "
+            f"{settings.processes}, {device.type}, {settings.precision}")
+    if first_step:
+        line += f"; continues after step {first_step:,}"
+    return "\n".join([*lines, line, f"settings: {listed(vars(settings))}"])
+
+
+def listed(settings):
+    return " ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def remarks(settings, config, train_split, valid_split, source):
+    """Warnings about a run's settings, a line each."""
+    lines, batch, pairs = [], settings.batch_size, len(train_split)
+    if settings.stage == "1" and settings.init is None and settings.vision_weights is None:
+        lines.append("note: the frozen vision tower has random weights; start from trained ones "
+                     "(--vision-weights or --init)")
+    if batch > pairs:
+        lines.append(f"warning: --batch-size {batch} is more than the {pairs} training pairs, so "
+                     "every step repeats pairs")
+    if valid_split and len(valid_split.image_ids) < 50:
+        lines.append(f"warning: {len(valid_split.image_ids)} images in {valid_split.name} are too "
+                     "few to choose a checkpoint well; 100 or more are better")
+    if settings.stage == "finetune" and source == "random weights":
+        lines.append("note: random weights leave nothing to fine-tune; name a checkpoint, for "
+                     "example --init cn-clip-vit-b-16")
+    fitting = fitting_lr(batch, config)
+    if settings.stage == "finetune" and not fitting / 10 <= settings.lr <= 3 * fitting:
+        too = "large: it may destroy what the start knows"
+        if settings.lr < fitting:
+            too = "small: little will be learned"
+        lines.append(f"warning: for batches of {batch} a learning rate of {settings.lr:g} is "
+                     f"{too}; --lr {fitting:.1e} fits")
+    if settings.norm_batch is not None and settings.norm_batch < batch:
+        lines.append(f"note: BatchNorm in this ResNet sees {settings.norm_batch:,} images at a "
+                     "time (--micro-batch x processes), not the whole batch")
+    share = batch // settings.processes
+    if not settings.micro_batch and share > 1024:
+        lines.append(f"note: {share:,} pairs at a time need much memory; --micro-batch 256 needs "
+                     "less and takes the same steps")
+    return lines
