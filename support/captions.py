@@ -41,9 +41,7 @@ def caption_rows(path):
         image = posixpath.normpath(image.strip().replace("\\", "/"))    # \ in paths of Windows
         split = split.strip().lower()
         if has_splits not in (None, bool(split)):
-            difference = "given here but not" if split else "empty here but given"
-            raise BadInput(f"{line}: `split` is {difference} in the rows above; give it in every "
-                           "row or in none")
+            raise BadInput(f"{line}: give a `split` in every row or in none")
         has_splits = bool(split)
         split = split or hashed_split(image)
         if image not in split_of and not os.path.isfile(path.parent / image):
@@ -54,27 +52,20 @@ def caption_rows(path):
         yield image, caption.strip(), split
 
 
-def hashed_split(image):
-    """80 % train, 10 % valid, 10 % test, by the path alone: new images do not move old ones."""
-    digit = hashlib.md5(image.encode()).digest()[0] % 10
+def hashed_split(text, parts=10):
+    """One of `parts` is valid, one is test, the others are train: by the hash of a path or text."""
+    digit = hashlib.md5(text.encode()).digest()[0] % parts
     return {0: "valid", 1: "test"}.get(digit, "train")
 
 
 def is_text(text):
-    """Whether a string has no lone surrogate (half a character).
-
-    JSON can spell one; file names that are not UTF-8 have some. No tokenizer can read them.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether a string has no half of a character (lone surrogate). JSON and file names may."""
+    return text.encode(errors="ignore").decode() == text
 
 
 def check_text(text, path, number):
     if not is_text(text):
-        shown = text.encode("utf-8", "replace").decode()[:60]
+        shown = text.encode(errors="replace").decode()[:60]
         raise BadInput(f"{path}, line {number}: the text holds a broken character (a lone "
                        f"surrogate): {shown}")
 
@@ -95,27 +86,21 @@ def read_jsonl(path):
 
 def read_csv(path):
     """(line number, {column: value}) of each row that is not blank. Line 1 names the columns."""
-    reader = csv.reader((line for _, line in system.utf8_lines(path)), strict=True)
-    columns, start = None, 1
+    rows = csv.reader((line for _, line in system.utf8_lines(path)), strict=True)
+    number = 1
     try:
-        for row in reader:
-            if columns is None:
-                columns = [name.strip().lower() for name in row]
-                check_columns(columns, path)
-            elif any(cell.strip() for cell in row):         # spreadsheets leave rows of empty cells
+        columns = [name.strip().lower() for name in next(rows, [])]
+        if not {"image", "caption"} <= set(columns) or len(set(columns)) < len(columns):
+            raise BadInput(f"{path}, line 1: expected the column names image,caption (with a comma "
+                           f"between them, each once); found {','.join(columns) or 'nothing'}")
+        number = rows.line_num + 1
+        for row in rows:
+            if any(cell.strip() for cell in row):           # spreadsheets leave rows of empty cells
                 if len(row) > len(columns):
-                    raise BadInput(f"{path}, line {start}: more columns than the first line names; "
-                                   'put a caption that has commas in "quotes"')
-                yield start, dict(zip(columns, row))
-            start = reader.line_num + 1                     # a row may take several lines
+                    raise BadInput(f"{path}, line {number}: more columns than line 1 names; put a "
+                                   'caption that has commas in "quotes"')
+                yield number, dict(zip(columns, row))
+            number = rows.line_num + 1                      # a row may take several lines
     except csv.Error as error:
-        raise BadInput(f"{path}, line {start}: not CSV ({error}); every \" must have its partner, "
-                       "a \" inside a caption is written \"\", and lines end as on Windows or "
-                       "Unix") from None
-    check_columns(columns or [], path)                      # an empty file
-
-
-def check_columns(columns, path):
-    if not {"image", "caption"} <= set(columns) or len(set(columns)) < len(columns):
-        raise BadInput(f"{path}, line 1: expected the column names image,caption (with a comma "
-                       f"between them, each once); found {','.join(columns) or 'nothing'}")
+        raise BadInput(f"{path}, line {number}: not CSV ({error}); every \" needs its partner, a \" "
+                       "inside a caption is written \"\", lines end with \\n or \\r\\n") from None

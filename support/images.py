@@ -33,15 +33,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @contextlib.contextmanager
 def refused_as(name):
-    """Any error while an image is read, decoded or resized becomes BadInput with its name."""
+    """Any error while something is read, decoded or resized becomes BadInput with its name."""
     try:
         yield
-        return
-    except UnidentifiedImageError:
-        reason = "not an image in a format that Pillow reads"
     except Exception as error:                              # some forty decoders have their own
         reason = str(error)
-    raise BadInput(f"{name} cannot be read ({reason}); replace or remove it")
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not an image in a format that Pillow reads"
+        raise BadInput(f"{name} cannot be read ({reason}); replace or remove it") from None
 
 
 def open_image(encoded):
@@ -198,7 +197,7 @@ def image_files(folder):
     return sorted(found), unread
 
 
-def reader_loader(dataset, workers, **options):
+def reader_loader(dataset, workers, timeout=system.READER_SECONDS, **options):
     """A DataLoader whose workers end with this process; stuck ones raise RuntimeError."""
     return DataLoader(dataset, num_workers=workers, worker_init_fn=system.reader_start(),
-                      timeout=system.READER_SECONDS if workers else 0, **options)
+                      timeout=timeout if workers else 0, **options)

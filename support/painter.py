@@ -11,7 +11,6 @@ image for ever, so the order of the calls of `rng` must not change.
 """
 import colorsys
 import csv
-import hashlib
 import json
 import math
 import os
@@ -22,8 +21,8 @@ from typing import Callable, NamedTuple
 from PIL import Image, ImageDraw
 
 from support import system
-from support.folders import filled_beside
-from support.system import BadInput
+from support.captions import hashed_split
+from support.system import BadInput, filled_beside
 
 
 class Painted(NamedTuple):
@@ -105,12 +104,6 @@ def polygon(draw, x, y, s, fill, points):
     draw.polygon([(x + s * u, y + s * v) for u, v in points], fill=tuple(fill))
 
 
-def split_of(text, parts=10):
-    """By the text's hash: of all `parts` one is valid, one is test, the others are train."""
-    digit = hashlib.md5(text.encode()).digest()[0] % parts
-    return {0: "valid", 1: "test"}.get(digit, "train")
-
-
 # ---- the demo: coloured things in the quarters of an image
 
 # noun -> {"measure": its measure word, "shapes": [(fill, shape), …]}; fill null: the thing's colour
@@ -170,7 +163,7 @@ def rgb(*hsv):
 
 
 DEMO = Painted({"train": 4000, "valid": 300, "test": 500}, random_scene, frozenset, describe,
-               paint, lambda scene: split_of(describe(scene)))
+               paint, lambda scene: hashed_split(describe(scene)))
 
 
 def write_demo(folder):

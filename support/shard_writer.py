@@ -1,11 +1,11 @@
 """Any split -> tar shards, by several processes."""
+import contextlib
 import fcntl
+import functools
 import io
 import json
-import multiprocessing
 import os
 import re
-import sys
 import tarfile
 import warnings
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from support import system
+from support.images import reader_loader
 from support.shards import shard_index, split_shards
 from support.system import BadInput
 
@@ -43,29 +44,23 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
         shards.append((path, images[start : start + per_shard]))
     plan = {"data": split.fingerprint(), "images": len(images), "per_shard": per_shard}
 
-    lock = reserve(folder, name, json.dumps(plan))
-    to_write = sum(len(some) for path, some in shards if not path.exists())
-    done = multiprocessing.Value("q")                       # images written, by all helpers
-    helpers = []
-    for job in [shards[p::processes] for p in range(min(processes, len(shards)))]:
-        arguments = split, texts_of, job, done, os.getpid(), whole
-        helpers.append(multiprocessing.Process(target=write_some, args=arguments))
-        helpers[-1].start()
-    with system.progress(f"{folder}: images written", to_write) as progress:
-        for helper in helpers:
-            while helper.is_alive():
-                helper.join(timeout=0.5)
-                progress.update(done.value - progress.n)
-    os.close(lock)
-    if any(helper.exitcode for helper in helpers):
-        raise BadInput(f"{folder}: not all shards were written; the line above says why. Run it "
-                       "again to go on")
+    with reserved(folder, name, json.dumps(plan)):
+        missing = [(path, some) for path, some in shards if not path.exists()]
+        workers = min(processes, len(missing)) if processes > 1 else 0
+        loader = reader_loader(missing, workers, timeout=0, batch_size=None,
+                               collate_fn=functools.partial(write_shard, split, texts_of, whole))
+        to_write = sum(len(some) for _, some in missing)
+        with system.progress(f"{folder}: images written", to_write) as progress:
+            for path, count in loader:
+                print(f"{path}: {count:,} images", flush=True)
+                progress.update(count)
     print(f"{folder}: {name}: {len(images):,} images with {sum(map(len, texts_of)):,} captions in "
           f"{len(shards):,} shard{'s' * (len(shards) > 1)}")
 
 
-def reserve(folder, name, plan):
-    """Note in folder/name.json what its shards are made of -> a lock on the folder.
+@contextlib.contextmanager
+def reserved(folder, name, plan):
+    """A lock on the folder, while folder/name.json says what the shards are made of.
 
     Raises BadInput when other shards are there, or another process writes some.
     """
@@ -76,7 +71,7 @@ def reserve(folder, name, plan):
         if (marker.exists() or name in split_shards(folder)) and not is_ours:
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or "
                            f"delete them and {marker.name}")
-        lock = os.open(folder, os.O_RDONLY)                 # the helpers inherit it
+        lock = os.open(folder, os.O_RDONLY)                 # the workers inherit it
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         system.write_text(marker, plan)
     except BlockingIOError:
@@ -84,29 +79,23 @@ def reserve(folder, name, plan):
     except OSError as error:
         raise BadInput(f"{folder}: shards cannot be written there ({error}); make room or name "
                        "another folder") from None
-    return lock
-
-
-def write_some(split, texts_of, shards, done, parent, whole):
-    """What one helper process does: its shards, one after the other."""
-    system.end_with(parent)
     try:
-        for path, images in shards:
-            if not path.exists():
-                system.write(path, lambda f: fill_shard(f, split, texts_of, images, done, whole))
-                shard_index(path)
-                print(f"{path}: {len(images):,} images", flush=True)
-    except BadInput as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        yield
+    finally:
+        os.close(lock)
 
 
-def fill_shard(f, split, texts_of, images, done, whole):
+def write_shard(split, texts_of, whole, shard):
+    """Write one shard (path, images) and its index -> the path, how many images."""
+    path, images = shard
+    system.write(path, functools.partial(fill_shard, split, texts_of, whole, images))
+    shard_index(path)
+    return path, len(images)
+
+
+def fill_shard(split, texts_of, whole, images, f):
     with tarfile.open(fileobj=f, mode="w") as tar:
         for i in images:
-            with done.get_lock():
-                done.value += 1
             try:
                 encoded = split.image_bytes(i)
             except (BadInput, OSError, ValueError) as error:        # ValueError: base64

@@ -12,7 +12,6 @@ import glob
 import hashlib
 import itertools
 import json
-import math
 import os
 import posixpath
 import re
@@ -40,33 +39,23 @@ class ShardSplit:
 
     def __init__(self, shards, name, context_length):
         self.shards, self.name, self.context_length = shards, name, context_length
-        self.tokenizer = Tokenizer(name)
-        counts = self.build_indexes()
+        self.tokenizer, self.damaged = Tokenizer(name), []
+        counts = [0] * len(shards)
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        first = len(shards) * rank // world_size            # so processes share the indexing
+        with system.progress(f"{name}: shards indexed", len(shards)) as progress:
+            for s in [*range(first, len(shards)), *range(first)]:
+                index = shard_index(shards[s])
+                counts[s], damage = len(index) - 1, index[0, 3]
+                if damage >= 0:
+                    self.damaged.append(shards[s])
+                    warnings.warn(f"{shards[s]}: damaged or cut short at byte {damage:,}; what "
+                                  f"comes after is lost ({counts[s]:,} pairs are there)")
+                progress.update()
         self.starts = np.concatenate([[0], np.cumsum(counts)])      # first pair of each shard; n
         if not len(self):
             raise BadInput(f"{name}: no images with captions in {len(shards)} shards; expected "
-                           "0001.jpg, right after it 0001.txt or 0001.json, and so on (the name "
-                           "ends at the first dot)")
-
-    def build_indexes(self):
-        """Make the indexes that are missing -> the number of pairs in each shard.
-
-        The processes of a run start at different shards, so they share the work.
-        """
-        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        first = len(self.shards) * rank // world_size
-        counts, self.damaged = [0] * len(self.shards), []
-        with system.progress(f"{self.name}: shards indexed", len(self.shards)) as progress:
-            for s in [*range(first, len(self.shards)), *range(first)]:
-                index = shard_index(self.shards[s])
-                counts[s] = len(index) - 1
-                if index[0, 3] >= 0:
-                    self.damaged.append(self.shards[s])
-                    warnings.warn(f"{self.shards[s]}: damaged or cut short at byte "
-                                  f"{index[0, 3]:,}; what comes after is lost ({counts[s]:,} pairs "
-                                  "are there). Replace it")
-                progress.update()
-        return counts
+                           "0001.jpg, right after it 0001.txt or 0001.json, and so on")
 
     def __len__(self):
         return int(self.starts[-1])
@@ -89,16 +78,15 @@ class ShardSplit:
     def pair_bytes(self, k):
         """The bytes of pair k's image."""
         path, (image, size, *_) = self.row(k)
-        return read_at(path, image, size, "it")
+        return read_at(path, image, size)
 
     def captions(self, k):
         """-> the number of pair k's caption among those of its image, and these."""
         path, (_, _, text, size, is_json, which) = self.row(k)
-        name = self.location(k)
-        texts = captions_in(read_at(path, text, size, f"{name}: the caption"), is_json, name)
-        if which >= len(texts):
-            raise BadInput(f"{name}: the caption is not what the index says; delete {path}.index, "
-                           "it will be made again")
+        with refused_as(f"{self.location(k)}: the caption"):
+            texts = captions_in(read_at(path, text, size), is_json)
+            if which >= len(texts):
+                raise ValueError(f"{path}.index has another one; delete that file")
         return which, texts
 
     def row(self, k):
@@ -122,15 +110,12 @@ class ShardSplit:
         return f"{self.location(k)}: the image"
 
     def location(self, k):
-        return f"{self.row(k)[0]}, offset {self.offset(k)}"
-
-    def offset(self, k):
-        """Of pair k's image; of its caption when the image is missing."""
-        _, (image, image_size, text, *_) = self.row(k)
-        return image if image_size >= 0 else text
+        path, (image, image_size, text, *_) = self.row(k)
+        return f"{path}, offset {image if image_size >= 0 else text}"
 
     def where(self, k):
-        path, offset = self.row(k)[0], self.offset(k)
+        path, (image, image_size, text, *_) = self.row(k)
+        offset = image if image_size >= 0 else text
         # A file's name is the first field of the header before it.
         name = os.pread(opened_shard(path).fileno(), 100, offset - 512).rstrip(b"\0")
         return {"file": str(path), "offset": offset, "member": name.decode(errors="replace")}
@@ -258,40 +243,37 @@ def first_rows(path):
     return np.flatnonzero(np.diff(opened_index(path)[1:, 0], prepend=-1))
 
 
-def read_at(path, offset, size, name):
-    """`size` bytes of a file from `offset` on. Raises BadInput with the name of what they are."""
+def read_at(path, offset, size):
+    """`size` bytes of a shard from `offset` on. Raises ValueError or OSError."""
     if size < 0:
-        raise BadInput(f"{name} is missing")
+        raise ValueError("it is missing")
     if size > LARGEST:
-        raise BadInput(f"{name} has {size:,} bytes, more than the {LARGEST:,} that are read")
-    try:
-        content = os.pread(opened_shard(path).fileno(), size, offset)
-    except OSError as error:
-        raise BadInput(f"{name} cannot be read ({error})") from None
+        raise ValueError(f"it has {size:,} bytes, more than the {LARGEST:,} that are read")
+    content = os.pread(opened_shard(path).fileno(), size, offset)
     if len(content) < size:
-        raise BadInput(f"{name} is cut short")
+        raise ValueError("it is cut short")
     return content
 
 
-def captions_in(content, is_json, name):
-    """The captions in the bytes of a .txt (one) or a .json ("texts": […], "text" or "caption")."""
-    try:
-        if is_json:
-            record = json.loads(content)
-            texts = record.get("texts")
-            if not isinstance(texts, list):
-                texts = [record.get("text", record.get("caption"))]
-            if not all(isinstance(text, str) for text in texts):
-                raise ValueError('it needs "text", "caption" or a list "texts"')
-        else:
-            texts = [content.decode("utf-8-sig")]
-        texts = [text.strip() for text in texts if text.strip()]
-        if not texts:
-            raise ValueError("it is empty")
-        "".join(texts).encode()                             # raises for half a character
-        return texts
-    except (ValueError, AttributeError, RecursionError) as error:   # Attribute: JSON, no object
-        raise BadInput(f"{name}: the caption cannot be read ({error})") from None
+def captions_in(content, is_json):
+    """The captions in the bytes of a .txt (one) or a .json ("texts": […], "text" or "caption").
+
+    Raises ValueError, or AttributeError for JSON that is no object.
+    """
+    if is_json:
+        record = json.loads(content)
+        texts = record.get("texts")
+        if not isinstance(texts, list):
+            texts = [record.get("text", record.get("caption"))]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError('it needs "text", "caption" or a list "texts"')
+    else:
+        texts = [content.decode("utf-8-sig")]
+    texts = [text.strip() for text in texts if text.strip()]
+    if not texts:
+        raise ValueError("it is empty")
+    "".join(texts).encode()                                 # raises for half a character
+    return texts
 
 
 # ---- indexes
@@ -310,7 +292,7 @@ def shard_index(path, thorough=False):
     for file in files:
         with contextlib.suppress(Exception):                # it is missing, or damaged
             index = np.load(file, mmap_mode="r")            # reads the first row alone
-            sound = index.dtype == np.int64 and index.ndim == 2 and index.shape[1] == COLUMNS
+            sound = index.dtype == np.int64 and index.shape[1:] == (COLUMNS,)
             if sound and index[0, :3].tolist() == head:
                 if not (thorough and points_outside(index, status.st_size)):
                     return index
@@ -342,19 +324,17 @@ def scan(path):
     members, damaged = tar_members(path)
     rows, size = [], os.path.getsize(path)
     for _, group in itertools.groupby(members, key=lambda member: member[0]):
-        files = {extension: (offset, length) for _, extension, offset, length in group}
+        files = {kind: (offset, length) for _, kind, offset, length in group}
         image = next((files[kind] for kind in IMAGE_TYPES if kind in files), (0, -1))
-        kind = next((kind for kind in ("txt", "json") if kind in files), None)
-        text = files.get(kind, (0, -1))
-        is_other = image[1] < 0 and text[1] < 0
-        is_cut = max(image[0] + image[1], text[0] + text[1]) > size
-        if is_other or is_cut:
+        text = files.get("txt", files.get("json", (0, -1)))
+        is_json, captions = "json" in files and "txt" not in files, 1
+        is_cut = max(sum(image), sum(text)) > size
+        if is_cut or image[1] < 0 and text[1] < 0:          # or files of other kinds
             continue
-        captions = 1
-        if kind == "json":
-            with contextlib.suppress(BadInput):             # then one row: training reports it
-                captions = len(captions_in(read_at(path, *text, path), True, path))
-        rows += [(*image, *text, kind == "json", which) for which in range(captions)]
+        if is_json:
+            with contextlib.suppress(Exception):            # then one row: training reports it
+                captions = len(captions_in(read_at(path, *text), True))
+        rows += [(*image, *text, is_json, which) for which in range(captions)]
     return rows, damaged
 
 
@@ -362,21 +342,22 @@ def tar_members(path):
     """-> [(name up to the first dot, the rest of it, offset, size) of each file], the damage."""
     members, broken = [], False
     try:
-        with tarfile.open(path, "r:") as tar:
-            try:
-                for member in tar:
-                    tar.members.clear()                     # it would keep them all
-                    folder, name = posixpath.split(member.name)
-                    stem, _, kind = name.partition(".")
-                    if member.isreg() and stem:             # macOS puts ._name beside name
-                        stem = posixpath.join(folder, stem)
-                        members.append((stem, kind.lower(), member.offset_data, member.size))
-            except (tarfile.TarError, ValueError, OverflowError):   # cut, or a senseless header
-                broken = True
-            end = min(tar.offset, os.path.getsize(path))
+        tar = tarfile.open(path, "r:")
     except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise BadInput(f"{path}: not an uncompressed tar archive ({error}); unpack .gz, .bz2 and "
-                       "the like first, since images are read from anywhere in it") from None
+        raise BadInput(f"{path}: not an uncompressed tar archive ({error}); images are read from "
+                       "anywhere in it, so unpack .gz and the like first") from None
+    try:
+        for member in tar:
+            tar.members.clear()                             # it would keep them all
+            folder, name = posixpath.split(member.name)
+            stem, _, kind = name.partition(".")
+            if member.isreg() and stem:                     # macOS puts ._name beside name
+                stem = posixpath.join(folder, stem)
+                members.append((stem, kind.lower(), member.offset_data, member.size))
+    except (tarfile.TarError, ValueError, OverflowError):   # cut, or a senseless header
+        broken = True
+    tar.close()
+    end = min(tar.offset, os.path.getsize(path))
     # An archive ends with zeros up to the end of the file. tarfile does not tell of a damaged
     # header in the middle, nor of a second archive after the first.
     with open(path, "rb") as f:
@@ -398,11 +379,10 @@ def is_pattern(data):
 def shards_of(pattern):
     """'a/{000..020}.tar' or 'a/*.tar' -> paths in order. Raises BadInput when one is missing."""
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)        # text, first, last, text, …, text
-    bounds = list(zip(parts[1::3], parts[2::3]))
-    if math.prod(max(0, int(last) - int(first) + 1) for first, last in bounds) > 10**6:
-        raise BadInput(f"{pattern}: more than a million shards; is that meant?")
     names = [parts[0]]
-    for (first, last), text in zip(bounds, parts[3::3]):
+    for first, last, text in zip(parts[1::3], parts[2::3], parts[3::3]):
+        if len(names) * (int(last) - int(first)) > 10**6:
+            raise BadInput(f"{pattern}: more than a million shards")
         numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
         names = [name + number + text for name in names for number in numbers]
     paths = []

@@ -4,6 +4,7 @@
     raise BadInput("a.csv, line 3: …; do this")      such a line
     write, write_text, write_json    a file is the old one or the whole new one, at every moment
     lock(path)                       keeps a second process out
+    filled_beside(folder)            a folder is there whole or not at all
     download(repo, name, …)          a file of the Hugging Face hub
     progress(what, total)            a bar with the time left, in a terminal
     reader_start(), end_with(pid)    helper processes end with the process that they work for
@@ -16,6 +17,7 @@ import functools
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -123,6 +125,30 @@ def lock(path, wait=False):
         file.close()
         return None
     return file
+
+
+@contextlib.contextmanager
+def filled_beside(folder):
+    """`with filled_beside(folder) as part`: an empty folder beside the place of `folder`.
+
+    The caller fills it, then renames it, or a folder in it. Afterwards `part` is gone, and so is
+    what a killed run left. A second process waits for the first. Raises BadInput: the disk refuses.
+    """
+    place = Path(folder).absolute()
+    part = place.with_name(f"{place.name}.ce-clip-part")
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with lock(place.with_name(f".{place.name}.lock"), wait=True):
+            if part.is_dir():
+                shutil.rmtree(part)
+            part.mkdir()
+            try:
+                yield part
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be made ({str(error)[:300]}); make room, or name another "
+                       "place") from None
 
 
 # ---- the Hugging Face hub, a terminal

@@ -168,9 +168,9 @@ def test_a_image_that_does_not_decode_is_replaced_and_reported(tsv_folder, conte
     ('image,caption\na.png,"一只猫\na.png,狗\n', "captions.csv, line 2: not CSV (unexpected end of data); every"),
     ("image,caption,split\na.png,猫,train\n./a.png,狗,test\n", "captions.csv, line 3: image a.png is in the split test here and in train above"),
     ("image,caption\na.png,\n", "captions.csv, line 2: the caption is empty; fill it in or delete the row"),
-    ("image,caption,split\na.png,猫,train\na.png,狗,\n", "captions.csv, line 3: `split` is empty here but given in the rows above"),
+    ("image,caption,split\na.png,猫,train\na.png,狗,\n", "captions.csv, line 3: give a `split` in every row or in none"),
     ("image,caption\ra.png,猫\r", "captions.csv, line 1: not CSV (new-line"),
-    ("image,caption\na.png,一只猫,坐着\n", 'captions.csv, line 2: more columns than the first line names; put a caption that has commas in "quotes"'),
+    ("image,caption\na.png,一只猫,坐着\n", 'captions.csv, line 2: more columns than line 1 names; put a caption that has commas in "quotes"'),
 ])
 def test_damaged_caption_files(tmp_path, rows, message):
     (tmp_path / "a.png").write_bytes(png())
@@ -399,7 +399,7 @@ BAD_SAMPLES = {
     "truncated JPEG": ({"b.jpg": jpeg()[:-400], "b.txt": "坏".encode()}, "the image cannot be read (image file is truncated"),
     "wrong bytes": ({"b.jpg": b"not a image at all", "b.txt": "坏".encode()}, "the image cannot be read (not an image in a format"),
     "empty image": ({"b.jpg": b"", "b.txt": "坏".encode()}, "the image cannot be read (it is empty)"),
-    "missing text": ({"b.jpg": jpeg()}, "the caption is missing"),
+    "missing text": ({"b.jpg": jpeg()}, "the caption cannot be read (it is missing)"),
     "missing image": ({"b.txt": "坏".encode()}, "the image cannot be read (it is missing)"),
     "empty text": ({"b.jpg": jpeg(), "b.txt": b" \n"}, "the caption cannot be read (it is empty)"),
     "text that is no UTF-8": ({"b.jpg": jpeg(), "b.txt": b"\xff\xfe"}, "the caption cannot be read ('utf-8' codec can't decode"),
@@ -431,7 +431,7 @@ def test_bad_samples_are_replaced_by_the_next_one_and_reported_with_file_and_off
 
 def test_when_nothing_can_be_read_the_run_stops(tmp_path):
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": b"x" for i in range(3)})
-    with pytest.raises(BadInput, match="100 pairs in a row cannot be read; the first: .*a.tar, offset 512: the caption is missing"):
+    with pytest.raises(BadInput, match="100 pairs in a row cannot be read; the first: .*a.tar, offset 512: the caption cannot be read .it is missing."):
         next(iter(training_loader(open_split(path, "train"), 16, [[0]], 0)))
 
 

@@ -708,7 +708,7 @@ def test_damaged_samples_are_replaced_named_and_counted_and_the_run_ends(process
     assert "no validation, so no best.pt" in output and "20 so far, 50 may be" in output and "finished" in output
     bad = [json.loads(line) for line in (tmp_path / "run/bad_samples.jsonl").read_text().splitlines()]
     assert len(bad) == 20 and {b["pair"] for b in bad} == {i for i in range(1000) if i % 50 == 7} and all(1 <= b["step"] <= 10 for b in bad)              # each once, all in the first epoch
-    for reason in ("image file is truncated", "not an image in a format", "the caption is missing", "exceeds limit"):
+    for reason in ("image file is truncated", "not an image in a format", "it is missing", "exceeds limit"):
         assert sum(reason in b["reason"] for b in bad) == 5
     assert all(Path(b["file"]).is_file() and b["offset"] > 0 for b in bad)
 

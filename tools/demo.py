@@ -22,8 +22,7 @@ import time
 from pathlib import Path
 
 from support import system
-from support.folders import filled_beside
-from support.system import BadInput
+from support.system import BadInput, filled_beside
 from tools import landscapes
 
 OUT = Path("runs/demo")

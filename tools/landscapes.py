@@ -19,7 +19,8 @@ from pathlib import Path
 
 from PIL import Image, ImageChops, ImageDraw
 
-from support.painter import THINGS, Painted, outline, polygon, split_of, turned, write_folder
+from support.captions import hashed_split
+from support.painter import THINGS, Painted, outline, polygon, turned, write_folder
 from support.tables import TABLE_1
 
 HERE = Path(__file__).parent
@@ -321,7 +322,7 @@ def describe_in_english(scene, rng=None):
 
 
 def split_of_landscape(scene):
-    return split_of(describe_landscape(scene))
+    return hashed_split(describe_landscape(scene))
 
 
 @functools.cache
@@ -391,7 +392,7 @@ def poem_caption(pair, rng=None):
 
 def split_of_poem(pair):
     """In either order. Lines of test poems stand in train too, with other partners."""
-    return split_of("，".join(sorted(pair)), 4)
+    return hashed_split("，".join(sorted(pair)), 4)
 
 
 SIZES = {"train": 2000, "valid": 300, "test": 500}
