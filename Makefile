@@ -1,6 +1,7 @@
-# make demo: the whole paper in miniature, on painted pictures.   make test: every test.   Both first make .venv and install what they need.
+# make demo: the whole paper in miniature, on painted images. make test: the tests. make test-all:
+# those that take long. Each first makes .venv and installs what it needs.
 PYTHON ?= python3
-# Threads that wait should sleep, not spin: where other programs share the cores, that is three times as fast.
+# Waiting threads sleep instead of spinning: three times as fast where programs share the cores.
 OMP_WAIT_POLICY ?= PASSIVE
 export OMP_WAIT_POLICY
 
