@@ -77,7 +77,7 @@ def main():
                         state.get("skipped"), first_step))
     del state
     if run.finished(first_step):
-        return run.say(run.nothing_to_do(first_step))
+        return run.say("nothing to do: " + run.summary(first_step))
 
     image_embed = None  # of the valid split, kept in stage 1
 
@@ -117,7 +117,7 @@ def train(run, settings, split, features, first_step, autocast, validate):
     gradients = GradientSum([p for p in model.parameters() if p.requires_grad])
     batches = data.Batches(split, settings.batch_size, settings.seed, first_step, total,
                            *rank_and_world(), settings.micro_batch)
-    meter = Meter(first_step, total, settings, len(split), device)
+    meter = Meter(first_step, total, settings.batch_size, device)
     loader = meter.watched(data.training_loader(
         split, model.cfg.image_size, batches, settings.workers,
         pin_memory=device.type == "cuda", features=features))
@@ -141,8 +141,7 @@ def train(run, settings, split, features, first_step, autocast, validate):
         run.after_step(step, loss, norm, pairs_of)
 
         if step == total or step % settings.log_every == 0:
-            run.check_last_step()
-            run.log(meter.record(step, lr, model, run))
+            run.log(step, step * settings.batch_size / len(split), lr, meter)
         validating = step == total or step % settings.valid_every == 0
         if validating:
             with meter.paused():
@@ -151,7 +150,7 @@ def train(run, settings, split, features, first_step, autocast, validate):
         if validating or stopping or run.snapshot_due(step):
             run.snapshot(step)
         if stopping and not run.ended(step):
-            run.stop(step)
+            run.stop_if_asked(step)
     return step
 
 

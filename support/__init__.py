@@ -17,8 +17,7 @@ settings         flags, recipes, every setting of a run, remarks on them
 tables           published rows, intervals, aligned columns
 report           pages for a browser
 meter            speed and memory of a training run
-resume           what must be the same when a run resumes
-run              the folder and the log of a training run
+run              the folder of a training run: its log, snapshots, resuming
 painter          painted images, for a first try without a download
 """
 import os

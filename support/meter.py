@@ -1,13 +1,11 @@
 """How fast a training run is, and how much memory it takes.
 
-    meter = Meter(first_step, total, settings, pairs, device)
+    meter = Meter(first_step, total, batch_size, device)
     for batch in meter.watched(loader): …
-    run.log(meter.record(step, lr, model, run))
+    meter.since_last_time(step)                             # {"samples_per_s": 310.2, …}
 """
 import contextlib
-import math
 import resource
-import sys
 import time
 from pathlib import Path
 
@@ -15,12 +13,12 @@ import torch
 
 
 class Meter:
-    """Loss, speed, time left, memory and time spent waiting for images, since the last record."""
+    """Speed, time left, memory, and time spent waiting for images."""
 
-    def __init__(self, first_step, total, settings, pairs, device):
-        """total: steps of the run. pairs: of the data set, which make an epoch."""
-        self.first_step, self.total, self.device = first_step, total, device
-        self.batch_size, self.pairs = settings.batch_size, pairs
+    def __init__(self, first_step, total, batch_size, device):
+        """total: steps of the run."""
+        self.first_step, self.total = first_step, total
+        self.batch_size, self.device = batch_size, device
         self.begin = self.tick = time.time()
         self.last, self.waited = first_step, 0.0
 
@@ -36,32 +34,24 @@ class Meter:
             yield batch
             start, first = time.time(), False
 
-    def record(self, step, lr, model, run):
-        """The figures since the last record; takes the losses out of `run`."""
-        now, losses = time.time(), run.losses
-        run.losses = []
-        record = {
-            "step": step,
-            "epoch": step * self.batch_size / self.pairs,
-            "loss": sum(losses) / len(losses) if losses else None,
-            "gradient_norm": run.norm if math.isfinite(run.norm) else None,
-            "lr": lr,
-            "temperature": 1 / model.logit_scale.exp().item(),
-            "skipped": run.skipped,
-            "samples_per_s": (step - self.last) * self.batch_size / (now - self.tick),
-            "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step),
-            "memory_mib": memory_mib(self.device),
-            "waiting": self.waited / (now - self.tick),
-        }
-        self.tick, self.last, self.waited = now, step, 0.0
-        return record
-
     @contextlib.contextmanager
     def paused(self):
         """Time inside does not count as training time."""
         start = time.time()
         yield
         self.tick += time.time() - start
+
+    def since_last_time(self, step):
+        """The figures since the last call, as metrics.jsonl has them. waiting: a share of 1."""
+        now = time.time()
+        figures = {
+            "samples_per_s": (step - self.last) * self.batch_size / (now - self.tick),
+            "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step),
+            "memory_mib": memory_mib(self.device),
+            "waiting": self.waited / (now - self.tick),
+        }
+        self.tick, self.last, self.waited = now, step, 0.0
+        return figures
 
 
 def memory_mib(device):
@@ -71,5 +61,4 @@ def memory_mib(device):
     status = Path("/proc/self/status")                      # on Linux getrusage counts the parent
     if status.exists():
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20       # macOS: bytes

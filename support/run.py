@@ -3,9 +3,7 @@
     run = Run(out, settings, rank, model, optimizer, scaler)
     first_step = run.resume(checkpoint.read(out / "last.pt"))   # BadInput when settings differ
     run.open_folder(first_step)
-    run.after_step(step, loss, norm, …), run.validated(step, recall), run.snapshot(step)
-
-The loop in train.py calls all this.
+    run.after_step(step, loss, norm, …), run.log(…), run.validated(step, recall), run.snapshot(step)
 """
 import contextlib
 import json
@@ -20,12 +18,20 @@ from datetime import timedelta
 import torch
 
 from support import system, weights
-from support.checks import check_names_and_shapes
+from support.formats import check_names_and_shapes
 from support.processes import all_gather_objects, all_reduce_max, barrier
-from support.resume import check_settings, differing, keep_lines
 from support.system import BadInput
 
 AVERAGES = [tenths / 10 for tenths in range(1, 10)]         # how far from the start to the end
+
+# Settings that do not change the result. (The data may have moved; it is known by its fingerprint,
+# of captions and image names, or of the shards' names and sizes.)
+MAY_CHANGE_ON_RESUME = {
+    "recipe", "out", "data", "data_root", "valid_data", "features", "workers", "processes",
+    "max_bad", "grad_checkpointing", "compile", "log_every", "save_every", "save_minutes", "keep",
+    "patience", "average", "seen",
+}
+OFF = (None, False, 0, "", "none", "auto")                  # of a setting that no flag turns on
 
 
 class Run:
@@ -70,10 +76,7 @@ class Run:
     # ---- start and resume
 
     def agree(self, **facts):
-        """Raise BadInput when processes differ in their settings or in `facts`.
-
-        On several nodes each must see the same files.
-        """
+        """Raise BadInput when processes differ in their settings or in `facts`."""
         first, *others = all_gather_objects(self.settings | facts)
         for rank, other in enumerate(others, 1):
             differ = [f"{name} {other[name]} where process 0 has {first[name]}"
@@ -85,44 +88,41 @@ class Run:
     def resume(self, state):
         """Continue from a snapshot, all but the model's weights -> the number of its last step.
 
-        BadInput names the settings that differ, or says that it is no snapshot, or damaged.
+        BadInput names settings that differ or a file that is gone, or says that it is damaged.
         """
-        last = self.out / "last.pt"
-        needed = {"settings", "optimizer", "scaler", "best", "best_step", "averaged", "losses",
-                  "skipped_steps", "step"}
-        if missing := ", ".join(sorted(needed - state.keys())):
-            raise BadInput(f"{last} is no training snapshot (it lacks {missing}), so nothing can "
-                           "continue from it; choose another --out")
         try:
-            check_settings(state["settings"], self.settings, self.model.cfg, self.out, self.say)
-            self._restore(state)
-            self._check_files()
+            self._check_settings(state["settings"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            for p, moments in self.optimizer.state.items():     # AdamW writes past a moment's end
+                for x in (moments["exp_avg"], moments["exp_avg_sq"]):
+                    if x.shape != p.shape or not x.isfinite().all():
+                        raise ValueError("the optimizer's moments do not fit the parameters")
+            self.scaler.load_state_dict(state["scaler"])
+            self.best, self.best_step = float(state["best"]), int(state["best_step"])
+            self.averaged, self.skipped = bool(state["averaged"]), int(state["skipped_steps"])
+            self.losses = [float(x) for x in state["losses"]]
+            if state["step"] not in range(self.settings["total_steps"] + 1):
+                raise ValueError(f"step {state['step']!r}")
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise BadInput(f"{last} is damaged: its entries are not those of a training snapshot "
+            raise BadInput(f"{self.out / 'last.pt'} is damaged or no training snapshot "
                            f"({type(error).__name__}: {error}); choose another --out") from None
-        return state["step"]
-
-    def _restore(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        for p, moments in self.optimizer.state.items():     # AdamW writes past a moment's end
-            for x in (moments["exp_avg"], moments["exp_avg_sq"]):
-                if x.shape != p.shape or not x.isfinite().all():
-                    raise ValueError("the optimizer's moments do not fit the parameters")
-        self.scaler.load_state_dict(state["scaler"])
-        self.best, self.best_step = float(state["best"]), int(state["best_step"])
-        self.averaged, self.skipped = bool(state["averaged"]), int(state["skipped_steps"])
-        self.losses = [float(x) for x in state["losses"]]
-        if type(state["step"]) is not int or not 0 <= state["step"] <= self.settings["total_steps"]:
-            raise ValueError(f"step {state['step']!r}")
-
-    def _check_files(self):
-        """Raise BadInput now, not at the end, when a file that the run needs later is gone."""
         if self.best >= 0 and not (self.out / "best.pt").exists():
-            raise BadInput(f"{self.out / 'best.pt'}, the best weights of this run so far, is gone; "
-                           "put it back, or begin a new run from the last ones: "
-                           f"--init {self.out / 'last.pt'} --out {self.out}-2")
+            raise BadInput(f"{self.out / 'best.pt'}, the best weights so far, is gone; put it back "
+                           f"or start anew: --init {self.out / 'last.pt'} --out {self.out}-2")
         if self.settings["average"] and not self.averaged:
             self.start_weights()
+        return state["step"]
+
+    def _check_settings(self, before):
+        # A process draws masks for each micro-batch, so another size or number draws other masks.
+        masks = self.model.cfg.text_dropout > 0 or self.settings["patch_dropout"] > 0
+        changed = differences(before, self.settings, set() if masks else {"micro_batch"})
+        if changed:
+            raise BadInput(f"{self.out} holds a run with {'; '.join(changed)}. Pass its settings "
+                           "to continue it, or start a new run from it: "
+                           f"--init {self.out / 'last.pt'} --out {self.out}-2")
+        if masks and before["processes"] != self.settings["processes"]:
+            self.say("note: another number of processes draws other dropout masks from here on")
 
     def open_folder(self, step):
         """Lock the folder, catch signals, and drop what a killed run logged after `step`.
@@ -137,17 +137,15 @@ class Run:
         self.lock = system.lock(self.out / "lock")          # held until this process ends
         if self.lock is None:
             raise BadInput(f"{self.out}: another run is writing there; choose another --out")
-        with contextlib.suppress(OSError, ValueError, AttributeError):      # not there, not ours
-            before = json.loads((self.out / "settings.json").read_bytes())
-            other = step == 0 and differing(before, self.settings)
-            if other and (self.out / "best.pt").exists():
+        known = self.out / "settings.json"
+        if step == 0 and (self.out / "best.pt").exists() and known.exists():
+            if differences(json.loads(known.read_bytes()), self.settings):
                 raise BadInput(f"{self.out} holds the best.pt of another run, without its last.pt; "
                                "choose another --out")
-        system.write_json(self.out / "settings.json", self.settings)
-        keep_lines(self.out / "metrics.jsonl", step)
+        system.write_json(known, self.settings)
+        keep_records(self.out / "metrics.jsonl", step)
         if (self.out / "bad_samples.jsonl").exists():
-            lines = keep_lines(self.out / "bad_samples.jsonl", step)
-            self.bad = {json.loads(line).get("pair") for line in lines}
+            self.bad = {r["pair"] for r in keep_records(self.out / "bad_samples.jsonl", step)}
 
     # ---- after a step
 
@@ -163,16 +161,14 @@ class Run:
         self.bad |= fresh.keys()
         for r in fresh.values():
             self._append({"step": step, **r}, "bad_samples.jsonl")
-        listed, reason = self.out / "bad_samples.jsonl", next(iter(fresh.values()))["reason"]
-        seen = max(seen, min(total, 1000))
+        seen, example = max(seen, min(total, 1000)), next(iter(fresh.values()))["reason"]
         most = int(self.settings["max_bad"] * seen)
-        pairs, were = ("pairs", "were") if len(fresh) > 1 else ("pair", "was")
-        self.say(f"step {step:6} {len(fresh)} {pairs} could not be read and {were} replaced; "
-                 f"{len(self.bad):,} so far, {most:,} may be ({listed}); the first: {reason}")
+        line = (f"step {step:6} {len(self.bad):,} pairs cannot be read, and of {seen:,} only "
+                f"{most:,} may be (--max-bad {self.settings['max_bad']:g}); "
+                f"{self.out / 'bad_samples.jsonl'} lists them, for example: {example}")
         if len(self.bad) > most:
-            raise BadInput(f"step {step}: {len(self.bad):,} pairs cannot be read, and of {seen:,} "
-                           f"only {most:,} may be (--max-bad {self.settings['max_bad']:g}); "
-                           f"{listed} lists them. The first: {reason}")
+            raise BadInput(line)
+        self.say(line)
 
     def after_step(self, step, loss, norm, pairs_of):
         """Check the step before this one; this one is checked after the next step.
@@ -213,25 +209,35 @@ class Run:
                       "pairs": pairs_of(step)}
             system.write_json(where, record)
         raise BadInput(f"step {step}: the loss is {loss} and the norm of its gradient {self.norm}; "
-                       f"the step was not taken. {where} lists the pairs of the batch (before any "
-                       f"replacement); {self.out / 'last.pt'} holds the run before. A lower --lr "
-                       "or --precision fp32 may help")
+                       f"the step was not taken. {where} lists the pairs of the batch. A lower "
+                       "--lr or --precision fp32 may help")
 
-    def log(self, record):
-        """Print a record of Meter.record, and append it to metrics.jsonl."""
+    def log(self, step, epoch, lr, meter):
+        """Print a line about the steps since the last one, and append it to metrics.jsonl."""
+        self.check_last_step()
+        speed = meter.since_last_time(step)
+        record = {
+            "step": step,
+            "epoch": epoch,
+            "loss": sum(self.losses) / len(self.losses) if self.losses else None,
+            "gradient_norm": self.norm if math.isfinite(self.norm) else None,
+            "lr": lr,
+            "temperature": 1 / self.model.logit_scale.exp().item(),
+            "skipped": self.skipped,
+        }
+        self.losses = []
         loss = "-" if record["loss"] is None else f"{record['loss']:.4f}"
-        left = timedelta(seconds=int(record["seconds_left"]))
-        line = (f"step {record['step']:6}/{self.settings['total_steps']} loss {loss} "
-                f"lr {record['lr']:.2e} temperature {record['temperature']:.4f} "
-                f"{record['samples_per_s']:.0f} samples/s left {left} "
-                f"memory {record['memory_mib']:.0f} MiB")
-        if record["skipped"]:
-            line += f" skipped {record['skipped']}"
-        if record["waiting"] > 0.2:
-            line += (f" waits for images {record['waiting']:.0%} of the time: "
-                     f"--workers {self.settings['workers']} read {record['samples_per_s']:.0f}/s")
+        line = (f"step {step:6}/{self.settings['total_steps']} loss {loss} lr {lr:.2e} "
+                f"temperature {record['temperature']:.4f} {speed['samples_per_s']:.0f} samples/s "
+                f"left {timedelta(seconds=int(speed['seconds_left']))} "
+                f"memory {speed['memory_mib']:.0f} MiB")
+        if self.skipped:
+            line += f" skipped {self.skipped}"
+        if speed["waiting"] > 0.2:
+            line += (f" waits for images {speed['waiting']:.0%} of the time: "
+                     f"--workers {self.settings['workers']} read {speed['samples_per_s']:.0f}/s")
         self.say(line)
-        self._append(record)
+        self._append(record | speed)
 
     def validated(self, step, recall, share=None):
         """Report recall on the valid split; the highest mean over both ways so far becomes best.pt.
@@ -270,25 +276,24 @@ class Run:
         self.saved = time.time()
         if not self.first:
             return
-        last = self.out / "last.pt"
         if not all(x.isfinite().all() for x in self.model.state_dict().values()):
-            raise BadInput(f"step {step}: the weights are no longer finite; {last} holds the run "
-                           "before it. A lower --lr or --precision fp32 may help")
-        weights.save(last, self.model, step=step, settings=self.settings,
+            raise BadInput(f"step {step}: the weights are no longer finite; last.pt holds the run "
+                           "before. A lower --lr or --precision fp32 may help")
+        weights.save(self.out / "last.pt", self.model, step=step, settings=self.settings,
                      optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                      best=self.best, best_step=self.best_step, averaged=self.averaged,
                      losses=self.losses, skipped_steps=self.skipped)
         if self.settings["keep"] > 1:
-            self._keep_snapshot(last, self.out / f"step-{step:08}.pt")
+            self._keep_snapshot(self.out / f"step-{step:08}.pt")
 
-    def _keep_snapshot(self, last, name):
+    def _keep_snapshot(self, name):
         """Give last.pt a second name, and delete all but the newest --keep such files."""
         part = self.out / (name.name + ".part")
         part.unlink(missing_ok=True)                        # of a killed run
         try:
-            os.link(last, part)
+            os.link(self.out / "last.pt", part)
         except OSError:                                     # the disk has no hard links
-            shutil.copyfile(last, part)
+            shutil.copyfile(self.out / "last.pt", part)
         os.replace(part, name)
         kept = sorted(path for path in self.out.glob("step-*.pt") if path.name <= name.name)
         for path in kept[: -self.settings["keep"]]:
@@ -302,26 +307,22 @@ class Run:
     # ---- averages of the start and the end
 
     def try_averages(self, step, validate):
-        """Validate averages of start.pt and last.pt, too; the best one becomes best.pt.
+        """Validate (1 - share) start.pt + share last.pt, too; the best average becomes best.pt.
 
         Between the start and the end of a fine-tune there are often better weights than both
-        (WiSE-FT, arXiv 2109.01903).
+        (WiSE-FT, arXiv 2109.01903). The model ends with those of last.pt.
         """
-        for share in AVERAGES:
-            self.load_average(share)
-            validate(step, share)
-            self.stop_if_asked(step)
-        self.load_average(1.0)                              # the end
-        self.averaged = True
-        self.snapshot(step)
-
-    def load_average(self, share):
-        """Load (1 - share) start.pt + share last.pt into the model."""
         barrier()                                           # both have been written
         start, end = self.start_weights(), weights.read(self.out / "last.pt")["model"]
-        average = {key: x.lerp(end[key], share) if x.is_floating_point() else end[key]
-                   for key, x in start.items()}
-        self.model.load_state_dict(average)
+        for share in AVERAGES:
+            average = {key: x.lerp(end[key], share) if x.is_floating_point() else end[key]
+                       for key, x in start.items()}
+            self.model.load_state_dict(average)
+            validate(step, share)
+            self.stop_if_asked(step)
+        self.model.load_state_dict(end)
+        self.averaged = True
+        self.snapshot(step)
 
     def start_weights(self):
         """The tensors of start.pt, mapped from the disk. BadInput when it is another run's."""
@@ -333,9 +334,8 @@ class Run:
             if state.get("step") != 0:
                 raise BadInput(f"it holds the weights after step {state.get('step')}")
         except BadInput as error:
-            raise BadInput(f"{path} is not the start of this run, from which the averages at the "
-                           "end begin; put it back, or go on with --no-average. "
-                           f"({error})") from None
+            raise BadInput(f"{path} is not the start of this run, which its averages need; put it "
+                           f"back, or continue with --no-average ({error})") from None
         return state["model"]
 
     # ---- the end
@@ -355,32 +355,21 @@ class Run:
         """Whether after `step` nothing is left to do."""
         return self.ended(step) and (self.averaged or not self.settings["average"])
 
-    def nothing_to_do(self, step):
-        return (f"nothing to do: {self.summary(step)}. To train on from there: "
-                f"--init {self.out / 'best.pt'} with another --out")
-
     def summary(self, step):
-        """One line: the weights that the finished run leaves. "" in all processes but the first.
-
-        best.pt itself tells what it holds: last.pt does not know of the best average when the run
-        was killed between averages.
-        """
+        """One line: the weights that the finished run leaves. "" in all processes but the first."""
         if not self.first:
             return ""
-        last, early = f"{self.out / 'last.pt'}: the last weights", ""
-        if step < self.settings["total_steps"]:
-            early = f" (early: no higher recall in {self.settings['patience']} validations)"
+        line = (f"finished. {self.out / 'last.pt'}: the weights after step {step} of "
+                f"{self.settings['total_steps']}")
         if self.best < 0:
-            return f"finished{early}. {last} (nothing was validated)"
-        best = weights.read(self.out / "best.pt")
-        share = best.get("average")
-        which = f"after step {best.get('step')} of {step}"
+            return line + " (nothing was validated)"
+        best = weights.read(self.out / "best.pt")           # last.pt may not know of an average
+        share, which = best.get("average"), f"after step {best.get('step')}"
         if share is not None:
             which = f"{1 - share:.1f} x the start + {share:.1f} x the end"
         elif not best.get("step"):
-            which += " (that is the START: training did not raise the recall)"
-        return (f"finished{early}. {self.out / 'best.pt'}: highest recall on the valid split, "
-                f"{which}; {last}")
+            which = "the START: training did not raise the recall"
+        return f"{line}; {self.out / 'best.pt'}: the highest recall on the valid split, {which}"
 
     # ---- stopping
 
@@ -395,8 +384,7 @@ class Run:
         def catch(number, _):
             signals.append(number)
             if first:
-                os.write(2, b"stopping after this step; press again to stop at once, "
-                            b"without saving\n")
+                os.write(2, b"stopping after this step; once more stops at once, unsaved\n")
             signal.signal(number, signal.SIG_DFL)
 
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -407,10 +395,37 @@ class Run:
         return all_reduce_max(len(self.signals)) > 0
 
     def stop_if_asked(self, step):
+        """End the process with the status of a signal (SystemExit) when one came."""
         if self.asked_to_stop():
-            self.stop(step)
+            self.say(f"stopped by a signal after step {step}; the same command continues there")
+            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
-    def stop(self, step):
-        """End the process with the status of a signal (SystemExit)."""
-        self.say(f"stopped by a signal after step {step}; the same command continues from there")
-        sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
+
+def differences(before, now, also_free=()):
+    """"NAME VALUE, now it is VALUE" of each setting that differs and may not: a list.
+
+    Another version may know more settings or fewer. One that is in `before` or `now` alone differs
+    when it is on.
+    """
+    changed = []
+    for name in sorted((before.keys() | now.keys()) - MAY_CHANGE_ON_RESUME - set(also_free)):
+        differs = before.get(name) != now.get(name)
+        if name not in before or name not in now:
+            differs = (before | now)[name] not in OFF
+        if differs:
+            changed.append(f"{name} {before.get(name)}, now it is {now.get(name)}")
+    return changed
+
+
+def keep_records(path, step):
+    """Cut a .jsonl log to its records up to `step` -> those. Averages go: they are tried again."""
+    lines, records = [], []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and step else ""
+    for line in text.split("\n"):
+        with contextlib.suppress(ValueError):               # a line that a crash has cut
+            record = json.loads(line)
+            if record["step"] <= step and "average" not in record:
+                lines.append(line + "\n")
+                records.append(record)
+    system.write_text(path, "".join(lines))
+    return records
