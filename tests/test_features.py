@@ -237,7 +237,7 @@ def test_features_of_something_else_are_refused_by_name(tsv_folder, tmp_path):
     all_features(model, split, tmp_path / "f")
     model.text_projection.data += 1                                             # of the text tower: it does not matter
     all_features(model, split, tmp_path / "f")
-    for other, more, message in ((build(VIT, seed=1), {}, "made of vision tower "), (model, {"precision": "bf16"}, "made of precision fp32, now it is bf16. Delete it or name another folder"),
+    for other, more, message in ((build(VIT, seed=1), {}, "made of vision tower "), (model, {"precision": "bf16"}, "made of precision fp32, now it is bf16; delete it or name another folder"),
                                  (model, {"split": open_split(tsv_folder, "valid")}, "made of data 12 pairs")):
         with pytest.raises(BadInput, match=message):
             all_features(other, **{"split": split, "folder": tmp_path / "f", **more})
@@ -278,7 +278,7 @@ def test_runs_share_a_folder_and_one_waits_for_the_other(tsv_folder, start_pt, t
     passes.clear()
     trained(*stage_1(start_pt, tsv_folder, tmp_path / "b", *shared, "--lr", 2e-3))
     assert f"{tmp_path / 'shared'}, 0.0 MiB: used again" in capsys.readouterr().out and passes == [12]              # of the valid split
-    assert "features kept (--features): True, now it is None" in stops(*stage_1(start_pt, tsv_folder, tmp_path / "b", "--lr", 2e-3, "--features", "none"))
+    assert "features_kept True, now it is None" in stops(*stage_1(start_pt, tsv_folder, tmp_path / "b", "--lr", 2e-3, "--features", "none"))
     (tmp_path / "shared").rename(tmp_path / "moved")
     trained(*stage_1(start_pt, tsv_folder, tmp_path / "b", "--lr", 2e-3, "--features", tmp_path / "moved"))         # another place is no other run
 
