@@ -8,9 +8,8 @@
     python checkpoint.py runs/own/best.pt --export own-hf --format huggingface
 """
 from support import system
-from support.checks import config_of, empty_model, name_of
 from support.exports import PEER_NAMES, export
-from support.formats import Layout
+from support.formats import Layout, config_of, empty_model, name_of
 from support.weights import (NAMES, fingerprint, load, load_into, main, model_of, read,
                              read_towers, save, trained_on, vision_facts)
 

@@ -293,7 +293,7 @@ def embed_with(source, args, open_split, device):
     The model is freed; the embeddings (I, D), (T, D) stay on the device.
     """
     state = checkpoint.read(source)
-    model = checkpoint.model_of(state, source).to(device)
+    model = checkpoint.model_of(state).to(device)
     split = open_split(model.cfg.context_length)
     autocast, precision = precision_of(args.precision, device, evaluating=True)
     weights = checkpoint.fingerprint(model)

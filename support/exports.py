@@ -6,22 +6,13 @@ from pathlib import Path
 import torch
 
 from model import Config
-from support.checks import check_tensors, name_of
-from support.formats import CONFIG_JSON, REQUIRED, Layout, known_heads
+from support.formats import TABLES, Layout, check_tensors, known_heads, name_of
 from support.images import CLIP_MEAN, CLIP_STD
 from support.system import BadInput, write, write_json
 from support.weight_files import write_safetensors
 from tokenizer import VOCAB
 
-# cn_clip's names of the sizes that it knows: vision_model_name, text_model_name
-PEER_NAMES = {
-    "rn50": ("RN50", "RBT3-chinese"),
-    "vit-b-32": ("ViT-B-32", "RoBERTa-wwm-ext-base-chinese"),
-    "vit-b-16": ("ViT-B-16", "RoBERTa-wwm-ext-base-chinese"),
-    "vit-l-14": ("ViT-L-14", "RoBERTa-wwm-ext-base-chinese"),
-    "vit-l-14-336": ("ViT-L-14-336", "RoBERTa-wwm-ext-base-chinese"),
-    "vit-h-14": ("ViT-H-14", "RoBERTa-wwm-ext-large-chinese"),
-}
+PEER_NAMES = TABLES["cn_clip"]          # name of a size -> vision_model_name, text_model_name
 
 
 def export(model, path, format="cn-clip"):
@@ -35,8 +26,7 @@ def export(model, path, format="cn-clip"):
     path, cfg = Path(path), model.cfg
     check_free(path)
     if cfg.vocab_size != Config.vocab_size:
-        raise BadInput(f"a model with {cfg.vocab_size} tokens is not for other tools: "
-                       f"their vocabulary has {Config.vocab_size:,}")
+        raise BadInput(f"other tools know {Config.vocab_size:,} tokens, not {cfg.vocab_size:,}")
     if format not in writers:
         raise BadInput(f"format {format!r}: cn-clip or huggingface")
     ours = {}
@@ -83,52 +73,34 @@ def export_cn_clip(ours, part, path, cfg):
     content = {"epoch": 0, "step": 0, "name": name, "state_dict": tensors}
     write(part, lambda f: torch.save(content, f), shown=path)
     if name not in PEER_NAMES:
-        return (f"{path}: in the format of cn_clip, which has no name for these sizes "
-                "(checkpoint.load opens it)")
+        return f"{path}: checkpoint.load opens it; cn_clip has no name for these sizes"
     vision, text = PEER_NAMES[name]
     return (f'{path}: model, preprocess = cn_clip.clip.load_from_name("{path}", '
             f'vision_model_name="{vision}", text_model_name="{text}", '
-            f'input_resolution={cfg.image_size}); model.eval()   # eval: it comes with dropout on; '
-            "and rounded to half precision, which is cn_clip's way")
+            f"input_resolution={cfg.image_size}); model.eval()   # in half precision")
 
 
 def export_huggingface(ours, part, path, cfg):
     """Write the folder `part`, which will be `path` -> a line that says how it is opened."""
     if not cfg.patch_size:
         raise BadInput("transformers has no ChineseCLIPModel with a ResNet; export it as cn-clip")
-    side = cfg.image_size
-    config = {
-        "architectures": ["ChineseCLIPModel"], "model_type": "chinese_clip",
-        "torch_dtype": "float32", "projection_dim": cfg.embed_dim,
-        "logit_scale_init_value": ours["logit_scale"].item(),
-    }
+    config = {"projection_dim": cfg.embed_dim,
+              "logit_scale_init_value": ours["logit_scale"].item()}
     for tower, width in (("vision", cfg.vision_width), ("text", cfg.text_width)):
-        sizes = {key: getattr(cfg, field) for field, key in CONFIG_JSON[tower].items()}
+        sizes = {key: getattr(cfg, field) for field, key in TABLES["config.json"][tower].items()}
         model_type = {"model_type": f"chinese_clip_{tower}_model", "intermediate_size": 4 * width}
-        config[f"{tower}_config"] = model_type | sizes | REQUIRED[tower]
+        config[f"{tower}_config"] = model_type | sizes | TABLES["required"][tower]
     config["vision_config"]["projection_dim"] = cfg.embed_dim
-    config["text_config"] |= {
-        "vocab_size": cfg.vocab_size, "max_position_embeddings": cfg.text_positions,
-        "type_vocab_size": 2, "attention_probs_dropout_prob": cfg.text_dropout, "pad_token_id": 0,
-    }
-    processor = {
-        "processor_class": "ChineseCLIPProcessor",
-        "image_processor_type": "ChineseCLIPImageProcessor",
-        "feature_extractor_type": "ChineseCLIPFeatureExtractor",
-        "do_resize": True, "size": {"height": side, "width": side}, "resample": 3,
-        "do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255,
-        "do_normalize": True, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
-        "do_convert_rgb": True,
-    }
-    tokenizer = {
-        "tokenizer_class": "BertTokenizer", "do_lower_case": True,
-        "model_max_length": cfg.context_length, "cls_token": "[CLS]", "sep_token": "[SEP]",
-        "pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]",
+    config["text_config"]["attention_probs_dropout_prob"] = cfg.text_dropout
+    size = {"height": cfg.image_size, "width": cfg.image_size}
+    files = {
+        "config.json": config,
+        "preprocessor_config.json": {"size": size, "image_mean": CLIP_MEAN, "image_std": CLIP_STD},
+        "tokenizer_config.json": {"model_max_length": cfg.context_length},
     }
     part.mkdir()
-    write_json(part / "config.json", config, shown=path)
-    write_json(part / "preprocessor_config.json", processor, shown=path)
-    write_json(part / "tokenizer_config.json", tokenizer, shown=path)
+    for name, content in files.items():
+        write_json(part / name, TABLES["files"][name] | content, shown=path)
     write(part / "vocab.txt", lambda f: f.write(VOCAB.read_bytes()), shown=path)
     tensors = Layout("Hugging Face").to_theirs(ours)
     write(part / "model.safetensors", lambda f: write_safetensors(f, tensors), shown=path)

@@ -21,13 +21,12 @@ from support import system
 from support.processes import all_gather_objects, all_reduce_max, barrier, rank_and_world
 from support.system import BadInput
 
-ARRAYS = ("image_embed", "text_embed")                  # of evaluate.py
 ROWS = 4096                                             # images in a part
 BATCH = 128                                             # images at a time: so all parts round alike
 
 
 class Store:
-    """A folder of arrays, NAME.npy, and features.json, which says what they were made of.
+    """A folder of arrays and features.json, which says what they were made of.
 
     Arrays of another origin are refused. Each file is written whole or not at all.
     """
@@ -39,8 +38,8 @@ class Store:
         self.unfinished = f".{os.getpid()}.part"        # two processes may write the same array
         self.rank, self.world_size = rank_and_world()
 
-    def path(self, name):
-        return self.folder / f"{name}.npy"
+    def refused(self, reason):
+        return BadInput(f"--features {self.folder}: {reason}; delete it or name another folder")
 
     def read_about(self):
         """The content of features.json. BadInput when it is damaged or says another origin."""
@@ -49,26 +48,16 @@ class Store:
             changed = [f"{key} {about['made_of'].get(key)}, now it is {value}"
                        for key, value in self.made_of.items() if about["made_of"].get(key) != value]
         except Exception as error:                      # damage comes in many kinds
-            raise self.unreadable(error) from None
+            raise self.refused(f"cannot be read ({type(error).__name__}: {error})") from None
         if changed:
-            raise BadInput(f"--features {self.folder}: made of {'; '.join(changed)}. "
-                           "Delete it or name another folder")
+            raise self.refused(f"made of {'; '.join(changed)}")
         return about
-
-    def unreadable(self, error):
-        reason = f"{type(error).__name__}: {error}"
-        return BadInput(f"--features {self.folder}: cannot be read ({reason}); "
-                        "delete it or name another folder")
 
     def make_folder(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadInput(f"--features {self.folder}: {error.strerror}; name another folder, "
-                           "or none") from None
-
-    def save(self, name, array):
-        system.write(self.path(name), lambda f: np.save(f, array), part=self.unfinished)
+            raise self.refused(error.strerror) from None
 
     def save_about(self, **more):
         system.write_json(self.about, {"made_of": self.made_of, **more}, part=self.unfinished)
@@ -79,38 +68,39 @@ class Store:
         labels: what the rows are, {"image_ids": names of images, "texts": captions}. All processes
         call it together. BadInput when the folder holds something else, or damaged arrays.
         """
+        paths = [self.folder / "image_embed.npy", self.folder / "text_embed.npy"]
         if any(all_gather_objects(self.about.exists())):
-            embeds, line = self.load(labels), f"embeddings of {self.folder} used again"
+            embeds, line = self.load(paths, labels), f"embeddings of {self.folder} used again"
         else:
             if self.rank == 0:
                 self.make_folder()                      # before the work: it may be impossible
             embeds, line = compute(), f"embeddings kept in {self.folder}"
             if self.rank == 0:
-                for name, x in zip(ARRAYS, embeds):
-                    self.save(name, x.numpy())
-                self.save_about(sha256=sha256_of(embeds), **labels)     # last: now it is complete
+                for path, x in zip(paths, embeds):
+                    system.write(path, lambda f: np.save(f, x.numpy()), part=self.unfinished)
+                # last: now it is complete
+                self.save_about(sha256=sha256_of(paths, embeds), **labels)
             barrier()                                   # other processes may read it now
         if self.rank == 0:
             print(line)
         return embeds
 
-    def load(self, labels):
+    def load(self, paths, labels):
         about = self.read_about()
         try:
-            embeds = [torch.from_numpy(np.load(self.path(name))) for name in ARRAYS]
-            as_described = about["sha256"] == sha256_of(embeds)
-            as_described &= all(about[key] == value for key, value in labels.items())
+            embeds = [torch.from_numpy(np.load(path)) for path in paths]
+            expected = {"sha256": sha256_of(paths, embeds), **labels}
+            as_described = all(about[key] == value for key, value in expected.items())
         except Exception as error:                      # damage comes in many kinds
-            raise self.unreadable(error) from None
+            raise self.refused(f"cannot be read ({type(error).__name__}: {error})") from None
         if not as_described:
-            raise BadInput(f"--features {self.folder}: the .npy files are not those that "
-                           "features.json describes; delete it or name another folder")
+            raise self.refused("the .npy files are not those that features.json describes")
         return embeds
 
 
-def sha256_of(embeds):
-    return {f"{name}.npy": hashlib.sha256(x.contiguous().numpy()).hexdigest()
-            for name, x in zip(ARRAYS, embeds)}
+def sha256_of(paths, embeds):
+    return {path.name: hashlib.sha256(x.contiguous().numpy()).hexdigest()
+            for path, x in zip(paths, embeds)}
 
 
 class Features(Store):
@@ -133,7 +123,7 @@ class Features(Store):
         return range(n * ROWS, min((n + 1) * ROWS, self.count))
 
     def path(self, n):
-        return super().path(f"{n:06}")
+        return self.folder / f"{n:06}.npy"
 
     def __getitem__(self, i):
         """Image i -> (D,) float16."""
@@ -142,40 +132,32 @@ class Features(Store):
         return torch.from_numpy(np.array(part[i % ROWS]))                       # a copy
 
     def sample(self, split, k):
-        """What split.sample(k) gives, with the image's features (D,) float16 in place of the image.
-
-        It raises the same BadInput for a pair that cannot be read.
-        """
+        """What split.sample(k) gives or raises, but with features (D,) float16 for the image."""
         i = split.image_of(k)
         words, row = split.words(k), self[i]
         if row.isnan().any():
             split.sample(k)                             # raises it if the file cannot be read
             split.image(i)                              # raises it if the image does not decode
-            raise BadInput(f"{self.folder}: when the features were computed, the image could not "
-                           "be read; now it can. Delete the folder, it will be made again")
+            raise self.refused("an image could not be read when it was computed, now it can")
         return row, *words
 
     def missing(self):
-        """Numbers of the parts that are missing or damaged; each process checks its share.
-
-        BadInput when the folder holds embeddings of another origin.
-        """
+        """Numbers of the parts that are missing or damaged; BadInput if of another origin."""
         own = range(self.rank, self.parts, self.world_size)
         if self.about.exists():
             self.read_about()
         elif any(self.path(n).exists() for n in own):
-            raise BadInput(f"--features {self.folder}: it has no features.json, so the origin of "
-                           "its parts is unknown; delete it or name another folder")
-        damaged = [n for n in own if not self.is_sound(n)]
-        return sorted(n for share in all_gather_objects(damaged) for n in share)
-
-    def is_sound(self, n):
-        """Whether part n exists, and each of its rows is a unit vector or all NaN."""
-        try:
-            rows = read_part(self.path(n), len(self.images(n)), self.dim)
-        except OSError:
-            return False
-        return bool((are_unit(rows) | np.isnan(rows).all(axis=1)).all())
+            raise self.refused("it has no features.json, so the origin of its parts is unknown")
+        missing = []
+        for n in own:
+            try:
+                rows = read_part(self.path(n), len(self.images(n)), self.dim)
+                sound = (are_unit(rows) | np.isnan(rows).all(axis=1)).all()
+            except OSError:
+                sound = False
+            if not sound:
+                missing.append(n)
+        return sorted(n for share in all_gather_objects(missing) for n in share)
 
     def complete(self, encode, say, stop):
         """Compute what is missing. All processes call it together.
@@ -229,15 +211,14 @@ class Features(Store):
             batch, (numbers, embed, _) = batches[k], next(embedded)             # embed: (b, D)
             if not are_unit(embed.numpy()).all():
                 raise BadInput(f"{self.folder}: the embeddings of images {batch[0]} to {batch[-1]} "
-                               "are not finite; look at the vision tower's weights, or try "
-                               "--precision fp32")
+                               "are not finite; check the weights or try --precision fp32")
             n = batch[0] // ROWS
             images = self.images(n)
             if batch[0] == images[0]:
                 rows = np.full((len(images), self.dim), np.nan, np.float16)
             rows[[i % ROWS for i in numbers]] = embed.numpy()
             if batch[-1] == images[-1]:
-                self.save(n, rows)
+                system.write(self.path(n), lambda f: np.save(f, rows), part=self.unfinished)
         embedded.close()
 
 
@@ -257,8 +238,8 @@ def read_part(path, rows, dim):
             raise ValueError(f"{part.dtype} {part.shape}")
         return part
     except Exception as error:                          # damage comes in many kinds
-        raise OSError(f"{path}: not the features that were there ({type(error).__name__}: {error});"
-                      " run the same command again, it computes them again") from None
+        raise OSError(f"{path}: not the features that were there ({type(error).__name__}: {error})"
+                      "; the same command computes them again") from None
 
 
 opened_part = functools.lru_cache(maxsize=128)(read_part)               # each is an open file

@@ -1,129 +1,111 @@
-"""How other projects name our tensors and sizes.
+"""Names, sizes and checks of tensors, ours and those of other projects.
 
+    check_tensors(state["model"], empty_model(config_of(state)).state_dict(), path, config)
     state = read_foreign(tensors, path, tower)          # {"config", "model", "layout", "skipped"}
     theirs = Layout("Hugging Face").to_theirs(model.state_dict())
 
 Each tensor of a file is used, or it is on a short list of what is left out (SKIPPED), or the file
-is refused with the tensor's name. Reading and exporting use the same tables.
+is refused with the tensor's name. Reading and exporting use the same tables, in layouts.json:
+
+    names             for each layout: our name -> the name there; see class Layout
+    transposed        a Linear's (D, C) in transformers; matrices (C, D) in ours, as in CLIP
+    skipped           beginnings of keys that are left out; for one tower, also the other's
+    config.json       Config's fields -> keys in config.json of transformers
+    required          the values in config.json that our model needs
+    files             what an exported folder says of every model; null: depends on the model
+    cn_clip           cn_clip's names of our sizes: vision_model_name, text_model_name
+    released          weights on the Hugging Face hub: name -> repository, file
 """
 import dataclasses
+import json
 import math
 import re
 from collections import Counter
+from pathlib import Path
 from statistics import mode
 
 import torch
 
-from model import CONFIGS, Config
-from support.checks import check_tensors, closest_config, describe, empty_model, is_dense
+from model import CLIP, CONFIGS, Config
 from support.system import BadInput
 from support.weight_files import read_json
 from tokenizer import VOCAB
 
+TABLES = json.loads(Path(__file__).with_name("layouts.json").read_text(encoding="utf-8"))
+TRANSPOSED = TABLES["transposed"]
+SKIPPED = {tower: tuple(prefixes) for tower, prefixes in TABLES["skipped"].items()}
+
 # The beginnings of each tower's keys. The text projection belongs to neither: a BERT has none.
 TOWER_KEYS = {"vision": ("vision.", "logit_scale"), "text": ("text.",)}
 
+# ---- models and their tensors
+
+
+def config_of(state):
+    """The Config of a checkpoint, as `read` gives it."""
+    return Config(**state["config"])
+
+
+def name_of(config):
+    """The name of a config in CONFIGS, or "custom"."""
+    return next((name for name, known in CONFIGS.items() if known == config), "custom")
+
+
+def closest_config(sizes):
+    """The row of CONFIGS with these sizes, at any image size; without one, that of vit-b-16."""
+    for config in CONFIGS.values():
+        known = vars(config) | {"image_size": sizes.get("image_size")}
+        if all(known[field] == value for field, value in sizes.items()):
+            return config
+    return CONFIGS["vit-b-16"]
+
+
+def empty_model(config):
+    """A model with shapes but without memory for its weights (on the meta device)."""
+    with torch.device("meta"):
+        return CLIP(config)
+
+
+def check_tensors(tensors, expected, path, config):
+    """BadInput unless names, shapes and types are those of `expected` and all numbers finite."""
+    check_names_and_shapes(tensors, expected, f"{path}: not a whole model ({name_of(config)})")
+    for key, x in tensors.items():
+        if x.is_meta:
+            raise BadInput(f"{path}: {key} has a shape but no numbers (a meta tensor)")
+        if not x.isfinite().all():
+            raise BadInput(f"{path}: {key} holds NaN or infinity: damaged, or training diverged")
+
+
+def check_names_and_shapes(tensors, expected, message):
+    """BadInput, with up to three names, unless names, shapes and types are those of `expected`."""
+    wrong = []
+    for key in expected.keys() | tensors.keys():
+        if key not in tensors:
+            wrong.append(f"{key} is missing")
+        elif key not in expected:
+            wrong.append(f"{key} is unknown")
+        elif describe(tensors[key]) != describe(expected[key]):
+            wrong.append(f"{key} is {describe(tensors[key])}, not {describe(expected[key])}")
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise BadInput(f"{message}: {'; '.join(sorted(wrong)[:3])}{more}")
+
+
+def describe(x):
+    """Shape and type of a dense tensor, in words; of anything else, what it is."""
+    if is_dense(x):
+        return f"{tuple(x.shape)} {x.dtype}".replace("torch.", "")
+    if torch.is_tensor(x):
+        return f"a {'nested' if x.is_nested else x.layout} tensor"
+    return f"a {type(x).__name__}"
+
+
+def is_dense(x):
+    """Whether x is an ordinary tensor: not sparse, not nested."""
+    return torch.is_tensor(x) and x.layout == torch.strided and not x.is_nested
+
+
 # ---- names
-#
-# The names of our tensors elsewhere, a table for each tower and layout. Replace each left side by
-# its right side, in this order:
-#     vision.blocks.7.norm1.weight -> visual.transformer.resblocks.7.ln_1.weight
-# <a|b|c>: our one matrix of queries, keys and values is three tensors there.
-CLIP_VIT = {                                            # OpenAI CLIP, Chinese-CLIP
-    "vision.blocks.": "visual.transformer.resblocks.",
-    ".norm1.": ".ln_1.",
-    ".attention.qkv.": ".attn.in_proj_",
-    ".attention.out.": ".attn.out_proj.",
-    ".norm2.": ".ln_2.",
-    ".mlp.0.": ".mlp.c_fc.",
-    ".mlp.2.": ".mlp.c_proj.",
-    "vision.patch_embed.": "visual.conv1.",
-    "vision.class_token": "visual.class_embedding",
-    "vision.position_embed": "visual.positional_embedding",
-    "vision.norm_pre.": "visual.ln_pre.",
-    "vision.norm_post.": "visual.ln_post.",
-    "vision.projection": "visual.proj",
-}
-CLIP_RESNET = {                                         # the same two; blocks: see class Layout
-    "vision.stem.0.0.": "visual.conv1.",
-    "vision.stem.0.1.": "visual.bn1.",
-    "vision.stem.1.0.": "visual.conv2.",
-    "vision.stem.1.1.": "visual.bn2.",
-    "vision.stem.2.0.": "visual.conv3.",
-    "vision.stem.2.1.": "visual.bn3.",
-    ".shortcut.1.": ".downsample.0.",
-    ".shortcut.2.": ".downsample.1.",
-    "vision.attention_pool.position_embed": "visual.attnpool.positional_embedding",
-    "vision.attention_pool.query.": "visual.attnpool.q_proj.",
-    "vision.attention_pool.key.": "visual.attnpool.k_proj.",
-    "vision.attention_pool.value.": "visual.attnpool.v_proj.",
-    "vision.attention_pool.out.": "visual.attnpool.c_proj.",
-}
-HUB_VIT = {                                             # Hugging Face transformers
-    "vision.blocks.": "vision_model.encoder.layers.",
-    ".norm1.": ".layer_norm1.",
-    ".attention.qkv.": ".self_attn.<q|k|v>_proj.",
-    ".attention.out.": ".self_attn.out_proj.",
-    ".norm2.": ".layer_norm2.",
-    ".mlp.0.": ".mlp.fc1.",
-    ".mlp.2.": ".mlp.fc2.",
-    "vision.patch_embed.": "vision_model.embeddings.patch_embedding.",
-    "vision.class_token": "vision_model.embeddings.class_embedding",
-    "vision.position_embed": "vision_model.embeddings.position_embedding.weight",
-    "vision.norm_pre.": "vision_model.pre_layrnorm.",   # so spelt there
-    "vision.norm_post.": "vision_model.post_layernorm.",
-    "vision.projection": "visual_projection.weight",
-}
-BERT = {                                                # everywhere, after a prefix
-    "text.blocks.": "encoder.layer.",
-    ".attention.qkv.": ".attention.self.<query|key|value>.",
-    ".attention.out.": ".attention.output.dense.",
-    ".norm1.": ".attention.output.LayerNorm.",
-    ".mlp.0.": ".intermediate.dense.",
-    ".mlp.2.": ".output.dense.",
-    ".norm2.": ".output.LayerNorm.",
-    "text.word_embed.": "embeddings.word_embeddings.",
-    "text.position_embed.": "embeddings.position_embeddings.",
-    "text.type_embed.": "embeddings.token_type_embeddings.",
-    "text.norm.": "embeddings.LayerNorm.",
-}
-# Chinese-CLIP with FlashAttention: other right sides in the tables above.
-FLASH = {
-    ".attn.in_proj_": ".attn.Wqkv.",
-    ".attention.self.<query|key|value>.": ".attention.self.Wqkv.",
-    ".attention.output.dense.": ".attention.self.out_proj.",
-}
-# Weights of a Linear, (D, C), in transformers; matrices (C, D) in ours, as in CLIP.
-TRANSPOSED = ("visual_projection.weight", "text_projection.weight")
-
-# The names of Config's fields in config.json of transformers, and the values that our model needs.
-CONFIG_JSON = {
-    "vision": {
-        "vision_heads": "num_attention_heads", "vision_layers": "num_hidden_layers",
-        "vision_width": "hidden_size", "patch_size": "patch_size", "image_size": "image_size",
-    },
-    "text": {
-        "text_heads": "num_attention_heads", "text_layers": "num_hidden_layers",
-        "text_width": "hidden_size", "text_dropout": "hidden_dropout_prob",
-    },
-}
-REQUIRED = {
-    "vision": {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
-    "text": {"hidden_act": "gelu", "layer_norm_eps": 1e-12},
-}
-
-# What is left out of a file, by the beginnings of its keys: BERT's pooler and its list of
-# positions; the pretraining heads of a BERT; everything of the other tower.
-UNUSED = ("bert.pooler.", "text_model.pooler.", "bert.embeddings.position_ids",
-          "text_model.embeddings.position_ids", "vision_model.embeddings.position_ids")
-SKIPPED = {
-    None: UNUSED,
-    "vision": (*UNUSED, "bert.", "text_model.", "transformer.", "token_embedding.", "ln_final.",
-               "positional_embedding", "text_projection", "input_resolution", "context_length",
-               "vocab_size"),
-    "text": (*UNUSED, "pooler.", "embeddings.position_ids", "cls.", "visual.", "vision_model.",
-             "visual_projection.", "text_projection", "logit_scale"),
-}
 
 
 class Layout:
@@ -134,29 +116,29 @@ class Layout:
 
         `resnet`: blocks in each of the four groups, None for a ViT. `flash`: with FlashAttention.
         """
+        hub, names = name == "Hugging Face", TABLES["names"]
         self.name, self.resnet = name, resnet
-        self.vision, self.other = CLIP_VIT, {}
-        if name == "Hugging Face":
-            self.vision, text_prefix = HUB_VIT, "text_model."
-            self.other = {"text_projection": "text_projection.weight"}
+        self.text_prefix = "text_model." if hub else text_prefix
+        self.text, self.vision = names["BERT"], names["Hugging Face ViT" if hub else "ViT"]
         if resnet:
             places = [f"visual.layer{group}.{i}." for group, blocks in enumerate(resnet, start=1)
                       for i in range(blocks)]
             blocks = {f"vision.blocks.{k}.": place for k, place in enumerate(places)}
-            self.vision = blocks | CLIP_RESNET
-        self.text = {}
-        for ours, theirs in BERT.items():
-            self.text[ours] = theirs if ours.startswith(".") else text_prefix + theirs
-        if flash:
-            self.vision = {ours: FLASH.get(theirs, theirs) for ours, theirs in self.vision.items()}
-            self.text = {ours: FLASH.get(theirs, theirs) for ours, theirs in self.text.items()}
+            self.vision = blocks | names["ResNet"]
+        self.flash = names["FlashAttention"] if flash else {}
 
     def names(self, key):
-        """Our key -> its keys there: [one]; or for a.<q|k|v>.b the three [a.q.b, a.k.b, a.v.b]."""
-        tower = key.partition(".")[0]
-        table = {"vision": self.vision, "text": self.text}.get(tower, self.other)
-        for ours, theirs in table.items():
+        """Our key -> its keys there: [one], or three for our one matrix of queries, keys, values.
+
+        Each left side of a table is replaced by its right side, in order:
+            vision.blocks.7.norm1.weight -> visual.transformer.resblocks.7.ln_1.weight
+            a.qkv.b -> a.<q|k|v>.b -> [a.q.b, a.k.b, a.v.b]
+        """
+        text = key.startswith("text.")
+        for ours, theirs in [*(self.text if text else self.vision).items(), *self.flash.items()]:
             key = key.replace(ours, theirs)
+        if text:
+            key = self.text_prefix + key
         if "<" not in key:
             return [key]
         before, choices, after = re.split("[<>]", key)
@@ -196,16 +178,11 @@ def layout_of(keys):
         return Layout(name, resnet=groups if any(groups) else None, flash=flash)
     if "bert" in first_words or "embeddings" in first_words:
         return Layout("BERT", text_prefix="bert." if "bert" in first_words else "")
-    raise BadInput("its tensors are not those of Chinese-CLIP, ChineseCLIPModel, OpenAI CLIP "
-                   "or BERT")
+    raise BadInput("its tensors are not those of Chinese-CLIP, OpenAI CLIP or BERT")
 
 
 def count_blocks(keys, prefix):
-    """How many blocks stand under `prefix`: the count of most tensors of a block.
-
-    If ln_1.weight occurs 11 times and the other 11 tensors 12 times, there are 12 blocks, and
-    `check_tensors` names the one that is missing.
-    """
+    """How many blocks stand under `prefix`: the count of most tensors, even if one is missing."""
     inner = [key.removeprefix(prefix).partition(".")[2] for key in keys if key.startswith(prefix)]
     return mode(Counter(inner).values()) if inner else 0
 
@@ -223,12 +200,10 @@ def read_foreign(content, path, tower):
     try:
         layout = layout_of(tensors)
         if layout.name == "BERT" and tower != "text":
-            raise BadInput("it is a BERT, without a vision tower; "
-                           "stage 1 takes it as --text-weights")
+            raise BadInput("a BERT, without a vision tower; stage 1 takes it as --text-weights")
         if layout.name == "OpenAI CLIP" and tower != "vision":
-            raise BadInput("it is an OpenAI CLIP, without a Chinese text tower; "
-                           "stage 1 takes it as --vision-weights")
-        sizes = sizes_of(tensors, layout, config_json_sizes(path, layout, tower), tower)
+            raise BadInput("an OpenAI CLIP; stage 1 takes its vision tower as --vision-weights")
+        sizes = sizes_of(tensors, layout, path, (tower,) if tower else ("vision", "text"))
         # the known row adds the dropout, which tensors do not tell, and the other tower's sizes
         config = dataclasses.replace(closest_config(sizes), **sizes)
         model = empty_model(config)
@@ -240,7 +215,7 @@ def read_foreign(content, path, tower):
 
     skipped = Counter()
     for key in tensors.keys() - expected.keys():
-        prefix = next(filter(key.startswith, SKIPPED[tower]), None)
+        prefix = next(filter(key.startswith, SKIPPED[tower or "both"]), None)
         if prefix:
             skipped[prefix] += 1
             del tensors[key]
@@ -267,22 +242,20 @@ def named_tensors(content, path):
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name in renamed:
-            raise BadInput(f"{path}: two of its tensors have the name {name}, "
-                           "with and without a prefix")
+            raise BadInput(f"{path}: two of its tensors have the name {name}")
         x = tensors.pop(key)
         half = is_dense(x) and x.dtype in (torch.float16, torch.bfloat16)
         renamed[name] = x.float() if half else x
     return renamed
 
 
-def sizes_of(tensors, layout, told, tower):
-    """Fields of Config, those of `tower` alone when it is given, read off the shapes.
+def sizes_of(tensors, layout, path, towers):
+    """Config's fields for `towers`, read off the shapes; a config.json beside them must agree.
 
-    `told`: fields in config.json, which must agree. Shapes do not tell the heads: they come from
-    `told`, or from the row of CONFIGS with that width.
+    Shapes do not tell the heads: config.json does, or the row of CONFIGS with that width.
     """
     def shape(key, dims):
-        """The shape of our tensor `key`, which has `dims` dimensions, under its name there."""
+        """The shape of our tensor `key`, which has `dims` dimensions, as it is there."""
         name = layout.names(key)[0]
         if name not in tensors:
             raise BadInput(f"{name} is missing")
@@ -291,8 +264,8 @@ def sizes_of(tensors, layout, told, tower):
             raise BadInput(f"{name} is {describe(x)}, not a tensor of {dims} dimensions")
         return x.T.shape if name in TRANSPOSED else x.shape
 
-    sizes = {}
-    if tower != "text":
+    told, sizes = config_json_sizes(path, layout.name, towers), {}
+    if "vision" in towers:
         if layout.resnet:
             step = 32                                   # it halves its map five times
             sizes |= {"patch_size": None, "vision_layers": layout.resnet}
@@ -300,15 +273,15 @@ def sizes_of(tensors, layout, told, tower):
             sizes["embed_dim"] = shape("vision.attention_pool.out.weight", 2)[0]
             sizes["vision_width"] = common_length(tensors, "visual.bn3.")
         else:
-            blocks = layout.vision["vision.blocks."]
+            blocks = layout.names("vision.blocks.")[0]
             step = shape("vision.patch_embed.weight", 4)[3]
             sizes |= {"patch_size": step, "vision_layers": count_blocks(tensors, blocks)}
             rows = shape("vision.position_embed", 2)[0]
             sizes["embed_dim"] = shape("vision.projection", 2)[1]
             sizes["vision_width"] = common_length(tensors, blocks)
         sizes["image_size"] = step * math.isqrt(max(0, rows - 1))     # rows = 1 + side² positions
-    if tower != "vision":
-        blocks, words = layout.text["text.blocks."], "text.word_embed.weight"
+    if "text" in towers:
+        blocks, words = layout.names("text.blocks.")[0], "text.word_embed.weight"
         sizes["vocab_size"] = shape(words, 2)[0]
         if sizes["vocab_size"] != Config.vocab_size:
             raise BadInput(f"{layout.names(words)[0]} has {sizes['vocab_size']:,} rows, "
@@ -320,13 +293,12 @@ def sizes_of(tensors, layout, told, tower):
     for field, value in told.items():
         if sizes.setdefault(field, value) != value:
             raise BadInput(f"its config.json says {field} {value}, its tensors say {sizes[field]}")
-    for name in TOWER_KEYS if tower is None else (tower,):
-        if f"{name}_heads" not in sizes:
-            width = sizes[f"{name}_width"]
-            sizes[f"{name}_heads"] = known_heads(name, width, layout.resnet)
-            if sizes[f"{name}_heads"] is None:
-                raise BadInput(f"shapes do not tell the heads of a {name} tower {width} wide; "
-                               "add its sizes to CONFIGS in model.py")
+    for tower in towers:
+        width = sizes[f"{tower}_width"]
+        heads = sizes.setdefault(f"{tower}_heads", known_heads(tower, width, layout.resnet))
+        if heads is None:
+            raise BadInput(f"shapes do not tell the heads of a {tower} tower {width} wide; "
+                           "add its sizes to CONFIGS in model.py")
     return sizes
 
 
@@ -348,36 +320,35 @@ def known_heads(tower, width, resnet):
     return None
 
 
-def config_json_sizes(path, layout, tower):
+def config_json_sizes(path, layout, towers):
     """Fields of Config in the config.json beside Hugging Face weights; {} without that file.
 
     BadInput for another network than ours: other activations, epsilons, vocabularies.
     """
-    if layout.name not in ("Hugging Face", "BERT"):
+    if layout not in ("Hugging Face", "BERT"):
         return {}
     folder, sizes = path if path.is_dir() else path.parent, {}
-    if tower != "vision" and (folder / "vocab.txt").is_file():
+    if "text" in towers and (folder / "vocab.txt").is_file():
         words = (folder / "vocab.txt").read_text(encoding="utf-8", errors="replace").split()
         if words != VOCAB.read_text(encoding="utf-8").split():
-            raise BadInput("its vocab.txt is not the vocabulary of tokenizer/vocab.txt: "
-                           "these weights were trained with other tokens")
+            raise BadInput("its vocab.txt holds other tokens than tokenizer/vocab.txt")
     if not (folder / "config.json").is_file():
         return sizes
     config = read_json(folder / "config.json")
-    if tower is None and config.get("model_type", "chinese_clip") != "chinese_clip":
-        raise BadInput(f"its config.json says model_type {config['model_type']}, not chinese_clip; "
+    kind = config.get("model_type", "chinese_clip")
+    if len(towers) == 2 and kind != "chinese_clip":
+        raise BadInput(f"its config.json says model_type {kind}, not chinese_clip; "
                        "stage 1 takes the vision tower of a clip as --vision-weights")
-    if layout.name == "Hugging Face" and tower != "text" and "projection_dim" in config:
+    if layout == "Hugging Face" and "vision" in towers and "projection_dim" in config:
         sizes["embed_dim"] = config["projection_dim"]
-    for name in TOWER_KEYS if tower is None else (tower,):
-        part = config if layout.name == "BERT" else config.get(f"{name}_config")
+    for tower in towers:
+        part = config if layout == "BERT" else config.get(f"{tower}_config")
         if not isinstance(part, dict):
-            raise BadInput(f"its config.json has no {name}_config")
-        for key, value in REQUIRED[name].items():
+            raise BadInput(f"its config.json has no {tower}_config")
+        for key, value in TABLES["required"][tower].items():
             if part.get(key, value) != value:
-                raise BadInput(f"its config.json says {key} {part[key]} for the {name} tower; "
+                raise BadInput(f"its config.json says {key} {part[key]} for the {tower} tower; "
                                f"the model here has {value}")
-        for field, key in CONFIG_JSON[name].items():
-            if key in part:
-                sizes[field] = part[key]
+        known = TABLES["config.json"][tower].items()
+        sizes |= {field: part[key] for field, key in known if key in part}
     return sizes

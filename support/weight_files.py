@@ -18,20 +18,18 @@ def open_file(path, mapped=True):
     `mapped`: the tensors of a .pt file stay in its pages (mmap).
     """
     if not path.is_file():
-        raise BadInput(f"{path}: neither a file nor a folder")          # reading a pipe would wait
+        raise BadInput(f"{path}: missing, or not a file")       # reading a pipe would wait
     try:
         content = read_any(path, mapped)
     except Exception as error:                          # damage comes in many kinds
         # "global": torch's weights-only unpickler says so, and the one below
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise BadInput(f"{path}: it holds more than tensors and plain values, and reading that "
-                           "could run code: refused") from None
+            raise BadInput(f"{path}: not only tensors; it could run code: refused") from None
         reason = (str(error).splitlines() or [""])[0][:120]
         raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else "
                        f"({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict):
-        raise BadInput(f"{path}: not a checkpoint: it holds a {type(content).__name__}, "
-                       "not a table of named tensors")
+        raise BadInput(f"{path}: it holds a {type(content).__name__}, not named tensors")
     return content
 
 
@@ -73,14 +71,11 @@ def open_folder(path):
         raise BadInput(f"{file}: its weight_map does not map tensors to files of the folder")
     tensors = {}
     for name in sorted(set(map(str, shard_of.values()))):
-        if not (path / name).is_file():
-            raise BadInput(f"{path / name}: missing, but listed in {file.name}")
         shard = open_file(path / name, mapped=False)
         listed = {key for key, where in shard_of.items() if where == name}
         wrong = sorted(map(str, shard.keys() ^ listed))
         if wrong:
-            raise BadInput(f"{path / name}: its tensors are not those that {file.name} lists: "
-                           f"{wrong[0]}")
+            raise BadInput(f"{path / name}: not the tensors that {file.name} lists: {wrong[0]}")
         tensors |= shard
     return tensors
 
@@ -180,16 +175,14 @@ def read_torchscript(archive):
             content = bytearray(archive.read(f"{root}/data/{name}"))
             return torch.frombuffer(content, dtype=dtype, count=count)
 
-    tensors, seen = {}, set()
-    waiting = [("", Unpickler(archive.open(f"{root}/data.pkl")).load())]
-    while waiting:
-        prefix, module = waiting.pop()
-        if id(module) in seen:
-            raise ValueError("a module contains itself")
-        seen.add(id(module))
+    tensors = {}
+
+    def collect(module, prefix):
         for name, value in vars(module).items():
             if torch.is_tensor(value):
                 tensors[prefix + name] = value
             elif isinstance(value, Module):
-                waiting.append((f"{prefix}{name}.", value))
+                collect(value, f"{prefix}{name}.")
+
+    collect(Unpickler(archive.open(f"{root}/data.pkl")).load(), "")
     return tensors

@@ -6,9 +6,8 @@
     OpenAI CLIP           for stage 1, the vision tower alone: TorchScript, .pt, Hugging Face
     BERT, RoBERTa, RBT3   for stage 1, the text tower alone: .safetensors or .bin of Hugging Face
 
-The content tells the format, and the tensors' shapes the sizes; the number of heads comes from
-config.json or the table CONFIGS. Each tensor of a file is used, or it is on a short list of what is
-left out, or the file is refused with the tensor's name. No code of a file ever runs.
+The content tells the format, and the tensors' shapes the sizes. Each tensor of a file is used, or
+it is on a short list, or the file is refused with the tensor's name. No code of a file ever runs.
 """
 import argparse
 import dataclasses
@@ -21,25 +20,15 @@ import torch.nn.functional as F
 
 from model import Config
 from support import system
-from support.checks import (check_names_and_shapes, check_tensors, closest_config, config_of,
-                            empty_model, name_of)
 from support.exports import check_free, export
-from support.formats import TOWER_KEYS, read_foreign
+from support.formats import (TABLES, TOWER_KEYS, check_names_and_shapes, check_tensors,
+                             closest_config, config_of, empty_model, name_of, read_foreign)
 from support.images import Transform
 from support.system import BadInput
 from support.weight_files import open_file, open_folder
 
 FORMAT = "ce-clip 1"
-
-# Released weights: name -> repository and file on the Hugging Face hub.
-NAMES = {
-    "cn-clip-rn50": ("OFA-Sys/chinese-clip-rn50", "clip_cn_rn50.pt"),
-    "cn-clip-vit-b-16": ("OFA-Sys/chinese-clip-vit-base-patch16", "clip_cn_vit-b-16.pt"),
-    "cn-clip-vit-l-14": ("OFA-Sys/chinese-clip-vit-large-patch14", "clip_cn_vit-l-14.pt"),
-    "cn-clip-vit-l-14-336":
-        ("OFA-Sys/chinese-clip-vit-large-patch14-336px", "clip_cn_vit-l-14-336.pt"),
-    "cn-clip-vit-h-14": ("OFA-Sys/chinese-clip-vit-huge-patch14", "clip_cn_vit-h-14.pt"),
-}
+NAMES = TABLES["released"]              # name -> repository and file on the Hugging Face hub
 
 # The fields of Config that describe each tower.
 TOWER_SIZES = {
@@ -60,27 +49,32 @@ def save(path, model, **extra):
 def load(source, device="cpu", image_size=None):
     """A file, a folder or a name of NAMES -> (model, transform).
 
-    The model is in evaluation mode and float32; transform: PIL image -> (3, R, R). `image_size`
-    asks for another image side R, in pixels, than the weights were trained with. BadInput when a
-    tensor is missing, unknown, of another shape or not finite.
-
-    Tensors of a .pt file stay in its pages (mmap) until they change: while the model lives, replace
-    that file by renaming, never by overwriting.
+    The model is in evaluation mode and float32; transform: PIL image -> (3, R, R). `image_size`:
+    R in pixels, if not that of the training. BadInput when a tensor is missing, unknown, of another
+    shape or not finite. Tensors of a .pt file stay in its pages (mmap) until they change: replace
+    the file by renaming, never by overwriting.
     """
-    state = read(source)
-    model = model_of(state if image_size is None else resized(state, image_size), source)
+    model = model_of(resized(read(source), image_size))
     return model.to(device), Transform(model.cfg.image_size)
 
 
-def model_of(state, source):
-    """What `read` gives -> the model, in evaluation mode and float32."""
-    model = empty_model(config_of(state))
-    load_into(model, state, source, assign=True)
+def model_of(state):
+    """What `read` gives -> the model, in evaluation mode and float32.
+
+    Views of another tensor are copied: training one tensor must not change another.
+    """
+    model, tensors, seen = empty_model(config_of(state)), {}, set()
+    for key, x in state["model"].items():
+        memory = x.untyped_storage().data_ptr()
+        view = memory in seen or not x.is_contiguous()
+        tensors[key] = x.clone(memory_format=torch.contiguous_format) if view else x
+        seen.add(memory)
+    model.load_state_dict(tensors, assign=True)
     return model.eval()
 
 
-def load_into(model, state, source, assign=False):
-    """Copy a checkpoint's tensors into the model; with `assign` make them the model's own.
+def load_into(model, state, source):
+    """Copy a checkpoint's tensors into the model.
 
     A state of `read_towers` fills its towers alone. Position embeddings are resized to the model's
     image size. BadInput, and nothing changes, when the architecture is another one.
@@ -95,26 +89,11 @@ def load_into(model, state, source, assign=False):
     message = (f"{source}: the tensors do not fit the architecture {name_of(model.cfg)} "
                f"(the file says {name_of(config)})")
     check_names_and_shapes(state["model"], expected, message)
-    for tower in towers:                                # shapes cannot tell heads
-        theirs, ours = (getattr(cfg, f"{tower}_heads") for cfg in (config, model.cfg))
-        if theirs != ours:
-            raise BadInput(f"{message}: {tower}_heads is {theirs}, not {ours}")
-    tensors = without_shared_memory(state["model"]) if assign else state["model"]
-    model.load_state_dict(model.state_dict() | tensors, assign=assign)
-
-
-def without_shared_memory(tensors):
-    """The same tensors; views of another one, or of themselves, are copied.
-
-    Training one tensor must not change another.
-    """
-    seen, result = set(), {}
-    for key, x in tensors.items():
-        memory = x.untyped_storage().data_ptr()
-        shared = memory in seen or not x.is_contiguous()
-        result[key] = x.clone(memory_format=torch.contiguous_format) if shared else x
-        seen.add(memory)
-    return result
+    for field in [f"{tower}_heads" for tower in towers]:        # shapes do not tell the heads
+        if getattr(config, field) != getattr(model.cfg, field):
+            raise BadInput(f"{message}: {field} is {getattr(config, field)}, "
+                           f"not {getattr(model.cfg, field)}")
+    model.load_state_dict(state["model"], strict=False)         # the other tower stays
 
 
 def fingerprint(model):
@@ -139,8 +118,8 @@ def read(source, tower=None, mapped=True):
     """Any checkpoint -> {"config": sizes, "model": tensors under our names, …}, checked.
 
     Our own files keep their other entries; those of others get "layout" and "skipped". `tower`
-    "vision" or "text": the tensors and sizes of that tower alone. `mapped`: the tensors of a .pt
-    file stay in its pages, which processes share; otherwise they are read into memory. BadInput.
+    "vision" or "text": that tower alone. `mapped`: the tensors of a .pt file stay in its pages,
+    which processes share; otherwise they are read into memory. BadInput.
     """
     path = find(source)
     try:
@@ -148,8 +127,8 @@ def read(source, tower=None, mapped=True):
     except BadInput as error:
         if path == Path(source):
             raise
-        place = path.resolve()                          # in the hub's cache the path is a link
-        raise BadInput(f"{error}. Delete {place}, and it will be downloaded again") from None
+        # resolve: in the hub's cache the path is a link
+        raise BadInput(f"{error}. Delete {path.resolve()} to download it again") from None
     own = content.get("format") == FORMAT
     state = read_own(content, path) if own else read_foreign(content, path, tower)
     if tower is not None:
@@ -176,13 +155,11 @@ def find(source):
 def read_own(state, path):
     """What a file of ours holds, checked: the tensors are those of its config, and finite."""
     if not isinstance(state.get("config"), dict) or not isinstance(state.get("model"), dict):
-        raise BadInput(f"{path}: not a checkpoint of this project (it needs the entries "
-                       f"format = {FORMAT!r}, config, model)")
+        raise BadInput(f"{path}: not a checkpoint of this project (it lacks config or model)")
     try:
         expected = empty_model(config_of(state)).state_dict()
     except Exception as error:                          # a config can be wrong in many ways
-        raise BadInput(f"{path}: its config does not describe a model of this version "
-                       f"({type(error).__name__}: {error})") from None
+        raise BadInput(f"{path}: its config describes no model of this version ({error})") from None
     check_tensors(state["model"], expected, path, config_of(state))
     # read_foreign and read_towers add these entries; a file must not bring them
     entries = {k: v for k, v in state.items() if k not in ("layout", "towers", "skipped")}
@@ -197,8 +174,7 @@ def read_towers(vision, text, config=None):
     do not go together.
     """
     if vision is None and config is None:
-        raise BadInput(f"--text-weights {text}: which vision tower goes with it? "
-                       "Pass --vision-weights or --model")
+        raise BadInput(f"--text-weights {text}: pass --vision-weights or --model, too")
     sources = {"vision": vision, "text": text}
     states = {tower: read(source, tower) for tower, source in sources.items() if source is not None}
     config = config or closest_config(states["vision"]["config"])
@@ -211,8 +187,7 @@ def read_towers(vision, text, config=None):
     try:
         empty_model(Config(**sizes))
     except ValueError as error:
-        raise BadInput(f"{text}: its sizes do not go together with the rest of the model "
-                       f"({error})") from None
+        raise BadInput(f"{text}: its sizes do not fit the rest of the model ({error})") from None
     return {"config": sizes, "model": tensors, "towers": tuple(states),
             "skipped": "; ".join(skipped)}
 
@@ -220,18 +195,18 @@ def read_towers(vision, text, config=None):
 def resized(state, image_size):
     """The same weights for images of another size, in pixels: position embeddings are interpolated.
 
-    The first row of their table (class token or mean position) stays. BadInput for a size that the
-    model cannot have.
+    None: their own size. BadInput for a size that the model cannot have.
     """
     config = config_of(state)
     step = config.patch_size or 32                      # a ResNet halves its map five times
-    if image_size == config.image_size:
+    if image_size in (None, config.image_size):
         return state
     if not isinstance(image_size, int) or not 0 < image_size <= 4096 or image_size % step:
         raise BadInput(f"an image size of {image_size!r} does not fit: "
                        f"this model takes multiples of {step}, up to 4096")
     key = "vision.position_embed" if config.patch_size else "vision.attention_pool.position_embed"
     table, side, new = state["model"][key], config.image_size // step, image_size // step
+    # The first row (class token or mean position) stays.
     grid = table[1:].view(1, side, side, -1).permute(0, 3, 1, 2)                # (1, C, side, side)
     grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=True)  # as Chinese-CLIP
     rows = grid.permute(0, 2, 3, 1).reshape(new * new, -1)                      # (new², C)
@@ -255,28 +230,23 @@ def trained_on(state):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Check a checkpoint and say what it is; or write it for other tools.")
+    parser = argparse.ArgumentParser(description="Check a checkpoint; write it for other tools.")
     parser.add_argument("source", help=f"a file, a folder, or one of {', '.join(NAMES)}")
     parser.add_argument("--image-size", type=int,
                         help="images of another size: position embeddings are resized")
     parser.add_argument("--export", metavar="PATH", help="write the model there")
     parser.add_argument("--format", choices=("cn-clip", "huggingface"), default="cn-clip",
-                        help="of --export: a .pt file for cn_clip, or a folder for transformers "
-                             "(default: cn-clip)")
+                        help="of --export: a .pt file (default) or a folder for transformers")
     args = parser.parse_args()
     if args.export is not None:
         check_free(args.export)                         # before the reading, which takes longer
-    state = read(args.source)
-    if args.image_size is not None:
-        state = resized(state, args.image_size)
-    model = empty_model(config_of(state))
+    state = resized(read(args.source), args.image_size)
+    model = model_of(state)
     count, side = sum(p.numel() for p in model.parameters()), model.cfg.image_size
     print(f"{args.source}: {state.get('layout', 'CE-CLIP')}, {name_of(model.cfg)}, "
           f"{count:,} parameters, images of {side} x {side}, "
-          f"temperature {1 / state['model']['logit_scale'].exp():.4f}")
+          f"temperature {1 / model.logit_scale.exp().item():.4f}")
     if state.get("skipped"):
         print(f"left out: {state['skipped']}")
     if args.export is not None:
-        load_into(model, state, args.source, assign=True)
         print(export(model, args.export, args.format))

@@ -170,7 +170,7 @@ def test_compressed_files_are_read(tmp_path):
 def test_pipes_are_refused(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
     for source in (tmp_path, tmp_path / "model.safetensors"):
-        with pytest.raises(BadInput, match="model.safetensors: neither a file nor a folder"):
+        with pytest.raises(BadInput, match="model.safetensors: missing, or not a file"):
             checkpoint.load(source)
 
 
@@ -247,7 +247,7 @@ def test_whole_models_of_others_load(make, write, tmp_path, small_sizes):
     model, transform = checkpoint.load(write(tensors, tmp_path))
     cfg = peers.VIT if model.cfg.patch_size else peers.RESNET
     assert model.cfg == cfg and transform.size == cfg.image_size and not model.training and all(p.dtype == torch.float32 for p in model.parameters())
-    theirs = {k: v for k, v in tensors.items() if not k.startswith(SKIPPED[None])}
+    theirs = {k: v for k, v in tensors.items() if not k.startswith(SKIPPED["both"])}
     back = layout_of(tensors).to_theirs(model.state_dict())
     assert back.keys() == theirs.keys() and all(torch.equal(back[k], theirs[k]) for k in back)
 
@@ -265,7 +265,7 @@ PICKLES = (peers.cn_clip_file, peers.bare_file, peers.old_bare_file)            
 def test_one_wrong_tensor_in_any_format_is_named(name, how, tmp_path, small_sizes):
     _, write, tower = peers.FILES[name]
     tensors, rng = dict(tensors_of(name)), random.Random(how)
-    used = sorted(k for k in tensors if not k.startswith(SKIPPED[tower]))
+    used = sorted(k for k in tensors if not k.startswith(SKIPPED[tower or "both"]))
     for key in {used[0], used[-1], *rng.sample(used, 5)}:
         changed, named = dict(tensors), key
         if how == "missing":
@@ -299,7 +299,7 @@ def test_a_file_cut_anywhere_gives_one_line(make, write, tower, tmp_path, small_
 
 
 def test_a_towers_file_is_no_whole_model(tmp_path, small_sizes):
-    for name, message in (("openai", "an OpenAI CLIP, without a Chinese text tower; stage 1 takes it as --vision-weights"), ("bert-bin", "a BERT, without a vision tower; stage 1 takes it as --text-weights")):
+    for name, message in (("openai", "an OpenAI CLIP; stage 1 takes its vision tower as --vision-weights"), ("bert-bin", "a BERT, without a vision tower; stage 1 takes it as --text-weights")):
         make, write, _ = peers.FILES[name]
         with pytest.raises(BadInput, match=message):
             checkpoint.load(write(make(), tmp_path))
@@ -352,7 +352,7 @@ def test_another_vocabulary_is_refused(tmp_path, small_sizes):
         checkpoint.load(peers.cn_clip_file(peers.cn_clip_model(dataclasses.replace(peers.VIT, vocab_size=30000)).state_dict(), tmp_path))
     peers.hub_model(peers.VIT).save_pretrained(tmp_path / "hub")
     (tmp_path / "hub/vocab.txt").write_text("[PAD]\n一\n")
-    with pytest.raises(BadInput, match="its vocab.txt is not the vocabulary of tokenizer/vocab.txt"):
+    with pytest.raises(BadInput, match="its vocab.txt holds other tokens than tokenizer/vocab.txt"):
         checkpoint.load(tmp_path / "hub")
 
 
@@ -379,7 +379,7 @@ def test_a_folder_tells_its_heads_itself(tmp_path):
 
 
 @pytest.mark.parametrize("harm, message", [
-    (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "model-00001-of-00002.safetensors: missing, but listed in model.safetensors.index.json"),
+    (lambda f: (f / "model-00001-of-00002.safetensors").unlink(), "model-00001-of-00002.safetensors: missing, or not a file"),
     (lambda f: (f / "model.safetensors.index.json").write_text("{"), "not readable as JSON"),
     (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "holds a list"),
     (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.bin"}}'), "does not map tensors to files of the folder"),
@@ -423,7 +423,7 @@ def test_a_torchscript_archive_in_a_circle_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("a/constants.pkl", b"")
         archive.writestr("a/data.pkl", b"\x80\x02c__torch__\nM\n)\x81q\x00}q\x01X\x01\x00\x00\x00sh\x00sb.")      # M().s = that M
-    with pytest.raises(BadInput, match="a module contains itself"):
+    with pytest.raises(BadInput, match="a.pt: not a readable checkpoint.*RecursionError"):
         checkpoint.read(tmp_path / "a.pt", "vision")
 
 
@@ -467,9 +467,9 @@ def test_stage_1_takes_its_towers_from_two_files(tmp_path, small_sizes):
         torch.testing.assert_close(model.eval().text(ids), bert.bert(ids, ids.ne(0)).last_hidden_state[:, 0], rtol=1e-5, atol=1e-5)
     assert torch.equal(model.text_projection, projection) and torch.equal(model.logit_scale, clip.logit_scale)
     checkpoint.save(tmp_path / "short.pt", CLIP(dataclasses.replace(peers.VIT, text_positions=40, context_length=30)))
-    with pytest.raises(BadInput, match="short.pt: its sizes do not go together"):
+    with pytest.raises(BadInput, match="short.pt: its sizes do not fit the rest of the model"):
         checkpoint.read_towers(files["openai"], tmp_path / "short.pt")
-    with pytest.raises(BadInput, match="which vision tower goes with it"):
+    with pytest.raises(BadInput, match="pass --vision-weights or --model"):
         checkpoint.read_towers(None, files["bert-old"])
 
 
@@ -556,7 +556,7 @@ def test_export_refuses_what_others_could_not_read(tmp_path, small_sizes):
         (CLIP(peers.VIT), "there.pt/a.pt", "cn-clip", "does not exist"),
         (CLIP(peers.RESNET), "a", "huggingface", "transformers has no ChineseCLIPModel with a ResNet"),
         (CLIP(dataclasses.replace(peers.VIT, vision_heads=6)), "a.pt", "cn-clip", "its readers take 3 for the vision tower; this model has 6"),
-        (CLIP(VIT), "a.pt", "cn-clip", "a model with 200 tokens is not for other tools"),
+        (CLIP(VIT), "a.pt", "cn-clip", "other tools know 21,128 tokens, not 200"),
         (CLIP(peers.VIT), "a.pt", "onnx", "cn-clip or huggingface"),
     ):
         with pytest.raises(BadInput, match=message):
@@ -608,5 +608,5 @@ def test_a_name_downloads_once(hub, tmp_path, small_sizes):
 def test_a_damaged_file_in_the_cache_says_what_to_do(hub, tmp_path):
     hub.content = b"not a checkpoint"
     hub.tag = hashlib.sha256(hub.content).hexdigest()
-    with pytest.raises(BadInput, match="clip_cn_rn50.pt: not a readable checkpoint.*Delete .*/blobs/.*, and it will be downloaded again"):
+    with pytest.raises(BadInput, match="clip_cn_rn50.pt: not a readable checkpoint.*Delete .*/blobs/.* to download it again"):
         checkpoint.load("cn-clip-rn50")
