@@ -8,7 +8,6 @@ import collections
 import functools
 import hashlib
 import itertools
-import struct
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from data import data_name
 from model import Config
 from support import system
 from support.captions import sentence_key
-from support.images import decoded, reader_loader
+from support.images import decoded, reader_loader, refused_as
 from support.shards import ShardSplit, is_pattern
 from support.system import BadInput, printable
 from support.tables import TABLE_1, against_paper
@@ -27,7 +26,7 @@ from tokenizer import PAD, Tokenizer, UNK
 
 ROOM = Config.context_length - 2            # tokens that are read, without [CLS] and [SEP]
 ALIKE = 6                                   # of 256 bits; JPEG of quality 60 changes up to 6
-LOOK = np.dtype([("number", "u8"), ("bytes", "u8"), ("pixels", "u8"), ("bits", "u1", 32)])
+LOOK = np.dtype([("number", "<i8"), ("bytes", "u8"), ("pixels", "u8"), ("bits", "u1", 32)])
 
 # The kinds of findings, in the order of the report …
 CLOSED = "splits that cannot be opened, or are cut short"
@@ -42,7 +41,7 @@ UNKNOWN = "captions that are mostly [UNK]: characters that the model does not kn
 SILENT = "images without a caption"
 BLIND = "captions without an image"
 KINDS = (CLOSED, BROKEN, LEAKED, EMPTY, SIMILAR, TWICE, SHARED, LONG, UNKNOWN, SILENT, BLIND)
-WRONG = (CLOSED, BROKEN, LEAKED, EMPTY)     # … of which these make a data set not sound
+WRONG = KINDS[:4]                           # … of which these make a data set not sound
 
 
 def check(source, data_root, processes, json_file):
@@ -51,30 +50,36 @@ def check(source, data_root, processes, json_file):
     json_file: the file for all findings, or None.
     """
     found, rows, known = {kind: [] for kind in KINDS}, [], data_name(source)
-    contents, looks, sentences = {}, {}, {}                         # of each split
+    splits, looks, keys = {}, {}, {}
     for name in data.all_names(source, data_root):
         title = "all" if is_pattern(source) else name
         try:
             split = data.open_split(source, name, data_root)
-            in_shards = isinstance(split, ShardSplit)
-            content = InShards(split, title, found) if in_shards else InMemory(split, title, found)
-            keys = check_captions(title, content.captions(), found)
-            looks[title] = check_images(title, content, found, processes)
+            look_over = in_shards if isinstance(split, ShardSplit) else in_memory
+            images, captions = look_over(split, title, found)
+            its_keys = check_captions(title, captions, found)
+            looks[title] = check_images(title, split, images, found, processes)
         except (BadInput, OSError) as error:
             found[CLOSED].append(f"{title}: {error}")
             continue
-        contents[title], sentences[title] = content, keys
-        captions = len(np.unique(keys)) if in_shards else len(keys)             # shards repeat them
-        rows.append({"split": title, "images": content.count, "captions": captions,
+        splits[title], keys[title] = split, its_keys
+        # an image of shards repeats the captions that it shares
+        captions = len(np.unique(its_keys) if isinstance(split, ShardSplit) else its_keys)
+        rows.append({"split": title, "images": len(images), "captions": captions,
                      "pairs": len(split), "table_1": TABLE_1.get(known, {}).get(name)})
-        print(f"{title:8} {content.count:8,} images {captions:8,} captions {len(split):8,} pairs"
+        print(f"{title:8} {len(images):8,} images {captions:8,} captions {len(split):8,} pairs"
               + against_paper(known, name, len(split)))
-    if not is_pattern(source) and (missing := {"train", "valid", "test"} - set(contents)):
+    if not is_pattern(source) and (missing := {"train", "valid", "test"} - set(splits)):
         print(f"note: there is no split {', '.join(sorted(missing))}")
-    find_equal_images(looks, contents, found)
-    find_equal_captions(sentences, contents, found)
-    find_similar_images(looks, contents, found)
-    wrong = report(found)
+    find_equal_images(splits, looks, found)
+    find_equal_captions(splits, keys, found)
+    find_similar_images(splits, looks, found)
+    for kind, lines in found.items():
+        print(f"{'' if kind in WRONG else 'note: '}{kind}: {len(lines):,}")
+        print("".join(f"    {line}\n" for line in lines[:10]), end="")
+        if len(lines) > 10:
+            print(f"    … and {len(lines) - 10:,} more")
+    wrong = [f"{len(found[kind]):,} {kind}" for kind in WRONG if found[kind]]
     if json_file is not None:
         system.write_json(json_file, {"data": source, "sound": not wrong, "splits": rows,
                                       "found": found})
@@ -82,94 +87,59 @@ def check(source, data_root, processes, json_file):
     return not wrong
 
 
-def report(found):
-    """Print up to ten findings of each kind -> what is wrong, in words."""
-    wrong = []
-    for kind, lines in found.items():
-        print(f"{'' if kind in WRONG else 'note: '}{kind}: {len(lines):,}")
-        for line in lines[:10]:
-            print(f"    {line}")
-        if len(lines) > 10:
-            print(f"    … and {len(lines) - 10:,} more")
-        if lines and kind in WRONG:
-            wrong.append(f"{len(lines):,} {kind}")
-    return wrong
+# ---- what a split holds. An image's number is its place; in shards that of its first pair.
+
+
+def in_memory(split, title, found):
+    """-> the numbers of a split's images, (name, text) of each caption. Notes what stands alone."""
+    described = {i for images in split.positives for i in images}
+    for i in range(len(split.image_ids)):
+        if i not in described:
+            found[SILENT].append(f"{title}: image {image_name(split, i)}")
+    captions = [(f"caption {t}", text) for t, text in enumerate(split.texts, 1)]
+    for (name, text), images in zip(captions, split.positives):
+        if not images:
+            found[BLIND].append(f"{title}: {name}: {quoted(text)}")
+    return range(len(split.image_ids)), captions
+
+
+def in_shards(split, title, found):
+    """The same of shards, whose captions are read when they are needed."""
+    images, captioned = array.array("q"), array.array("q")
+    for k in range(len(split)):
+        _, (_, image_size, _, text_size, _, which) = split.row(k)
+        if which > 0:                                               # another caption of the image
+            continue
+        if image_size >= 0:
+            images.append(k)
+        if text_size >= 0:
+            captioned.append(k)
+        if image_size < 0 or text_size < 0:
+            kind = BLIND if image_size < 0 else SILENT
+            found[kind].append(f"{title}: {image_name(split, k)}")
+    for path in split.damaged:
+        found[CLOSED].append(f"{title}: {path}: damaged or cut short; replace it")
+
+    def captions():
+        for k in captioned:
+            try:
+                for text in split.captions(k)[1]:
+                    yield image_name(split, k), text
+            except BadInput as error:
+                found[EMPTY].append(f"{title}: {error}")
+
+    return images, captions()
+
+
+def image_name(split, number):
+    if isinstance(split, ShardSplit):
+        where = split.where(number)
+        return f"{printable(where['member'])} of {where['file']}"
+    return printable(split.image_ids[number])
 
 
 def quoted(text):
     return printable(text if len(text) <= 40 else text[:40] + "…")
-
-
-# ---- what a split holds
-
-
-class InMemory:
-    """What a split holds: `count` images, captions. What stands alone goes to `found`."""
-
-    def __init__(self, split, title, found):
-        self.split, self.count, self.texts = split, len(split.image_ids), split.texts
-        described = {i for images in split.positives for i in images}
-        for i in range(self.count):
-            if i not in described:
-                found[SILENT].append(f"{title}: image {self.name(i)}")
-        for t, images in enumerate(split.positives):
-            if not images:
-                found[BLIND].append(f"{title}: caption {t + 1}: {quoted(self.texts[t])}")
-
-    def read(self, i):
-        return self.split.image_bytes(i)
-
-    def name(self, i):
-        return printable(self.split.image_ids[i])
-
-    def captions(self):
-        """(name, text) of each caption."""
-        for t, text in enumerate(self.texts):
-            yield f"caption {t + 1}", text
-
-
-class InShards:
-    """The same of shards. Their captions are not in memory, and repeat for each image."""
-
-    texts = None
-
-    def __init__(self, split, title, found):
-        self.split, self.title, self.found = split, title, found
-        self.pairs, self.captioned = array.array("q"), array.array("q")         # of each image one
-        for k in range(len(split)):
-            _, (_, image_size, _, text_size, _, which) = split.row(k)
-            if which > 0:                                           # another of its captions
-                continue
-            if image_size >= 0:
-                self.pairs.append(k)
-            if text_size >= 0:
-                self.captioned.append(k)
-            if image_size < 0 or text_size < 0:
-                found[BLIND if image_size < 0 else SILENT].append(f"{title}: {self.place(k)}")
-        for path in split.damaged:
-            found[CLOSED].append(f"{title}: {path}: damaged or cut short; replace it")
-        self.count = len(self.pairs)
-
-    def place(self, k):
-        """The member of a shard that has pair k."""
-        where = self.split.where(k)
-        return f"{printable(where['member'])} of {where['file']}"
-
-    def read(self, i):
-        return self.split.pair_bytes(self.pairs[i])
-
-    def name(self, i):
-        return self.place(self.pairs[i])
-
-    def captions(self):
-        for k in self.captioned:
-            try:
-                texts = self.split.captions(k)[1]
-            except BadInput as error:
-                self.found[EMPTY].append(f"{self.title}: {error}")
-                continue
-            for text in texts:
-                yield self.place(k), text
 
 
 # ---- look at each caption and image
@@ -193,15 +163,16 @@ def check_captions(title, captions, found):
     return np.array(keys, np.uint64)
 
 
-def check_images(title, content, found, processes):
+def check_images(title, split, images, found, processes):
     """Decode every image, in `processes` processes -> rows of LOOK of those that can be read."""
     kept = bytearray()
-    loader = reader_loader(range(content.count), processes if processes > 1 else 0, batch_size=32,
-                           collate_fn=functools.partial(look, content.read))
-    with system.progress(f"{title}: images looked at", content.count) as progress:
-        for i, (row, reason) in enumerate(itertools.chain.from_iterable(loader)):
+    read = split.pair_bytes if isinstance(split, ShardSplit) else split.image_bytes
+    loader = reader_loader(images, processes if processes > 1 else 0, batch_size=32,
+                           collate_fn=functools.partial(look, read))
+    with system.progress(f"{title}: images looked at", len(images)) as progress:
+        for (row, reason), number in zip(itertools.chain.from_iterable(loader), images):
             if reason:
-                found[BROKEN].append(f"{title}: image {content.name(i)}: {reason}")
+                found[BROKEN].append(f"{title}: image {image_name(split, number)}: {reason}")
             kept += row
             progress.update()
     return np.frombuffer(kept, LOOK)
@@ -210,10 +181,11 @@ def check_images(title, content, found, processes):
 def look(read, numbers):
     """(a row of LOOK, "") of each image; (b"", reason) of one that cannot be read."""
     seen = []
-    for i in numbers:
-        encoded = functools.cache(functools.partial(read, i))
+    for number in numbers:
         try:
-            image = decoded(encoded, "it")
+            with refused_as("it"):
+                encoded = read(number)
+            image = decoded(lambda: encoded, "it")
         except BadInput as error:
             seen.append((b"", str(error)))
             continue
@@ -222,9 +194,9 @@ def look(read, numbers):
         grey = np.asarray(grey).astype(int)
         brighter = np.packbits(grey[:, 1:] > grey[:, :-1]).tobytes()
         bits = bytes(32) if grey.max() - grey.min() < 16 else brighter          # nearly flat: none
-        of_bytes = hashlib.md5(encoded()).digest()
+        of_bytes = hashlib.md5(encoded).digest()
         of_pixels = hashlib.md5(repr(image.size).encode() + image.tobytes()).digest()
-        seen.append((struct.pack("=Q8s8s32s", i, of_bytes[:8], of_pixels[:8], bits), ""))
+        seen.append((number.to_bytes(8, "little") + of_bytes[:8] + of_pixels[:8] + bits, ""))
     return seen
 
 
@@ -242,31 +214,34 @@ def repeated(keys):
     return list(places.values())
 
 
-def find_equal_images(looks, contents, found):
+def find_equal_images(splits, looks, found):
     """Images with the same pixels, in two splits or in one."""
-    for places in repeated({split: rows["pixels"] for split, rows in looks.items()}):
-        different = {int(looks[split]["bytes"][at]) for split, at in places}
+    for places in repeated({title: rows["pixels"] for title, rows in looks.items()}):
+        different = {int(looks[title]["bytes"][at]) for title, at in places}
         how = "the same bytes" if len(different) == 1 else "the same pixels in other bytes"
         names = collections.defaultdict(list)                       # split -> its images
-        for split, at in places:
-            names[split].append(f"{split} {contents[split].name(looks[split]['number'][at])}")
+        for title, at in places:
+            number = looks[title]["number"][at]
+            names[title].append(f"{title} {image_name(splits[title], number)}")
         if len(names) > 1:
             found[LEAKED].append(f"{', '.join(sum(names.values(), []))}: {how}")
         for first, *others in names.values():
             found[TWICE] += [f"{first}, {other}: {how}" for other in others]
 
 
-def find_equal_captions(sentences, contents, found):
+def find_equal_captions(splits, keys, found):
     """Captions that are in two splits."""
-    for places in repeated(sentences):
-        if len({split for split, _ in places}) > 1:
-            texts = [contents[split].texts[t] for split, t in places if contents[split].texts]
-            shown = ", ".join(f"{split} caption {t + 1}" for split, t in places[:10])
-            found[SHARED].append((f"{quoted(texts[0])}: " if texts else "") + shown
-                                 + (", …" if len(places) > 10 else ""))
+    for places in repeated(keys):
+        if len({title for title, _ in places}) > 1:
+            shown = ", ".join(f"{title} caption {t + 1}" for title, t in places[:10])
+            shown += ", …" if len(places) > 10 else ""
+            title, t = places[0]
+            if not isinstance(splits[title], ShardSplit):
+                shown = f"{quoted(splits[title].texts[t])}: {shown}"
+            found[SHARED].append(shown)
 
 
-def find_similar_images(looks, contents, found):
+def find_similar_images(splits, looks, found):
     """Images of two splits whose pixels differ and whose bits hardly do."""
     for (one, first), (other, second) in itertools.combinations(looks.items(), 2):
         near = collections.defaultdict(list)                        # row of second -> of first
@@ -279,9 +254,10 @@ def find_similar_images(looks, contents, found):
                 if not flat and first["pixels"][at] != second["pixels"][to]:
                     near[to].append(at)
         for to, alike in near.items():
+            name = image_name(splits[other], second["number"][to])
+            alike_name = image_name(splits[one], first["number"][alike[0]])
             more = f" and {len(alike) - 1:,} more of {one}" if len(alike) > 1 else ""
-            found[SIMILAR].append(f"{other} {contents[other].name(second['number'][to])}, "
-                                  f"{one} {contents[one].name(first['number'][alike[0]])}{more}")
+            found[SIMILAR].append(f"{other} {name}, {one} {alike_name}{more}")
 
 
 def signs(rows):

@@ -30,10 +30,10 @@ import data
 from data import data_name, open_split
 from support import painter, system
 from support.captions import caption_file
-from support.folders import filled_beside
+from support.images import refused_as
 from support.shard_writer import write_shards
 from support.shards import ShardSplit, is_pattern, split_shards
-from support.system import BadInput
+from support.system import BadInput, filled_beside
 from support.tables import against_paper
 from tools import landscapes
 from tools.check import check
@@ -58,39 +58,43 @@ def main():
     elif args.command == "counts":
         print("\n".join(counts(args.data, args.data_root)))
     elif args.command == "shards":
-        names = [args.split] if args.split else data.all_names(args.data, args.data_root)
-        for name in names:
+        for name in [args.split] if args.split else data.all_names(args.data, args.data_root):
             split = open_split(args.data, name, args.data_root)
-            write_shards(split, args.dest, name, args.per_shard, args.processes)
+            write_shards(split, args.dest, name, processes=args.processes)
         print(f"Train on them with --data {args.dest}")
     elif args.command == "sheet":
         draw_sheet(open_split(args.data, args.split, args.data_root), args.file)
     elif args.command == "paint":
-        paint(args.name, args.folder or Path(args.data_root) / data.NAMES[args.name])
+        folder = args.folder or Path(args.data_root) / data.NAMES[args.name]
+        if args.name == "demo":
+            painter.write_demo(folder)
+        else:
+            landscapes.write_set(args.name, folder)
+        print("\n".join([f"{folder}:", *counts(folder)]))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(prog="python -m tools.prepare", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    root = argparse.ArgumentParser(add_help=False)
+    root.add_argument("--data-root", default="data",
+                      help="the folder of the known data sets (default: data)")
+    known = argparse.ArgumentParser(add_help=False, parents=[root])
+    known.add_argument("data", metavar="DATA",
+                       help=f"{', '.join(data.NAMES)}, a folder, or a pattern of tar shards")
 
-    def add(name, text, takes_data=True):
-        one = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        one.add_argument("--data-root", default="data",
-                         help="the folder of the known data sets (default: data)")
-        if takes_data:
-            one.add_argument("data", metavar="DATA",
-                             help=f"{', '.join(data.NAMES)}, a folder, or a pattern of tar shards")
-        return one
+    def add(name, text, parent=known):
+        return commands.add_parser(name, help=text, description=text, parents=[parent])
 
-    one = add("fetch", "download a published data set and unpack it", takes_data=False)
+    one = add("fetch", "download a published data set and unpack it", root)
     one.add_argument("name", choices=FETCHED)
     one = add("convert", "write an original release, or any layout, as Chinese-CLIP's layout or "
-              "tar shards", takes_data=False)
+              "tar shards", root)
     one.add_argument("source", help="an original release (a folder, .zip, .tar.gz or .tgz), "
                      "or DATA as for the other commands")
     one.add_argument("dest", help="the folder to make")
-    one.add_argument("--images", "--pictures", metavar="DIR",
+    one.add_argument("--images", metavar="DIR",
                      help="the images of an original release: ID.jpg, at any depth")
     one.add_argument("--shards", action="store_true", help="write tar shards")
     one.add_argument("--skip-missing", action="store_true",
@@ -102,24 +106,17 @@ def parse_args():
     one = add("shards", "write a data set as tar shards; continues after a kill")
     one.add_argument("dest", help="the folder of the shards")
     one.add_argument("--split", help="the only split to write (default: all)")
-    one.add_argument("--per-shard", type=int, default=10_000, help=argparse.SUPPRESS)       # images
     one.add_argument("--processes", type=int, default=1, help="how many write (default: 1)")
     one = add("sheet", "draw a sheet of up to 24 images and print a caption of each")
     one.add_argument("file", metavar="FILE.png")
     one.add_argument("--split", default="test", help="(default: test)")
-    one = add("paint", "paint a data set for a first try", takes_data=False)
+    one = add("paint", "paint a data set for a first try", root)
     one.add_argument("name", choices=data.PAINTED)
     one.add_argument("folder", nargs="?", help="the folder to make (default: data/NAME)")
     args = parser.parse_args()
-    for name, most in (("per_shard", 1e7), ("processes", 512)):
-        value = getattr(args, name, 1)
-        if not 1 <= value <= most:
-            flag = "--" + name.replace("_", "-")
-            raise BadInput(f"{flag} {value}: out of range, 1 to {most:g}")
+    if not 1 <= getattr(args, "processes", 1) <= 512:
+        raise BadInput(f"--processes {args.processes}: out of range, 1 to 512")
     return args
-
-
-# ---- fetch
 
 
 def fetch(name, data_root):
@@ -129,41 +126,31 @@ def fetch(name, data_root):
     """
     folder = Path(data_root) / data.NAMES[name]
     archive = folder.with_name(folder.name + ".zip")
-    if folder.exists():
-        print(f"{folder} is there already")
-        return
-    if not archive.exists():
-        by_hand = (f"put it at {archive}. From the original release python -m tools.prepare "
-                   "convert makes the same")
-        archive = system.download(HUB, archive.name, by_hand, repo_type="dataset")
-    with filled_beside(folder) as part:
-        if not folder.exists():                 # else another process, now done, has made it
-            unpack_set(archive, part, name).rename(folder)
-    print("\n".join([f"{folder}: unpacked. {archive.resolve()} is no longer needed",
-                     *counts(folder, name=name)]))
+    with filled_beside(folder) as part:                     # a second process waits here
+        if folder.exists():
+            print(f"{folder} is there already")
+            return
+        if not archive.exists():
+            by_hand = (f"put it at {archive}. From the original release python -m tools.prepare "
+                       "convert makes the same")
+            archive = system.download(HUB, archive.name, by_hand, repo_type="dataset")
+        remedy = f"Delete {archive.resolve()} and run this again"
+        unpack(archive, part, remedy)
+        made = {path.parent for path in part.rglob("[!.]*_imgs.tsv")}       # macOS adds ._names
+        if len(made) != 1:
+            raise BadInput(f"{archive}: {len(made)} of its folders have *_imgs.tsv, instead of "
+                           f"one; is it the archive of {name}? {remedy}")
+        made = made.pop()
+        try:
+            lines = counts(made, name=name)
+        except BadInput as error:
+            message = str(error).replace(str(made), str(archive))
+            raise BadInput(f"{message}. {remedy}") from None
+        made.rename(folder)
+    print("\n".join([f"{folder}: unpacked. {archive.resolve()} is no longer needed", *lines]))
     root = "" if data_root == "data" else f" --data-root {data_root}"
     print(f"Next: python -m tools.prepare check {name}{root}; "
           f"then python train.py --recipe {name}-base --micro-batch 256{root}")
-
-
-def unpack_set(archive, part, name):
-    """Unpack a published zip into the folder `part` -> the folder in it that has the set.
-
-    Raises BadInput when the zip is damaged, or holds something else.
-    """
-    remedy = f"Delete {archive.resolve()} and run this again"
-    unpack(archive, part, remedy)
-    folders = {path.parent for path in part.rglob("*_imgs.tsv") if path.is_file()}
-    if len(folders) != 1:
-        raise BadInput(f"{archive}: {len(folders)} of its folders have *_imgs.tsv, instead of one; "
-                       f"is it the archive of {name}? {remedy}")
-    folder = folders.pop()
-    try:
-        counts(folder)                          # every split can be opened
-    except BadInput as error:
-        message = str(error).replace(str(folder), str(archive))
-        raise BadInput(f"{message}. {remedy}") from None
-    return folder
 
 
 # ---- convert
@@ -180,17 +167,16 @@ def convert(source, dest, images, shards, skip_missing, data_root):
     original = is_original(source, data_root)
     if original and not (images and Path(images).is_dir()):
         raise BadInput(f"--images {images}: not a folder. {source} is an original release, without "
-                       "images (no other layout was found there); name the folder of MSCOCO's or "
-                       "Flickr30K's images")
-    if not original and (images is not None or skip_missing):
+                       "images (no other layout was found there); name MSCOCO's or Flickr30K's")
+    if not original and (images or skip_missing):
         raise BadInput(f"{source}: it holds its own images; --images and --skip-missing are for "
                        "the original COCO-CN and Flickr30K-CN")
     with filled_beside(dest) as part:
         name, new = data_name(source), part / "new"
         new.mkdir()
         if original:
-            name, described = open_release(Path(source), part / "unpacked")
-            splits = with_images(described, Path(images), skip_missing)
+            name, captions = open_release(Path(source), part / "unpacked")
+            splits = with_images(captions, Path(images), skip_missing)
         else:
             splits = ((one, open_split(source, one, data_root))
                       for one in data.all_names(source, data_root))
@@ -225,12 +211,8 @@ def write_tsv(split, folder, name):
     def fill(f):
         with system.progress(f"{name}: images written", len(ids)) as progress:
             for i, number in enumerate(ids):
-                try:
+                with refused_as(f"{split.name}: image {system.printable(split.image_ids[i])}"):
                     encoded = split.image_bytes(i)
-                except (OSError, ValueError) as error:              # ValueError: base64
-                    shown = system.printable(split.image_ids[i])
-                    raise BadInput(f"{split.name}: image {shown} cannot be read ({error}); "
-                                   "replace or remove it") from None
                 f.write(b"%d\t%s\n" % (number, base64.b64encode(encoded)))
                 progress.update()
 
@@ -249,7 +231,7 @@ def numeric_ids(names):
     return numbers if len(set(numbers)) == len(names) else list(range(len(names)))
 
 
-# ---- counts, sheet, paint
+# ---- counts, sheet
 
 
 def counts(source, data_root="data", name=None):
@@ -282,28 +264,17 @@ def draw_sheet(split, path):
     if not described:
         raise BadInput(f"{split.name}: no caption names an image, so there is nothing to draw")
     count = min(24, len(described))
-    rows = -(-count // 6)
-    sheet, lines = Image.new("RGB", (min(6, count) * 134, rows * 134), "white"), []
+    sheet = Image.new("RGB", (min(6, count) * 134, -(-count // 6) * 134), "white")
     for n in range(count):
         i = described[n * len(described) // count]
         row, column = divmod(n, 6)
         sheet.paste(split.image(i).resize((128, 128)), (column * 134, row * 134))
-        shown = f"image {split.image_ids[i]}: {caption_of[i]}"
-        lines.append(f"row {row + 1}, column {column + 1}: {shown}")
+        print(f"row {row + 1}, column {column + 1}: image {split.image_ids[i]}: {caption_of[i]}")
     try:
         sheet.save(path)
     except (OSError, ValueError, KeyError) as error:        # KeyError: Pillow cannot write the kind
         raise BadInput(f"{path}: cannot be written ({error})") from None
-    print("\n".join([*lines, f"wrote {path}"]))
-
-
-def paint(name, folder):
-    """Paint a set into a folder, unless it is there, and print what it holds."""
-    if name == "demo":
-        painter.write_demo(folder)
-    else:
-        landscapes.write_set(name, folder)
-    print("\n".join([f"{folder}:", *counts(folder)]))
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":
