@@ -6,16 +6,15 @@
 
 One table: images, captions or pairs a second; their share of the fastest large matrix product of
 this device in the same run; with --peer the ratio to cn_clip's rate, from the same weights and
-batches in the same process. Each call runs once to warm up, then in rounds, ours and the peer's in
-turn; figures are medians over the rounds. tests/test_bench.py compares the results. The rows:
+batches in the same process (tests/test_bench.py compares the results). Each call runs once to warm
+up, then in rounds, ours and the peer's in turn; figures are medians over the rounds. The rows:
 
     image, text         embeddings, as in an evaluation; 64 captions at a time
     stage1, stage2      a training step with a frozen vision tower, and of both towers
     features            a step of stage 1 from kept features of the images
     cached              a step of stage 2 in micro-batches: gradient caching embeds everything twice
     loss                the loss of a large batch, and its gradient at the embeddings
-    tokenizer           captions -> token ids
-    loading             JPEG files -> the pixels of a training batch, on one core
+    tokenizer, loading  captions -> token ids; JPEG files -> training pixels, on one core
     evaluation          recall in both directions, from embeddings
     memory              peak memory of processes that only take steps of stage 2, and their rate
 
@@ -113,19 +112,14 @@ def timed(call, device):
 
 
 def measured(row, device, rounds):
-    """-> seconds of a call of ours in each round, and of the peer's (empty without it).
-
-    A call that takes less than a tenth of a second runs several times in a round.
-    """
+    """-> seconds of each round for ours, and for the peer's (empty without it)."""
     sides = [call for call in (row.ours, row.theirs) if call]
-    repeats = []
     for call in sides:
         call()
-        repeats.append(max(1, round(0.1 / timed(call, device))))
     seconds = [], []
     for _ in range(rounds):
-        for call, n, side in zip(sides, repeats, seconds):
-            side.append(timed(lambda: [call() for _ in range(n)], device) / n)
+        for call, side in zip(sides, seconds):
+            side.append(timed(call, device))
     return seconds
 
 
@@ -245,7 +239,7 @@ class Bench:
 
     def loading(self, _):
         """JPEG files of 500 x 375 -> tensors for training; the peer's without --use-augment."""
-        self.folder = tempfile.TemporaryDirectory()         # it goes when this object goes
+        self.folder = tempfile.TemporaryDirectory()         # deleted with this object
         paths, R = [Path(self.folder.name, f"{i}.jpg") for i in range(50)], self.cfg.image_size
         for path in paths:                                  # smooth parts and grain, as in a photo
             smooth = [Image.effect_noise((32, 24), 150).resize((500, 375)) for _ in range(3)]
@@ -308,12 +302,7 @@ class Peer:
     def step(self, pixels, ids, precision, frozen):
         """Its training step, as its main sets it up. `frozen`: --freeze-vision."""
         self.model.visual.requires_grad_(not frozen)
-        groups = [{"params": [], "weight_decay": 0.0}, {"params": [], "weight_decay": 0.001}]
-        for name, p in self.model.named_parameters():
-            if p.requires_grad:
-                exempt = any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
-                groups[0 if exempt else 1]["params"].append(p)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), eps=1e-6)
+        optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.98), eps=1e-6)
         autocast, device = self.autocast(precision), self.device
         scaler = torch.amp.GradScaler(device.type, enabled=autocast.keywords["enabled"])
         pixels = normalize(pixels.float() / 255)            # its readers normalise
@@ -378,8 +367,7 @@ def main():
     system.keep_freed_memory(False)
     threads, default = torch.get_num_threads(), precision_of("auto", device)[1]
     hardware = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
-    if device.type == "cuda":
-        hardware = torch.cuda.get_device_name(device)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else hardware
     print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware}, "
           f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; default precision {default}")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
