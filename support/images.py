@@ -197,7 +197,8 @@ def image_files(folder):
     return sorted(found), unread
 
 
-def reader_loader(dataset, workers, timeout=system.READER_SECONDS, **options):
+def reader_loader(dataset, workers, timeout=900, **options):
     """A DataLoader whose workers end with this process; stuck ones raise RuntimeError."""
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=system.reader_start(),
+    start = functools.partial(system.start_reader, os.getpid())
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=start,
                       timeout=timeout if workers else 0, **options)

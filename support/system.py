@@ -7,15 +7,15 @@
     filled_beside(folder)            a folder is there whole or not at all
     download(repo, name, …)          a file of the Hugging Face hub
     progress(what, total)            a bar with the time left, in a terminal
-    reader_start(), end_with(pid)    helper processes end with the process that they work for
+    end_with(pid)                    a helper process ends with the process that it works for
     keep_freed_memory()              makes a training step on a CPU faster
 """
 import contextlib
 import ctypes
 import fcntl
-import functools
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -27,17 +27,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# How long to wait for one batch, in seconds. With a full /dev/shm, for example, none ever comes.
-READER_SECONDS = 900
-
 
 class BadInput(Exception):
-    """An error that the user can mend. Its message is one line: what is wrong, where, what to do.
-
-    A DataLoader's worker hands on a whole traceback as the message; its last line is kept.
-    """
+    """An error that the user can mend. Its message is one line: what is wrong, where, what to do."""
 
     def __init__(self, message):
+        # A DataLoader's worker hands on a whole traceback as the message.
         if message.startswith("Caught BadInput in DataLoader worker"):
             message = message.strip().splitlines()[-1].removeprefix(f"{__name__}.BadInput: ")
         super().__init__(" ".join(message.splitlines()))
@@ -103,9 +98,8 @@ def utf8_lines(path):
     """(number from 1, text) of every line. Raises BadInput for one that is not UTF-8."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            coding = "utf-8-sig" if number == 1 else "utf-8"            # without a byte-order mark
-            try:
-                yield number, line.decode(coding)
+            try:                                        # -sig: without a byte-order mark
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise BadInput(f"{path}, line {number}: not UTF-8 ({error.reason}); save the file "
                                "as UTF-8 (in a spreadsheet: CSV UTF-8)") from None
@@ -115,7 +109,6 @@ def lock(path, wait=False):
     """Lock a file, made if need be -> the open file; or None when another process has the lock.
 
     It is held until the file is closed or the process ends. With `wait` the call waits for it.
-    Raises OSError when the file cannot be opened.
     """
     file = open(path, "a")
     try:
@@ -157,8 +150,7 @@ def filled_beside(folder):
 def download(repo, name, by_hand, repo_type="model"):
     """A file of the Hugging Face hub -> its path in the hub's cache, which other programs share.
 
-    A cached file is used without a connection. Otherwise it is downloaded, whole or not at all; the
-    size is verified. HF_ENDPOINT, HF_HOME, HF_TOKEN and https_proxy are huggingface_hub's own.
+    A cached file is used without a connection; others are downloaded whole or not at all.
     `by_hand` says what to do with a file from elsewhere. Raises BadInput.
     """
     import huggingface_hub              # here, because importing it takes 0.3 s
@@ -168,11 +160,9 @@ def download(repo, name, by_hand, repo_type="model"):
             path = huggingface_hub.hf_hub_download(repo, name, repo_type=repo_type)
         return Path(path)
     except Exception as error:          # of the network, the disk, an address: of many classes
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise BadInput(f"{repo}/{name}: cannot be downloaded ({reason}). HF_ENDPOINT names a "
-                       "mirror, https_proxy a proxy, HF_HOME another folder for the files; or get "
-                       f"it by other means and {by_hand}") from None
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        raise BadInput(f"{repo}/{name}: cannot be downloaded ({reason}). HF_ENDPOINT names a mirror,"
+                       f" HF_HOME another folder; or get it elsewhere and {by_hand}") from None
 
 
 def printable(text):
@@ -190,16 +180,12 @@ def progress(what, total):
 # ---- helper processes, memory
 
 
-def reader_start():
-    """For DataLoader's worker_init_fn: readers get their own session and end with this process.
+def start_reader(parent, _):
+    """A DataLoader worker's start: it gets its own session, and ends with the process `parent`.
 
     Ctrl-C and torchrun's SIGTERM reach a whole process group, but a run needs its readers to finish
     its step. DataLoader's own check misses a process that is killed while its readers start.
     """
-    return functools.partial(_start_reader, os.getpid())
-
-
-def _start_reader(parent, _):
     os.setsid()
     end_with(parent)
 
@@ -215,9 +201,8 @@ def end_with(parent, number=signal.SIGKILL):
 def keep_freed_memory(keep=True):
     """Freed memory stays with the process (on Linux with glibc; elsewhere nothing happens).
 
-    Otherwise the C library returns each large tensor to the system, which must find and clear the
-    pages of the next one: a quarter of the time of a training step on a CPU. `keep` False, for the
-    benchmark: tensors of 32 MiB or more return to the system, which is the C library's own limit.
+    Otherwise glibc returns each large tensor to the system, which must clear the pages of the next
+    one: a quarter of a training step on a CPU. `keep` False, for the benchmark, is glibc's way.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
@@ -227,6 +212,15 @@ def keep_freed_memory(keep=True):
 
 
 # ---- a program
+
+# What a RuntimeError says -> what it means, and what to do.
+HINTS = {
+    r"DataLoader worker \(pid": "a reader of images was killed; fewer --workers need less memory",
+    "DataLoader timed out": "no image came: is /dev/shm full, or the disk gone? Try --workers 0",
+    "out of memory|can't allocate memory": "there is not enough memory; in training a smaller "
+                                           "--micro-batch or --grad-checkpointing needs less",
+    r"torch\._(dynamo|inductor)": "torch.compile failed; run it without --compile",
+    "[Cc]onnection": "the connection to another process of this run broke; its error says why"}
 
 
 def run(main):
@@ -239,7 +233,7 @@ def run(main):
             setattr(sys, name, open(os.devnull, mode))
     keep_freed_memory()
     sys.stdout.reconfigure(errors="backslashreplace")   # a terminal without Chinese shows \u732b
-    warnings.showwarning = _show_warning
+    warnings.showwarning = show_warning
     status = 0
     try:
         main()
@@ -259,39 +253,6 @@ def run(main):
         if line is None:
             raise
         status = f"error: {line}"
-    end(status)
-
-
-def _show_warning(message, *_, **__):
-    print("warning:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
-
-
-def error_line(error):
-    """The line that tells the user about an exception; None for a fault of the program."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    if isinstance(error, (BadInput, OSError)):
-        return lines[-1]                                # a reader's OSError begins with a traceback
-    if not isinstance(error, RuntimeError):
-        return None
-    first = lines[0][:200]
-    if first.startswith("DataLoader worker"):
-        return ("a process that read images was killed, perhaps because memory ran out; fewer "
-                "--workers need less. The same command continues a training run")
-    if first.startswith("DataLoader timed out"):
-        return (f"no image came from the readers within {READER_SECONDS} s: is /dev/shm full, or "
-                "the disk gone? --workers 0 reads without them")
-    if "out of memory" in str(error) or "can't allocate memory" in str(error):      # GPU, CPU
-        return (f"there is not enough memory ({first}); "
-                "in training a smaller --micro-batch or --grad-checkpointing needs less")
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return f"torch.compile failed ({first}); run it without --compile"
-    if "onnection" in str(error):                       # gloo: "Connection closed by peer", …
-        return "the connection to another process of this run broke; its error line says why"
-    return None
-
-
-def end(status):
-    """End the process with an exit status, or with 1 after printing a line."""
     failed = isinstance(status, str)
     if failed and int(os.environ.get("RANK", 0)):
         time.sleep(3)                   # if the first process failed, too, torchrun ends this one
@@ -302,3 +263,19 @@ def end(status):
     sys.stdout.flush()
     # At once: threads of torch.distributed can crash a Python that ends in the usual way.
     os._exit(1 if failed else status or 0)
+
+
+def show_warning(message, *_, **__):
+    print("warning:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
+
+
+def error_line(error):
+    """The line that tells the user about an exception; None for a fault of the program."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, (BadInput, OSError)):
+        return lines[-1]                                # a reader's OSError begins with a traceback
+    if isinstance(error, RuntimeError):
+        for sign, hint in HINTS.items():
+            if re.search(sign, f"{type(error).__module__}: {error}"):
+                return f"{hint} ({lines[0][:200]})"
+    return None

@@ -126,7 +126,7 @@ def test_a_download_that_fails_leaves_no_file_and_can_be_repeated(hub, tmp_path)
         find("cn-clip-rn50")
     line = str(caught.value)
     assert line.startswith("OFA-Sys/chinese-clip-rn50/clip_cn_rn50.pt: cannot be downloaded (") and "\n" not in line
-    assert line.endswith("HF_ENDPOINT names a mirror, https_proxy a proxy, HF_HOME another folder for the files; or get it by other means and pass its path")
+    assert line.endswith("HF_ENDPOINT names a mirror, HF_HOME another folder; or get it elsewhere and pass its path")
     assert not list((tmp_path / "hub").rglob("clip_cn_rn50.pt"))
     hub.cuts = []
     assert find("cn-clip-rn50").read_bytes() == hub.content
@@ -189,11 +189,12 @@ def test_killed_while_downloading(hub, tmp_path):
 
 
 @pytest.mark.parametrize("error, line", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation"), "there is not enough memory (CUDA out of memory. Tried to allocate 20 GiB.); in training a smaller --micro-batch"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory ("),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a process that read images was killed"),
-    (RuntimeError("DataLoader timed out after 900 seconds"), "no image came from the readers within 900 s: is /dev/shm full"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation"), "there is not enough memory; in training a smaller --micro-batch or --grad-checkpointing needs less (CUDA out of memory. Tried to allocate 20 GiB.)"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory; "),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a reader of images was killed; fewer --workers need less memory (DataLoader worker (pid 7)"),
+    (RuntimeError("DataLoader timed out after 900 seconds"), "no image came: is /dev/shm full, or the disk gone? Try --workers 0 (DataLoader timed out after 900 seconds)"),
     (RuntimeError("[../gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), "the connection to another process of this run broke"),
+    (type("Failed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})("no C++"), "torch.compile failed; run it without --compile (no C++)"),
     (OSError("Caught OSError in DataLoader worker process 0.\nTraceback …\n[Errno 5] Input/output error"), "[Errno 5] Input/output error"),
     (OSError(), "OSError"), (BadInput("a.csv: empty"), "a.csv: empty"), (RuntimeError("shape mismatch"), None), (KeyError("x"), None)], ids=lambda value: str(value)[:20])
 def test_what_the_user_reads_of_an_error(error, line):
