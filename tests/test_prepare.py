@@ -290,7 +290,7 @@ def packed(tmp_path, files, how):
     return tmp_path / f"release.{how}"
 
 
-@pytest.mark.parametrize("how", ["folder", "zip", "tar.gz", "tgz"])
+@pytest.mark.parametrize("how", ["folder", "zip", "tar", "tar.gz", "tgz"])
 @pytest.mark.parametrize("release, files", [("coco", COCO), ("flickr", FLICKR)])
 def test_original_releases(release, files, how, tmp_path, image_folder, called):
     said = called(prepare, "convert", packed(tmp_path, files, how), tmp_path / "out", "--images", image_folder)
@@ -380,11 +380,13 @@ def test_captions_of_no_list_are_said(tmp_path, image_folder, called):
 
 def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
     release = packed(tmp_path, COCO, "folder")
-    assert "--images None: not a folder" in stopped(prepare, "convert", release, tmp_path / "out")
-    assert "is an original release, without images" in stopped(prepare, "convert", release, tmp_path / "out", "--images", tmp_path / "none")
-    assert "it holds its own images" in stopped(prepare, "convert", tsv_folder, tmp_path / "out", "--images", image_folder)
+    assert "nor *_imgs.tsv" in stopped(prepare, "convert", release, tmp_path / "out")
+    assert "release.tgz: without images; name their folder with --images" in stopped(prepare, "convert", packed(tmp_path, COCO, "tgz"), tmp_path / "out")
+    assert "none: cannot be read (No such file" in stopped(prepare, "convert", release, tmp_path / "out", "--images", tmp_path / "none")
+    assert "so leave out --images" in stopped(prepare, "convert", tsv_folder, tmp_path / "out", "--images", image_folder)
     assert "is there already" in stopped(prepare, "convert", tsv_folder, release)
     assert "neither a folder" in stopped(prepare, "convert", tmp_path / "none", tmp_path / "out")
+    assert "no such file or folder" in stopped(prepare, "convert", tmp_path / "none.zip", tmp_path / "out", "--images", image_folder)
     write_files(image_folder, {"again/COCO_val2014_000000000031.jpg": b"x"})
     assert "has the same name; remove one of them" in stopped(prepare, "convert", release, tmp_path / "out", "--images", image_folder)
     content = packed(tmp_path, COCO, "tar").read_bytes()

@@ -56,14 +56,14 @@ def check(source, data_root, processes, json_file):
         try:
             split = data.open_split(source, name, data_root)
             look_over = in_shards if isinstance(split, ShardSplit) else in_memory
-            images, captions = look_over(split, title, found)
-            its_keys = check_captions(title, captions, found)
+            images, texts = look_over(split, title, found)
+            its_keys = check_captions(title, texts, found)
             looks[title] = check_images(title, split, images, found, processes)
         except (BadInput, OSError) as error:
             found[CLOSED].append(f"{title}: {error}")
             continue
         splits[title], keys[title] = split, its_keys
-        # an image of shards repeats the captions that it shares
+        # each image of shards has its own captions, so equal ones are counted once
         captions = len(np.unique(its_keys) if isinstance(split, ShardSplit) else its_keys)
         rows.append({"split": title, "images": len(images), "captions": captions,
                      "pairs": len(split), "table_1": TABLE_1.get(known, {}).get(name)})

@@ -29,10 +29,9 @@ from PIL import Image
 import data
 from data import data_name, open_split
 from support import painter, system
-from support.captions import caption_file
 from support.images import refused_as
 from support.shard_writer import write_shards
-from support.shards import ShardSplit, is_pattern, split_shards
+from support.shards import ShardSplit, is_pattern
 from support.system import BadInput, filled_beside
 from support.tables import against_paper
 from tools import landscapes
@@ -66,10 +65,8 @@ def main():
         draw_sheet(open_split(args.data, args.split, args.data_root), args.file)
     elif args.command == "paint":
         folder = args.folder or Path(args.data_root) / data.NAMES[args.name]
-        if args.name == "demo":
-            painter.write_demo(folder)
-        else:
-            landscapes.write_set(args.name, folder)
+        sets = {"demo": painter.DEMO, **landscapes.SETS}
+        painter.write_folder(folder, args.name, sets[args.name])
         print("\n".join([f"{folder}:", *counts(folder)]))
 
 
@@ -91,8 +88,8 @@ def parse_args():
     one.add_argument("name", choices=FETCHED)
     one = add("convert", "write an original release, or any layout, as Chinese-CLIP's layout or "
               "tar shards", root)
-    one.add_argument("source", help="an original release (a folder, .zip, .tar.gz or .tgz), "
-                     "or DATA as for the other commands")
+    one.add_argument("source", help="DATA as for the other commands; or, with --images, an "
+                     "original release: a folder, .zip, .tar.gz or .tgz")
     one.add_argument("dest", help="the folder to make")
     one.add_argument("--images", metavar="DIR",
                      help="the images of an original release: ID.jpg, at any depth")
@@ -159,22 +156,17 @@ def fetch(name, data_root):
 def convert(source, dest, images, shards, skip_missing, data_root):
     """Write a data set in the Chinese-CLIP layout, or as tar shards, to the new folder `dest`.
 
-    `images`: the folder of an original release's images; `skip_missing` leaves out those that it
-    lacks. The bytes of the images stay as they are. Raises BadInput, and then nothing is at `dest`.
+    `images`: of an original release, the folder of its images; `skip_missing` leaves out those that
+    it lacks. The bytes of images do not change. Raises BadInput, and then nothing is at `dest`.
     """
     if dest.is_symlink() or dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise BadInput(f"{dest} is there already; name a new folder")
-    original = is_original(source, data_root)
-    if original and not (images and Path(images).is_dir()):
-        raise BadInput(f"--images {images}: not a folder. {source} is an original release, without "
-                       "images (no other layout was found there); name MSCOCO's or Flickr30K's")
-    if not original and (images or skip_missing):
-        raise BadInput(f"{source}: it holds its own images; --images and --skip-missing are for "
-                       "the original COCO-CN and Flickr30K-CN")
+    if images is None and source.endswith((".zip", ".tgz", ".gz")):
+        raise BadInput(f"{source}: without images; name their folder with --images")
     with filled_beside(dest) as part:
         name, new = data_name(source), part / "new"
         new.mkdir()
-        if original:
+        if images is not None:
             name, captions = open_release(Path(source), part / "unpacked")
             splits = with_images(captions, Path(images), skip_missing)
         else:
@@ -189,16 +181,6 @@ def convert(source, dest, images, shards, skip_missing, data_root):
         new.rename(dest)
     print("\n".join(counts(dest, name=name)))
     print(f"Next: python -m tools.prepare check {shlex.quote(str(dest))}")
-
-
-def is_original(source, data_root):
-    """Whether it is an original release: an archive, or a folder in no layout of data.py."""
-    if Path(source).is_file() and source.lower().endswith((".zip", ".tgz", ".tar.gz")):
-        return True
-    if is_pattern(source):
-        return False
-    folder = data.find(source, data_root)
-    return not (caption_file(folder) or any(folder.glob("[!.]*_imgs.tsv")) or split_shards(folder))
 
 
 def write_tsv(split, folder, name):

@@ -60,6 +60,8 @@ def open_release(source, temporary):
 
     An archive is unpacked into `temporary`. Raises BadInput with the file and line that are wrong.
     """
+    if not source.exists():
+        raise BadInput(f"{source}: there is no such file or folder")
     folder = source
     if not source.is_dir():
         folder = temporary
@@ -143,9 +145,9 @@ def read_flickr(folder, files):
                                "Let the name of the file or of its folder say one of these")
             texts[said[-1].replace("val", "valid")].append((first[2], path))
     if not any(texts.values()):
-        raise BadInput(f"{folder}/: neither the original COCO-CN ({', '.join(LISTS)} and "
-                       f"{CAPTIONS}), nor that of Flickr30K-CN (text files with lines like "
-                       "1009692167#zhm#1 在:p 警车:n), nor a layout that is read here")
+        raise BadInput(f"{folder}/: neither the original COCO-CN ({', '.join(LISTS)}, {CAPTIONS}) "
+                       "nor Flickr30K-CN (lines like 1009692167#zhm#1 在:p 警车:n); other data sets "
+                       "hold their own images, so leave out --images")
     captions = {}
     for split, found in texts.items():
         manual = [(kind, path) for kind, path in found if kind == "zhm"]
