@@ -91,7 +91,8 @@ def export_huggingface(ours, part, path, cfg):
         model_type = {"model_type": f"chinese_clip_{tower}_model", "intermediate_size": 4 * width}
         config[f"{tower}_config"] = model_type | sizes | TABLES["required"][tower]
     config["vision_config"]["projection_dim"] = cfg.embed_dim
-    config["text_config"]["attention_probs_dropout_prob"] = cfg.text_dropout
+    config["text_config"] |= {"type_vocab_size": 2, "pad_token_id": 0,
+                              "attention_probs_dropout_prob": cfg.text_dropout}
     size = {"height": cfg.image_size, "width": cfg.image_size}
     files = {
         "config.json": config,

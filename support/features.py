@@ -86,6 +86,7 @@ class Store:
         return embeds
 
     def load(self, paths, labels):
+        """What the folder holds -> [(I, D), (T, D)], checked."""
         about = self.read_about()
         try:
             embeds = [torch.from_numpy(np.load(path)) for path in paths]
