@@ -55,20 +55,23 @@ def main():
     last = Path(args.out) / "last.pt"
     source, state = starting_point(args, last)
     resuming = source == last
-    known = checkpoint.config_of(state) if state else CONFIGS["tiny"]
-    config = CONFIGS[args.model] if args.model else known
+    config = checkpoint.config_of(state) if state else CONFIGS["tiny"]
+    if args.model:
+        config = CONFIGS[args.model]
+    train_split = data.open_split(args.data, "train", args.data_root, config.context_length)
     valid_data = args.valid_data or (None if is_pattern(args.data) else args.data)
-    more = args.data_root, config.context_length
-    train_split = data.open_split(args.data, "train", *more)
-    valid_split = data.open_split(valid_data, "valid", *more) if valid_data else None
+    valid_split = None
+    if valid_data:
+        valid_split = data.open_split(valid_data, "valid", args.data_root, config.context_length)
     autocast, precision = precision_of(args.precision, device)
     settings = resolve(args, config, train_split, valid_split, precision, world_size)
-    settings.seen = checkpoint.trained_on(state | {"step": 0} if resuming else state)
+    before = state | {"step": 0} if resuming else state
+    settings.seen = checkpoint.trained_on(before)  # what the starting weights have learned from
 
     model = build_model(config, settings).to(device).train()
     optimizer = make_optimizer(model, settings.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")  # else a no-op
-    run = Run(last.parent, vars(settings), rank, model, optimizer, scaler)
+    run = Run(last.parent, vars(settings), rank, len(train_split), model, optimizer, scaler)
     first_step = run.resume(state) if resuming else 0
     if state:
         checkpoint.load_into(model, state, source)
@@ -94,12 +97,7 @@ def main():
     run.open_folder(first_step)
     features = None
     if settings.features:
-        made_of = checkpoint.vision_facts(model) | {"data": train_split.fingerprint(),
-                                                    "precision": settings.precision}
-        features = Features(settings.features, made_of, train_split.image_count(), config.embed_dim)
-        encode = lambda batches: encode_images(model, train_split.image, batches, device, autocast,
-                                               settings.workers)
-        features.complete(encode, run.say, lambda: run.stop_if_asked(first_step))
+        features = kept_features(run, settings, train_split, first_step, autocast)
     if first_step == 0:
         validate(0)
         run.keep_start()
@@ -135,13 +133,13 @@ def train(run, settings, split, features, first_step, autocast, validate):
             group["lr"] = lr
         micro_batches, truth, bad = read_batch(loader, batches.places, step, settings,
                                                model.cfg.context_length)
-        run.report(step, bad, min(step * settings.batch_size, len(split)), len(split))
+        run.report(step, bad)
         loss, norm = train_step(model, micro_batches, truth, gradients, optimizer, run.scaler,
                                 autocast)
         run.after_step(step, loss, norm, pairs_of)
 
         if step == total or step % settings.log_every == 0:
-            run.log(step, step * settings.batch_size / len(split), lr, meter)
+            run.log(step, lr, meter)
         validating = step == total or step % settings.valid_every == 0
         if validating:
             with meter.paused():
@@ -420,6 +418,20 @@ def build_model(config, settings):
         model.compile_vision()
     model.vision.patch_dropout = settings.patch_dropout
     return model
+
+
+def kept_features(run, settings, split, first_step, autocast):
+    """The training images' embeddings by the frozen tower; computes those that are missing."""
+    model, device = run.model, run.model.logit_scale.device
+    made_of = checkpoint.vision_facts(model) | {"data": split.fingerprint(),
+                                                "precision": settings.precision}
+    features = Features(settings.features, made_of, split.image_count(), model.cfg.embed_dim)
+
+    def encode(batches):
+        return encode_images(model, split.image, batches, device, autocast, settings.workers)
+
+    features.complete(encode, run.say, lambda: run.stop_if_asked(first_step))
+    return features
 
 
 if __name__ == "__main__":

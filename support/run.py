@@ -1,6 +1,6 @@
 """A training run: the files in --out, the lines of the log, resuming and stopping.
 
-    run = Run(out, settings, rank, model, optimizer, scaler)
+    run = Run(out, settings, rank, pairs, model, optimizer, scaler)
     first_step = run.resume(checkpoint.read(out / "last.pt"))   # BadInput when settings differ
     run.open_folder(first_step)
     run.after_step(step, loss, norm, …), run.log(…), run.validated(step, recall), run.snapshot(step)
@@ -49,9 +49,9 @@ class Run:
         features/           of stage 1: see support/features.py
     """
 
-    def __init__(self, out, settings, rank, model, optimizer, scaler):
-        """settings: all of them, {name of train.py's flag: value}."""
-        self.out, self.settings, self.first = out, settings, rank == 0
+    def __init__(self, out, settings, rank, pairs, model, optimizer, scaler):
+        """settings: all of them, {name of train.py's flag: value}. pairs: in an epoch."""
+        self.out, self.settings, self.first, self.pairs = out, settings, rank == 0, pairs
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.best, self.best_step = -1.0, 0                 # the highest score so far, and its step
         self.averaged = False                               # whether the averages have been tried
@@ -149,11 +149,9 @@ class Run:
 
     # ---- after a step
 
-    def report(self, step, reports, seen, total):
-        """List unreadable pairs, each once; BadInput when more than the share `max_bad` are.
-
-        reports: {"pair", "reason", …} of each. seen: pairs so far; they count as 1,000 at least, if
-        `total` are as many.
+    def report(self, step, reports):
+        """List unreadable pairs, each once; BadInput when more than --max-bad of the pairs so far
+        are, or of the first 1,000. reports: {"pair", "reason", …} of each.
         """
         fresh = {r["pair"]: r for r in reports if r["pair"] not in self.bad}
         if not fresh or not self.first:
@@ -161,7 +159,8 @@ class Run:
         self.bad |= fresh.keys()
         for r in fresh.values():
             self._append({"step": step, **r}, "bad_samples.jsonl")
-        seen, example = max(seen, min(total, 1000)), next(iter(fresh.values()))["reason"]
+        seen = min(self.pairs, max(1000, step * self.settings["batch_size"]))
+        example = next(iter(fresh.values()))["reason"]
         most = int(self.settings["max_bad"] * seen)
         line = (f"step {step:6} {len(self.bad):,} pairs cannot be read, and of {seen:,} only "
                 f"{most:,} may be (--max-bad {self.settings['max_bad']:g}); "
@@ -212,13 +211,13 @@ class Run:
                        f"the step was not taken. {where} lists the pairs of the batch. A lower "
                        "--lr or --precision fp32 may help")
 
-    def log(self, step, epoch, lr, meter):
+    def log(self, step, lr, meter):
         """Print a line about the steps since the last one, and append it to metrics.jsonl."""
         self.check_last_step()
         speed = meter.since_last_time(step)
         record = {
             "step": step,
-            "epoch": epoch,
+            "epoch": step * self.settings["batch_size"] / self.pairs,
             "loss": sum(self.losses) / len(self.losses) if self.losses else None,
             "gradient_norm": self.norm if math.isfinite(self.norm) else None,
             "lr": lr,

@@ -176,14 +176,14 @@ def test_the_log_says_when_a_run_waits_for_its_images(monkeypatch):
     passes = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
     monkeypatch.setattr(time, "time", lambda: clock[0])
     meter = Meter(0, 6, 8, torch.device("cpu"))
-    run = Run(Path("nowhere"), {"total_steps": 6, "workers": 3}, 0, SimpleNamespace(logit_scale=torch.zeros(())), None, None)
+    run = Run(Path("nowhere"), {"total_steps": 6, "workers": 3, "batch_size": 8}, 0, 48, SimpleNamespace(logit_scale=torch.zeros(())), None, None)
     run.say = run._append = lines.append
     batches = meter.watched(passes(wait) for wait in (60, 0, 0.1, 0.3, 3, 0))
     for step in range(1, 7):
         next(batches)
         passes(1)
         if step % 2 == 0:
-            run.log(step, step / 6, 0.1, meter)
+            run.log(step, 0.1, meter)
             with meter.paused():
                 passes(50)
     assert [line["waiting"] for line in lines[1::2]] == pytest.approx([0, 0.4 / 2.4, 0.6]) and [line["samples_per_s"] for line in lines[1::2]] == pytest.approx([8, 16 / 2.4, 3.2])
@@ -583,7 +583,7 @@ def test_patience_ends_a_run_and_the_same_command_knows_it(tsv_folder, tmp_path,
 
 
 def test_patience_is_over_at_a_validation_never_between_two():
-    run = Run(Path("nowhere"), {"total_steps": 1000, "valid_every": 100, "warmup": 50, "patience": 2}, 0, None, None, None)
+    run = Run(Path("nowhere"), {"total_steps": 1000, "valid_every": 100, "warmup": 50, "patience": 2}, 0, 0, None, None, None)
     for best, last in ((0, 200), (100, 300), (400, 600)):
         run.best_step = best
         assert [run.ended(step) for step in range(best + 1, last + 1)] == [False] * (last - best - 1) + [True]
@@ -741,7 +741,7 @@ def test_fp16_scaling_skips_steps_that_overflow_and_counts_them():
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    run = Run(Path("nowhere"), {}, 0, model, optimizer, scaler)
+    run = Run(Path("nowhere"), {}, 0, 0, model, optimizer, scaler)
     taken = []
     for step in range(1, 41):
         before = model.text_projection.detach().clone()
