@@ -102,5 +102,5 @@ def read_csv(path):
                 yield number, dict(zip(columns, row))
             number = rows.line_num + 1                      # a row may take several lines
     except csv.Error as error:
-        raise BadInput(f"{path}, line {number}: not CSV ({error}); every \" needs its partner, a \" "
+        raise BadInput(f"{path}, line {number}: not CSV ({error}); every \" needs a partner, one "
                        "inside a caption is written \"\", lines end with \\n or \\r\\n") from None

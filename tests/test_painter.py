@@ -56,7 +56,7 @@ def test_a_set_is_a_folder_that_data_reads(name, tmp_path, monkeypatch, capsys):
     kind = KINDS[name]._replace(sizes={"train": 30, "valid": 8, "test": 8})
     monkeypatch.setattr(painter, "DEMO", kind)
     monkeypatch.setitem(landscapes.SETS, name, kind)
-    write = painter.write_demo if name == "demo" else lambda folder: landscapes.write_set(name, folder)
+    write = painter.write_demo if name == "demo" else lambda folder: painter.write_folder(folder, name, kind)
     write(tmp_path / name)
     assert capsys.readouterr().out == f"{tmp_path / name}: painting 46 images, once\n"
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -139,11 +139,11 @@ def test_names_of_elements_are_never_the_same():
     assert len({element["english"] for element in landscapes.ELEMENTS.values()}) == len(landscapes.ELEMENTS)
 
 
-def test_tables_name_elements_and_each_is_painted_in_one_way():
+def test_tables_name_elements_and_methods():
     tables, elements = landscapes.TABLES, set(landscapes.ELEMENTS)
     named = [tables["on_water"], *tables["rivals"], *(row[0] for row in tables["lights"])]
     assert {element for line in named for element in line.split()} <= elements
-    assert all(("paint" in element) != ("stamp" in element) for element in landscapes.ELEMENTS.values())
+    assert all(hasattr(landscapes.Brush, method) for element in landscapes.ELEMENTS.values() for method, _ in element["paint"])
 
 
 # ---- verses
