@@ -203,7 +203,7 @@ def test_what_other_commands_name_is_there(command):
 @each_readme
 def test_every_flag_exists(text, called, monkeypatch):
     """Of all scripts together: a flag of a sentence need not say whose it is."""
-    flags, add_argument = {"--no-deps", "--sort", "--draw", "--write-shards"}, argparse._ActionsContainer.add_argument             # pip's, tar's, two that have moved
+    flags, add_argument = {"--no-deps", "--sort", "--draw", "--write-shards", "--classify"}, argparse._ActionsContainer.add_argument             # pip's, tar's, those that have moved
     monkeypatch.setattr(argparse._ActionsContainer, "add_argument", lambda parser, *names, **how: flags.update((action := add_argument(parser, *names, **how)).option_strings) or action)
     for name, *more in [*((name,) for name in SCRIPTS), *(("tools.prepare", command) for command in ("fetch", "convert", "check", "counts", "shards", "sheet", "paint"))]:
         with pytest.raises(SystemExit):
