@@ -19,6 +19,7 @@ import hashlib
 import importlib
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -260,8 +261,10 @@ def class_probabilities(image_embed, class_embed, scale):
 # ---- the program
 
 
-def evaluate(args, device, is_main):
+def main():
     """Measure each checkpoint on the split, print the table, write --json and --report."""
+    args = parse_args()
+    device, rank, _ = start_processes()
     name, split_name = data_name(args.data), split_of(args)
 
     @functools.cache
@@ -276,7 +279,7 @@ def evaluate(args, device, is_main):
             record[way] = ranking.recall()
         add_intervals(record, rankings[-1], rankings[0])
         records.append(record)
-    if not is_main:
+    if rank:
         return
     print(table(records, name, split_name))
     if args.json is not None:
@@ -341,18 +344,6 @@ def file_name(text):
     return re.sub(r"[^\w.-]+", "-", text).strip("-.")
 
 
-def main():
-    classes = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    classes.add_argument("--classify", metavar="DIR")
-    folder, others = classes.parse_known_args()
-    if folder.classify is not None:
-        # The older way to call tools/classify.py; no import, because imports only go down.
-        return importlib.import_module("tools.classify").main([folder.classify, *others])
-    args = parse_args()
-    device, rank, _ = start_processes()
-    evaluate(args, device, is_main=rank == 0)
-
-
 def parse_args():
     """The flags, checked."""
     parser = shared_flags(argparse.ArgumentParser(
@@ -367,8 +358,6 @@ def parse_args():
     check_shared(args)
     if args.split and is_pattern(args.data):
         raise BadInput(f"--split {args.split}: a pattern of shards has no splits, it is one")
-    if args.features == "":
-        raise BadInput("--features '': name a folder")
     folders = list(map(file_name, args.ckpt))
     if args.features is not None and len(set(folders)) < len(folders):
         raise BadInput(f"--features {args.features}: two of the checkpoints would have the same "
@@ -385,7 +374,7 @@ def shared_flags(parser):
                         help="images or texts embedded at a time (default: 128)")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                         help="of the towers (default: auto: fp16 on GPUs, bf16 on CPUs that "
-                             "have it, else fp32)")
+                             "have it, else fp32); similarities are always computed in fp32")
     parser.add_argument("--workers", type=int, default=1,
                         help="processes that read images, for each process (default: 1)")
     parser.add_argument("--report", metavar="FILE.html",
@@ -407,4 +396,8 @@ def check_shared(args):
 
 
 if __name__ == "__main__":
+    if "--classify" in sys.argv:            # --classify DIR …: the older name of tools/classify.py
+        at = sys.argv.index("--classify")
+        sys.argv[1:] = sys.argv[at + 1 : at + 2] + sys.argv[1:at] + sys.argv[at + 2 :]
+        system.run(importlib.import_module("tools.classify").main)
     system.run(main)

@@ -7,7 +7,7 @@ A page is one file: it needs no network and no scripts. All text of the data is 
 <script> stays text. Curves are inline SVG. The page follows the browser's light or dark mode.
 """
 import base64
-import functools
+import contextlib
 import html
 import io
 import json
@@ -57,14 +57,11 @@ def thumbnail(image, side=176):
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def card(read, lines, classes="card", side=176):
-    """The image that read() returns, or why it cannot be read; below it lines of HTML."""
-    try:
-        image = f'<img src="{thumbnail(read(), side)}" alt="">'
-    except system.BadInput as error:
-        image = f"<p>{text(error)}</p>"
+def card(image, lines, classes="card", side=176):
+    """An image, and below it lines of HTML."""
     caption = "<br>".join(lines)
-    return f'<figure class="{classes}">{image}<figcaption>{caption}</figcaption></figure>'
+    return (f'<figure class="{classes}"><img src="{thumbnail(image, side)}" alt="">'
+            f'<figcaption>{caption}</figcaption></figure>')
 
 
 def html_table(names, rows, above=""):
@@ -78,24 +75,13 @@ def html_table(names, rows, above=""):
     for row in rows:
         measured = any(cell.startswith("&gt; ") for cell in row)
         body += '<tr class="measured">' if measured else "<tr>"
-        for kind, cell in zip(kinds, row):
-            if kind and "±" in cell:
-                cell = cell.replace("±", "<small>±") + "</small>"
-            body += f"<td{kind}>{cell}</td>"
-        body += "</tr>"
+        body += "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, row)) + "</tr>"
     return (f'<div class="wide"><table><thead>{above}<tr>{head}</tr></thead>'
             f'<tbody>{body}</tbody></table></div>')
 
 
 def paragraphs(lines):
     return [f'<p class="soft">{html.escape(line)}</p>' for line in lines]
-
-
-def section(title, hint, parts):
-    """A heading and what stands under it; `hint` says what the parts show."""
-    if not parts:
-        return [f"<h2>{title}</h2><p>There are none.</p>"]
-    return [f'<h2>{title}</h2><p class="soft">{hint}</p>', *parts]
 
 
 # ---- charts
@@ -137,14 +123,11 @@ def chart(title, curves, x_name, log_x=False, high=None):
                        f'text-anchor="middle">{x:g}</text>')
     svg.append(f'<text x="{(W + left) / 2}" y="{H - 4}" text-anchor="middle">{x_name}</text>')
     for n, (name, curve) in enumerate(curves.items()):
-        colour = f"var(--c{n // 2 % 6})"
-        dash, border = ("7 4", "dashed") if n % 2 else ("none", "solid")
+        style = f'class="curve{n % 2}" style="color: var(--c{n // 2 % 6})"'
         shown = curve[: -1 : max(1, len(curve) // 400)] + curve[-1:]        # enough for a screen
         points = " ".join(f"{across(x)},{down(y)}" for x, y in shown)
-        svg.append(f'<polyline points="{points}" style="stroke: {colour}; '
-                   f'stroke-dasharray: {dash}"><title>{text(name)}</title></polyline>')
-        keys.append(f'<span><i style="border-color: {colour}; border-top-style: {border}"></i>'
-                    f'{text(name)}</span>')
+        svg.append(f'<polyline {style} points="{points}"><title>{text(name)}</title></polyline>')
+        keys.append(f'<span><i {style}></i>{text(name)}</span>')
     title = text(title)
     return (f'<figure><figcaption>{title}</figcaption>'
             f'<svg viewBox="0 0 {W} {H}" role="img" aria-label="{title}">{"".join(svg)}</svg>'
@@ -169,38 +152,28 @@ def training_charts(records):
     charts = []
     files = [Path(record["ckpt"]) for record in records]
     for folder in dict.fromkeys(file.parent for file in files if file.is_file()):
-        loss, valid = metrics_of(folder / "metrics.jsonl")
-        if len(loss["loss"]) > 1:
-            charts.append(chart(f"{folder}: training loss", loss, "step"))
-        if len(valid["mean recall"]) > 1:
-            charts.append(chart(f"{folder}: recall on the valid split (%)", valid, "step"))
+        lines = metrics_of(folder / "metrics.jsonl")
+        loss = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
+        # "average": of averaged weights, which are no point of the curve
+        valid = [x for x in lines if "valid" in x and "average" not in x]
+        curves = {f"{name} R@1": [(x["step"], x["valid"][way]["R@1"]) for x in valid]
+                  for way, name in WAYS.items()}
+        curves["mean recall"] = [(x["step"], x["score"]) for x in valid]
+        if len(loss) > 1:
+            charts.append(chart(f"{folder}: training loss", {"loss": loss}, "step"))
+        if len(valid) > 1:
+            charts.append(chart(f"{folder}: recall on the valid split (%)", curves, "step"))
     return charts
 
 
 def metrics_of(path):
-    """The curves in a metrics.jsonl -> {"loss": [(step, y), …]}, and those of the valid split."""
-    loss = {"loss": []}
-    valid = {"Text-to-Image R@1": [], "Image-to-Text R@1": [], "mean recall": []}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return loss, valid
-    for line in lines:
-        try:
-            record = json.loads(line)
-            if "valid" in record:
-                recall = record["valid"]
-                curves, values = valid, [*(recall[way]["R@1"] for way in WAYS), record["score"]]
-            else:
-                curves, values = loss, [record["loss"]]
-            # "average": of averaged weights, no point of the curve
-            if "average" not in record and all(map(math.isfinite, [record["step"], *values])):
-                for curve, y in zip(curves.values(), values):
-                    curve.append((record["step"], y))
-        # a line that a crash has cut, or that another program wrote
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-            continue
-    return loss, valid
+    """The records in a metrics.jsonl; none without the file."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):               # a crash has cut the line
+                records.append(json.loads(line))
+    return records
 
 
 # ---- examples
@@ -222,43 +195,39 @@ def top_candidates(scores, correct):
     return found
 
 
-def correct_rank(found):
-    return next(f"correct at rank {f.rank + 1:,}" for f in found if f.is_correct)
+def score_of(found, shown="{:.3f}"):
+    """The score of one Found, a mark if it is correct, its rank if it is not among the BEST."""
+    mark = " ✓" if found.is_correct else ""
+    late = f" rank {found.rank + 1:,}" if found.rank >= BEST else ""
+    return f"<b>{shown.format(found.score)}{mark}{late}</b>"
 
 
-def image_and_texts(read, lines, found, texts, score="{:.3f}"):
+def image_and_texts(image, lines, found, texts, shown="{:.3f}"):
     """An image with lines of HTML below it, and the texts found for it: captions or classes."""
     items = ""
     for f in found:
-        frame, mark = (' class="right"', " ✓") if f.is_correct else ("", "")
-        late = f"<small>rank {f.rank + 1:,}</small>" if f.rank >= BEST else ""
-        items += (f"<li{frame}><b>{score.format(f.score)}{mark}</b>"
-                  f"{chinese(texts[f.candidate])}{late}</li>")
-    return f'<div class="query pair">{card(read, lines)}<ol>{items}</ol></div>'
+        frame = ' class="right"' if f.is_correct else ""
+        items += f"<li{frame}>{score_of(f, shown)}{chinese(texts[f.candidate])}</li>"
+    return f'<div class="query pair">{card(image, lines)}<ol>{items}</ol></div>'
 
 
 def text_and_images(caption, found, split, captions_of_image):
     """A caption and the images found for it, each with the first of its own captions."""
     cards = ""
     for f in found:
-        mark, classes = (" ✓", "card right") if f.is_correct else ("", "card")
-        score = f"<b>{f.score:.3f}{mark}</b>"
-        if f.rank >= BEST:
-            score, classes = f"{score} rank {f.rank + 1:,}", f"{classes} later"
-        own = [split.texts[t] for t in captions_of_image[f.candidate][:1]]
-        name = text(split.image_ids[f.candidate])
-        lines = [score, f'<span lang="zh" title="{name}">{text("".join(own))}</span>']
-        cards += card(functools.partial(split.image, f.candidate), lines, classes)
-    return (f'<figure class="query"><figcaption>{chinese(caption)}'
-            f'<small>{correct_rank(found)}</small></figcaption>'
+        own = [chinese(split.texts[t]) for t in captions_of_image[f.candidate][:1]]
+        classes = "card right" if f.is_correct else "card"
+        cards += card(split.image(f.candidate), [score_of(f), *own], classes)
+    return (f'<figure class="query"><figcaption>{chinese(caption)}</figcaption>'
             f'<div class="cards">{cards}</div></figure>')
 
 
-def sample_and_worst(worst_first, missed):
-    """{heading: what a page shows} of queries, the worst first; missed: whether each was missed."""
-    sample = np.random.default_rng(0).permutation(worst_first)[:SAMPLE].tolist()
-    return {f"a random sample of {len(sample)}": sample,
-            "the worst misses": [q for q in worst_first[:SAMPLE] if missed[q]]}
+def examples(title, queries, misses, show):
+    """A random sample of the queries, and the worst misses (worst first); show(q) -> HTML."""
+    sample = np.random.default_rng(0).permutation(queries)[:SAMPLE].tolist()
+    worst = misses[:SAMPLE]
+    return [f"<h2>{title}: a random sample of {len(sample)}</h2>", *map(show, sample),
+            f"<h2>{title}: the {len(worst)} worst misses</h2>", *map(show, worst)]
 
 
 # ---- pages
@@ -278,26 +247,25 @@ def write_retrieval(path, name, split_name, records, rankings, split, image_embe
              '<h2>Curves</h2><div class="charts">', recall_chart(records, rankings),
              *training_charts(records), "</div>"]
 
-    whose = f" ({text(records[-1]['ckpt'])})" if len(records) > 1 else ""
-    hint = (f"The {BEST} best candidates with their cosine similarity. Correct ones are framed; "
-            f"when none is among the {BEST}, the best correct one follows.")
-    captions_of_image = rankings[-1]["image_to_text"].correct
-    for way, ranking in rankings[-1].items():
-        by_rank = ranking.ranks.argsort(descending=True, stable=True).tolist()
-        counted = [q for q in by_rank if ranking.ranks[q] >= 0]
-        for what, chosen in sample_and_worst(counted, ranking.ranks > 0).items():
-            examples = []
-            for q in chosen:
-                if way == "text_to_image":
-                    found = top_candidates(image_embed @ text_embed[q], ranking.correct[q])
-                    example = text_and_images(split.texts[q], found, split, captions_of_image)
-                else:
-                    found = top_candidates(text_embed @ image_embed[q], ranking.correct[q])
-                    lines = [text(split.image_ids[q]), correct_rank(found)]
-                    read = functools.partial(split.image, q)
-                    example = image_and_texts(read, lines, found, split.texts)
-                examples.append(example)
-            parts += section(f"{WAYS[way]}: {what}{whose}", hint, examples)
+    to_image, to_text = rankings[-1]["text_to_image"], rankings[-1]["image_to_text"]
+
+    def show_caption(t):
+        found = top_candidates(image_embed @ text_embed[t], to_image.correct[t])
+        return text_and_images(split.texts[t], found, split, to_text.correct)
+
+    def show_image(i):
+        found = top_candidates(text_embed @ image_embed[i], to_text.correct[i])
+        return image_and_texts(split.image(i), [text(split.image_ids[i])], found, split.texts)
+
+    parts += paragraphs([
+        f"Below are the {BEST} best candidates of some queries, by {records[-1]['ckpt']}, with "
+        "their cosine similarity. Correct ones are framed; when none is among the best, the best "
+        "correct one follows with its rank."])
+    for way, show in (("text_to_image", show_caption), ("image_to_text", show_image)):
+        ranks = rankings[-1][way].ranks
+        worst_first = ranks.argsort(descending=True, stable=True).tolist()
+        counted = [q for q in worst_first if ranks[q] >= 0]
+        parts += examples(WAYS[way], counted, [q for q in counted if ranks[q] > 0], show)
     write_page(path, title, parts)
 
 
@@ -308,48 +276,43 @@ def write_classification(path, title, notes, records, names, paths, labels, prob
     image i, by the last checkpoint.
     """
     last = records[-1]
-    rows = [list(map(text, tables.class_row(record))) for record in records]
-    parts = [html_table(tables.CLASS_COLUMNS, rows), *paragraphs(notes)]
-    whose = f" ({text(last['ckpt'])})" if len(records) > 1 else ""
+    columns, *rows = [list(map(text, row)) for row in tables.class_rows(records)]
+    parts = [html_table(columns, rows),
+             *paragraphs([*notes, f"Below are results of {last['ckpt']}."])]
     if last["confused"]:
         rows = [[chinese(c["class"]), chinese(c["taken_for"]), f"{c['times']:,} of {c['of']:,}"]
                 for c in last["confused"]]
-        parts += [f"<h2>Most often confused{whose}: at most 20 pairs</h2>",
+        parts += ["<h2>Most often confused: at most 20 pairs</h2>",
                   html_table(["class", "taken for", "images"], rows)]
     lowest = sorted(last["per_class"], key=lambda c: c["top-1"])[:20]
     rows = [[chinese(c["class"]), f"{c['top-1']:.1f}", f"{c['images']:,}"] for c in lowest]
-    parts += [f"<h2>Classes with the lowest top-1{whose}: at most 20</h2>",
+    parts += ["<h2>Classes with the lowest top-1: at most 20</h2>",
               html_table(["class", "top-1", "images"], rows)]
 
-    of_correct, missed = [], []
-    for i, label in enumerate(labels):
-        p = probabilities(i)                                                    # (C,)
-        of_correct.append(p[label].item())
-        missed.append(p.argmax() != label)
-    hint = f"The {BEST} most probable classes. The correct one is framed, whatever its rank."
+    def show(i):
+        found = top_candidates(100 * probabilities(i), [labels[i]])
+        lines = [chinese(names[labels[i]]), text(Path(paths[i]).name)]
+        return image_and_texts(image_at(paths, i), lines, found, names, "{:.1f} %")
+
+    parts += paragraphs([f"The {BEST} most probable classes of some images. The correct one is "
+                         "framed, whatever its rank."])
+    of_correct = [probabilities(i)[label].item() for i, label in enumerate(labels)]
     worst_first = np.argsort(of_correct, kind="stable").tolist()
-    for what, chosen in sample_and_worst(worst_first, missed).items():
-        examples = []
-        for i in chosen:
-            found = top_candidates(100 * probabilities(i), [labels[i]])
-            lines = [chinese(names[labels[i]]), text(Path(paths[i]).name)]
-            image = functools.partial(image_at, paths, i)
-            examples.append(image_and_texts(image, lines, found, names, "{:.1f} %"))
-        parts += section(f"Images: {what}{whose}", hint, examples)
+    misses = [i for i in worst_first if probabilities(i).argmax() != labels[i]]
+    parts += examples("Images", worst_first, misses, show)
     write_page(path, title, [*parts, '<div class="charts">', *training_charts(records), "</div>"])
 
 
-def write_sheet(path, query, note, found, read, link, query_image=None):
+def write_sheet(path, query, note, folder, found, query_image=None):
     """The contact sheet of a search.
 
-    found: [(file, similarity), …], best first; read(file) -> image, or raises BadInput;
-    link(file) -> its address; query_image: the image that was the query.
+    found: [(file in the folder, similarity), …], best first; query_image: if that was the query.
     """
     cards = ""
     if query_image:
-        cards += card(lambda: query_image, ["<b>the query</b>"], "card right", side=256)
+        cards += card(query_image, ["<b>the query</b>"], "card right", side=256)
     for place, (file, similarity) in enumerate(found, 1):
-        address = f'<a href="{html.escape(link(file))}">{text(file)}</a>'
-        lines = [f"<b>{place}.</b> {similarity:.3f}", address]
-        cards += card(functools.partial(read, file), lines, side=256)
+        address = html.escape((folder / file).resolve().as_uri())
+        lines = [f"<b>{place}.</b> {similarity:.3f}", f'<a href="{address}">{text(file)}</a>']
+        cards += card(image_at([file], 0, folder), lines, side=256)
     write_page(path, query, [*paragraphs([note]), f'<div class="cards sheet">{cards}</div>'])

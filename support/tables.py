@@ -3,37 +3,19 @@
 A record is the dict of figures of one checkpoint, as --json writes it.
 In the shapes, A is the number of queries that have a correct candidate.
 """
+import json
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 
 KS = (1, 5, 10)                                                 # the K of Recall@K
 
-# The paper's table 1: pairs in each split.
-TABLE_1 = {"coco-cn":      {"train": 22_980, "valid": 3_185, "test": 1_053},
-           "flickr30k-cn": {"train": 148_915, "valid": 5_000, "test": 5_000},
-           "ap-id":        {"train": 2_000, "valid": 1_000, "test": 1_000}}
-
-# The paper's results in percent: size group (its column "Scale"), model, setting,
-# text-to-image R@1 R@5 R@10, image-to-text R@1 R@5 R@10.
-PUBLISHED = {
-    "coco-cn": ("Table 4. COCO-CN", [
-        ("base-size", "Wukong ViT-B/32", "fine-tuned", 67.0, 91.4, 96.7, 65.8, 90.3, 96.6),
-        ("base-size", "R2D2 ViT-B", "fine-tuned", 75.1, 94.2, 98.1, 76.1, 95.3, 98.5),
-        ("base-size", "CE-CLIP ViT-B/16", "fine-tuned", 77.0, 97.1, 99.0, 77.4, 96.2, 98.9),
-        ("large-size", "Wukong ViT-L/14", "fine-tuned", 74.0, 94.4, 98.1, 73.3, 94.0, 98.0),
-        ("large-size", "R2D2 ViT-L/14", "fine-tuned", 79.1, 96.5, 98.9, 79.3, 97.1, 98.7),
-        ("large-size", "CE-CLIP ViT-L/14", "fine-tuned", 78.9, 96.3, 99.0, 80.2, 96.7, 99.2)]),
-    "flickr30k-cn": ("Table 5. Flickr30K-CN", [
-        ("base-size", "Wukong ViT-B/32", "fine-tuned", 67.6, 89.6, 94.2, 83.9, 97.6, 99.0),
-        ("base-size", "R2D2 ViT-B", "fine-tuned", 78.3, 94.6, 97.0, 92.6, 99.1, 99.8),
-        ("base-size", "CE-CLIP ViT-B/16", "fine-tuned", 79.1, 94.8, 97.4, 93.5, 99.0, 99.5),
-        ("large-size", "Wukong ViT-L/14", "fine-tuned", 77.4, 94.5, 97.0, 92.7, 99.1, 99.6),
-        ("large-size", "R2D2 ViT-L/14", "fine-tuned", 84.4, 96.7, 98.4, 95.6, 98.8, 100.0),
-        ("large-size", "CE-CLIP ViT-L/14", "fine-tuned", 82.7, 96.7, 98.6, 96.1, 99.5, 99.9)]),
-    "ap-id": ("Table 6. AP-ID", [
-        ("base-size", "CN-CLIP ViT-B/16", "zero-shot", 81.3, 89.5, 95.9, 84.4, 87.5, 97.3),
-        ("base-size", "CN-CLIP ViT-B/16", "fine-tuned", 84.1, 95.3, 98.5, 82.7, 94.4, 97.4)])}
+# The paper's tables. pairs: table 1, of each split. results: tables 4 to 6, (title, rows of
+# [size group (its column "Scale"), model, setting, text-to-image R@1, R@5, R@10 in percent,
+# image-to-text R@1, R@5, R@10]).
+PAPER = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+TABLE_1, PUBLISHED = PAPER["pairs"], PAPER["results"]
 
 # Our models -> the size group that their row ends.
 SIZE_GROUP = {"rn50": "base-size", "vit-b-32": "base-size", "vit-b-16": "base-size",
@@ -50,9 +32,6 @@ def against_paper(name, split_name, pairs):
     return f"; the paper's table 1 has {published:,}" if published else ""
 
 
-# ---- statistics
-
-
 def chance_recall(correct, candidates):
     """Recall of a random order of the candidates -> {K: percent}.
 
@@ -65,8 +44,8 @@ def chance_recall(correct, candidates):
     return {k: 100 * (1 - all_wrong[k - 1]) for k in KS}
 
 
-def bootstrap_means(values, groups, draws=1000, seed=0):
-    """Means in percent of `values` (A,) after resampling: (draws,).
+def bootstrap_interval(values, groups):
+    """The 95 % interval of the mean of `values` (A,), in percent: [low, high].
 
     Captions of one image depend on each other. So whole groups are drawn, with replacement:
     groups (A,) is the image of each value. Two models get the same draws.
@@ -74,16 +53,11 @@ def bootstrap_means(values, groups, draws=1000, seed=0):
     _, groups = np.unique(groups, return_inverse=True)                  # numbered 0, 1, 2, …
     sums = np.bincount(groups, weights=values)                          # (groups,)
     counts = np.bincount(groups)                                        # (groups,)
-    rng, means = np.random.default_rng(seed), []
-    for _ in range(draws):
+    rng, means = np.random.default_rng(0), []
+    for _ in range(1000):
         drawn = rng.integers(0, len(sums), len(sums))
         means.append(100 * sums[drawn].sum() / counts[drawn].sum())
-    return np.array(means)
-
-
-def bootstrap_interval(values, groups):
-    """The 95 % interval of the mean of `values` (A,), in percent: [low, high]."""
-    return np.quantile(bootstrap_means(values, groups), (0.025, 0.975)).tolist()
+    return np.quantile(means, (0.025, 0.975)).tolist()
 
 
 def plus_minus(interval):
@@ -91,7 +65,7 @@ def plus_minus(interval):
 
 
 def change_of(before, after, groups):
-    """after - before, (A,) each: {"mean", "interval"} in percent points; see bootstrap_means."""
+    """after - before, (A,) each -> {"mean", "interval"} in percent points."""
     gain = after - before
     return {"mean": 100 * gain.mean().item(), "interval": bootstrap_interval(gain, groups)}
 
@@ -121,25 +95,23 @@ def result_rows(records, name, split):
     """
     title, published = PUBLISHED.get(name, (name, [])) if split == "test" else (name, [])
     rows = []
-    for group, model, setting, *recalls in published:
-        rows.append([group, model, setting, *recall_cells(recalls[:3]), *recall_cells(recalls[3:])])
+    for *labels, a, b, c, d, e, f in published:
+        rows.append([*labels, *recall_cells(a, b, c), *recall_cells(d, e, f)])
     for record in records:
         row = [SIZE_GROUP.get(record["model"], "custom"),
                f"> {record['model']} ({record['ckpt']})", record["setting"]]
         for way in ("text_to_image", "image_to_text"):
-            recalls = [record[way][f"R@{k}"] for k in KS]
-            row += recall_cells(recalls, record[way]["R@1_interval"])
+            cells = recall_cells(*(record[way][f"R@{k}"] for k in KS))
+            cells[0] += " " + plus_minus(record[way]["R@1_interval"])
+            row += cells
         rows.append(row)
     rows.sort(key=lambda row: SIZE_GROUPS.index(row[0]))        # stable: measured rows end a group
     return f"{title}, {split} split (%)", rows
 
 
-def recall_cells(recalls, interval=None):
-    """[R@1, R@5, R@10] -> their cells and that of their mean; `interval`: of R@1, shown as ±."""
-    cells = [f"{x:5.1f}" for x in (*recalls, sum(recalls) / len(recalls))]
-    if interval:
-        cells[0] += f" {plus_minus(interval)}"
-    return cells
+def recall_cells(*recalls):
+    """Recalls -> their cells and that of their mean."""
+    return [f"{x:5.1f}" for x in (*recalls, sum(recalls) / len(recalls))]
 
 
 def align_columns(rows):
@@ -181,6 +153,8 @@ def notes(records, name, split):
         "Setting: trained or fine-tuned on this data if the checkpoint says so; else zero-shot.",
     ]
     if compared := against_paper(name, split, first["pairs"]):
+        if split == "test" and TABLE_1[name]["test"] != first["pairs"]:
+            compared += ", so the published rows are of another set"
         lines.append(f"{first['pairs']:,} pairs{compared}.")
     for way, what, partner in ((to_image, "caption", "image"), (to_text, "image", "caption")):
         if count := way["without_answer"]:
@@ -201,24 +175,18 @@ def gain_in_words(change):
     return f"{change['mean']:+.1f} ({low:+.1f} to {high:+.1f}{chance})"
 
 
-CLASS_COLUMNS = ["model", "top-1", "top-5", "mean per class"]
-
-
-def class_row(record):
-    """The cells of CLASS_COLUMNS."""
-    return [f"> {record['model']} ({record['ckpt']})",
-            f"{record['top-1']:5.1f} {plus_minus(record['top-1_interval'])}",
-            f"{record['top-5']:5.1f}", f"{record['mean_per_class']:5.1f}"]
-
-
-def class_table(records, title, templates):
-    """The text that tools/classify.py prints. templates: the number of prompts of a class."""
-    lines = align_columns([CLASS_COLUMNS, *map(class_row, records)])
-    return "\n".join([title, *lines, *class_notes(records, templates)])
+def class_rows(records):
+    """The table that tools/classify.py prints: the names of its columns, and rows of cells."""
+    rows = [["model", "top-1", "top-5", "mean per class"]]
+    for record in records:
+        top_1 = f"{record['top-1']:5.1f} {plus_minus(record['top-1_interval'])}"
+        rows.append([f"> {record['model']} ({record['ckpt']})", top_1,
+                     f"{record['top-5']:5.1f}", f"{record['mean_per_class']:5.1f}"])
+    return rows
 
 
 def class_notes(records, templates):
-    """How to read class_table: lines."""
+    """How to read class_rows: lines. templates: the number of prompts of a class."""
     first, *others = records
     lines = [
         f"> measured here, towers in {first['precision']}: {first['images']:,} images, "

@@ -26,251 +26,164 @@ import numpy as np
 import torch
 
 import checkpoint
-from evaluate import embed_texts, encode_images
+from evaluate import embed_images, embed_texts, encode_images
 from support.captions import is_text
-from support.images import ENDINGS, decoded, image_at, image_files
+from support.images import decoded, image_at, image_files
 from support.processes import own_batches, precision_of
 from support.system import BadInput
 from tokenizer import Tokenizer
 
-SAVE_SECONDS = 60                                               # a growing index is saved so often
+BATCH = 64                                                      # images embedded at a time
 
 
 class Index:
-    """The embeddings of a folder's images.
+    """The embeddings of a folder's images, kept for the next call.
 
-    files    {path relative to the folder: [size, time of change in ns, why it cannot be read or
-             None]}, in the order of the rows
-    embed    (n, D) float16, zeros for what cannot be read
+    images    {path relative to the folder: (stamp, its embedding (D,) float16)}; a stamp is
+              [size, time of change in ns, None] of the file that was embedded
+    embed     (n, D) float32, in the order of `images`; after update
     """
 
     def __init__(self, folder, weights):
         """weights: checkpoint.fingerprint of the model; another model has another index."""
         name = hashlib.md5(os.fsencode(folder.resolve()) + weights.encode()).hexdigest()
         self.folder, self.place = folder, system.cache_folder() / "search" / f"{name}.npz"
-        self.files, self.embed = {}, None
-
-    def read(self, width):
-        """What an earlier call has left, if its embeddings are `width` = D wide; else nothing."""
-        self.embed = np.empty((0, width), np.float16)
+        self.images = {}
         try:
             with np.load(self.place) as content:
-                files, embed = json.loads(content["files"].tobytes()), content["embed"]
-            sound = embed.shape == (len(files), width) and embed.dtype == np.float16
-            for size, changed, reason in files.values():
-                sound &= type(size) is type(changed) is int
-                sound &= reason is None or isinstance(reason, str)
-            if not sound or not np.isfinite(embed).all():
-                raise ValueError("not what was written there")
-            self.files, self.embed = files, embed
+                stamps, embed = json.loads(content["files"].tobytes()), content["embed"]
+            self.images = dict(zip(stamps, zip(stamps.values(), embed, strict=True)))
         except FileNotFoundError:
             pass
         except Exception:                                       # damage comes in many kinds
             print(f"the index {self.place} is damaged; it is made anew", file=sys.stderr)
 
+    def matrix(self):
+        return np.stack([row for _, row in self.images.values()])              # (n, D) float16
+
     def write(self):
-        """Keep the index for the next call. Raises BadInput when that is impossible."""
-        try:
-            self.place.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{self.place.parent}: the index cannot be kept there "
-                           f"({error.strerror}); name another folder in CE_CLIP_CACHE") from None
-        files = np.frombuffer(json.dumps(self.files).encode(), np.uint8)
+        self.place.parent.mkdir(parents=True, exist_ok=True)
+        stamps = json.dumps({path: stamp for path, (stamp, _) in self.images.items()})
+        content = {"files": np.frombuffer(stamps.encode(), np.uint8), "embed": self.matrix()}
         # Two calls at the same time do not write into one file; the later one counts.
-        system.write(self.place, lambda f: np.savez(f, files=files, embed=self.embed),
-                     part=f".{os.getpid()}.part")
+        system.write(self.place, lambda f: np.savez(f, **content), part=f".{os.getpid()}.part")
 
-    def update(self, encode):
-        """Look at the folder again: forget what is gone, embed what is new, has changed or could
-        not be read. -> (how many images are new or changed, how many are gone).
+    def update(self, model, autocast, workers):
+        """Embed images that are new or changed, forget those that are gone, and say how many.
 
-        encode(paths) yields (paths, embeddings, {path: reason}). Raises BadInput without images.
+        Raises BadInput when there is no image. An interrupted call keeps what it has embedded.
         """
-        now = self.look()
-        if not now:
-            raise BadInput(f"{self.folder}: no image to search in; their names end in "
-                           f"{', '.join(sorted(ENDINGS))}")
-        before, row_of = self.files, {path: row for row, path in enumerate(self.files)}
-        same = [path for path in now if before.get(path) == [*now[path], None]]
-        todo = [path for path in now if before.get(path) != [*now[path], None]]
-        self.embed = self.embed[[row_of[path] for path in same]]
-        self.files = {path: before[path] for path in same}
-
-        rows, saved = [self.embed], time.time()                 # rows: to concatenate
+        now, before = stamps_of_images(self.folder), self.images
+        self.images = {path: before[path] for path in now
+                       if path in before and before[path][0] == now[path]}
+        todo = [path for path in now if path not in self.images]
+        gone, unreadable, saved = before.keys() - now.keys(), {}, time.time()
+        read = functools.partial(image_at, todo, folder=self.folder)
+        batches, device = own_batches(len(todo), BATCH), model.logit_scale.device
+        encoded = encode_images(model, read, batches, device, autocast, workers)
         try:
-            for paths, embed, unreadable in encode(todo):
-                rows.append(embed.half().numpy())
-                rows.append(np.zeros((len(unreadable), embed.shape[1]), np.float16))
-                self.files |= {path: [*now[path], None] for path in paths}
-                self.files |= {path: [*now[path], reason] for path, reason in unreadable.items()}
-                if time.time() > saved + SAVE_SECONDS:
-                    rows = [np.concatenate(rows)]
-                    self.embed = rows[0]
+            for numbers, embed, reasons in encoded:
+                if not embed.isfinite().all():
+                    raise BadInput("the embeddings hold NaN or infinity: damaged weights?")
+                for i, row in zip(numbers, embed.half().numpy()):
+                    self.images[todo[i]] = now[todo[i]], row
+                unreadable |= reasons
+                if time.time() > saved + 60:                    # a minute
                     self.write()
                     saved = time.time()
         finally:
-            # Ctrl-C may have come after rows grew and before files did.
-            self.embed = np.concatenate(rows)[: len(self.files)]
-            if self.files != before:
+            # An empty folder, perhaps of a disk that is not there, does not cost the index.
+            if self.images and (gone or len(todo) > len(unreadable)):
                 self.write()
-        fresh = sum(before.get(path, [])[:2] != now[path] for path in todo)
-        return fresh, len(before.keys() - now.keys())
-
-    def look(self):
-        """The images in the folder now: {path: [size, time of change in ns]}."""
-        now = {}
-        paths, unread = image_files(self.folder)
-        for path in paths:
-            with contextlib.suppress(OSError):                  # just deleted, or a link to nowhere
-                status = os.stat(self.folder / path)
-                now[path] = [status.st_size, status.st_mtime_ns]
-        for place, reason in unread.items():                    # a disk that does not respond
-            print(f"{self.folder / place}: cannot be read ({reason}); what was indexed of it stays",
-                  file=sys.stderr)
-            for path, (size, changed, _) in self.files.items():
-                if path.startswith(place + os.sep):
-                    now.setdefault(path, [size, changed])
-        return now
-
-    def unreadable(self):
-        """{path: reason}"""
-        return {path: reason for path, (*_, reason) in self.files.items() if reason}
+        if unreadable:
+            first = next(iter(unreadable.values()))
+            print(f"{len(unreadable):,} images left out; the first: {first}", file=sys.stderr)
+        if not self.images:
+            raise BadInput(f"{self.folder}: no image to search in")
+        print(f"{self.folder}: {len(self.images):,} images, {len(todo) - len(unreadable):,} new or "
+              f"changed, {len(gone):,} gone", file=sys.stderr)
+        self.embed = torch.from_numpy(self.matrix()).float()
 
 
-def best(query, embed, readable, count):
-    """The `count` most similar images of a query: [(row, cosine similarity), …], best first.
-
-    query (D,), embed (n, D) float32, readable (n,) bool. Equal ones keep the order of the rows.
-    """
-    similarity = torch.where(readable, embed @ query, -torch.inf)               # (n,)
-    similarity, rows = similarity.sort(descending=True, stable=True)
-    count = min(count, int(readable.sum()))
-    return list(zip(rows[:count].tolist(), similarity[:count].tolist()))
+def stamps_of_images(folder):
+    """{path relative to the folder: [size, time of change in ns, None]} of its images."""
+    paths, unread = image_files(folder)
+    for place, reason in unread.items():
+        print(f"{folder / place}: cannot be read ({reason})", file=sys.stderr)
+    stamps = {}
+    for path in paths:
+        status = os.stat(folder / path)
+        stamps[path] = [status.st_size, status.st_mtime_ns, None]
+    return stamps
 
 
 def main():
     args = parse_args()
-    folder = Path(args.images).expanduser()
-    query_image = None
-    if args.image is not None:
-        query_image = decoded(Path(args.image).read_bytes, args.image)
+    image = None if args.image is None else decoded(Path(args.image).read_bytes, args.image)
     signal.signal(signal.SIGTERM, signal.default_int_handler)   # as Ctrl-C: what is embedded stays
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, transform = checkpoint.load(args.ckpt, device)
-    autocast, precision = precision_of("auto", device, evaluating=True)
-    index = Index(folder, checkpoint.fingerprint(model))
-    index.read(model.cfg.embed_dim)
-    update(index, model, args, device, autocast, precision)
+    model, _ = checkpoint.load(args.ckpt, device)
+    autocast, _ = precision_of("auto", device, evaluating=True)
+    index = Index(args.images, checkpoint.fingerprint(model))
+    index.update(model, autocast, args.workers)
+    if image is not None:
+        query = embed_images(model, lambda i: image, 1, device, autocast)[0]    # (D,)
+        show(query, args.image, index, args, image)
+        return
     tokenizer = Tokenizer("the query")
-
-    def by_text(sentence):
+    for sentence in typed_queries() if args.query is None else [args.query]:
+        if not is_text(sentence):
+            raise BadInput("the query is not UTF-8")
         ids = tokenizer([sentence], model.cfg.context_length).numpy()           # (1, L)
         show(embed_texts(model, ids, autocast)[0], sentence, index, args)
-
-    if query_image is not None:
-        with torch.no_grad(), autocast():
-            pixels = transform(query_image)[None].to(device)                    # (1, 3, R, R)
-            query = model.encode_image(pixels).float().cpu()                    # (1, D)
-        show(query[0], args.image, index, args, query_image)
-    elif args.query is not None:
-        by_text(args.query)
-    else:
-        for sentence in typed_queries():
-            by_text(sentence)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(prog="python -m tools.search", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("query", nargs="?",
-                        help="a sentence; without one, and without --image, type queries")
-    parser.add_argument("--ckpt", required=True,
-                        help="a checkpoint: a file, a folder, or the name of released weights")
-    parser.add_argument("--images", required=True, metavar="DIR",
+    parser.add_argument("query", nargs="?", help="a sentence; without it or --image, type queries")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint or the name of released weights")
+    parser.add_argument("--images", required=True, type=Path, metavar="DIR",
                         help="the folder to search, with everything in it")
     parser.add_argument("--image", metavar="FILE", help="an image to find similar ones of")
     parser.add_argument("--top", type=int, default=10, help="images to show (default: 10)")
     parser.add_argument("--html", metavar="FILE.html", help="write them as a contact sheet, too")
-    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument("--workers", type=int, default=1, help="reading processes (default: 1)")
     args = parser.parse_args()
-    if not args.images or not Path(args.images).expanduser().is_dir():
+    if not args.images.is_dir():
         raise BadInput(f"--images {args.images}: there is no such folder")
-    if args.query is not None and args.image is not None:
-        raise BadInput(f"{args.query!r} and --image {args.image}: name a sentence or an image")
-    if args.query is not None and not (args.query.strip() and is_text(args.query)):
-        raise BadInput("the query is empty or not UTF-8; write a sentence, or leave it out")
-    limits = {"top": (1, 1000), "batch_size": (1, 100_000), "workers": (0, 512)}
-    for name, (low, high) in limits.items():
-        flag, value = "--" + name.replace("_", "-"), getattr(args, name)
-        if not low <= value <= high:
-            raise BadInput(f"{flag} {value}: out of range, {low} to {high:,}")
+    if args.query is not None and (args.image is not None or not args.query.strip()):
+        raise BadInput("name either a sentence that is not empty, or --image FILE")
+    if args.top < 1 or args.workers < 0:
+        raise BadInput(f"--top {args.top} --workers {args.workers}: expected 1 or more, 0 or more")
     system.check_place("--html", args.html)
     return args
 
 
-def update(index, model, args, device, autocast, precision):
-    """Bring the index up to date and say what was done."""
-    def encode(paths):
-        read = functools.partial(image_at, paths, folder=index.folder)
-        batches = own_batches(len(paths), args.batch_size)
-        encoded = encode_images(model, read, batches, device, autocast, args.workers)
-        for numbers, embed, unreadable in encoded:
-            if not embed.isfinite().all():
-                raise BadInput(f"{args.ckpt}: its embeddings hold NaN or infinity: the weights "
-                               f"are damaged, or too large for {precision}")
-            reasons = {paths[i]: reason for i, reason in unreadable.items()}
-            yield [paths[i] for i in numbers], embed, reasons
-
-    fresh, gone = index.update(encode)
-    bad = index.unreadable()
-    count = len(index.files) - len(bad)
-    said = ""
-    if bad:
-        said = f" and {len(bad):,} that cannot be read (the first: {next(iter(bad.values()))})"
-    if count == 0:
-        raise BadInput(f"{index.folder}: no image to search in, only {said.removeprefix(' and ')}")
-    print(f"{index.folder}: {count:,} images{said}; {fresh:,} new or changed, {gone:,} gone",
-          file=sys.stderr)
-
-
 def show(query, title, index, args, query_image=None):
-    """Print the best images of a query (D,); write the contact sheet, if --html names one."""
-    embed = torch.from_numpy(index.embed).float()                               # (n, D)
-    readable = torch.tensor([reason is None for *_, reason in index.files.values()])        # (n,)
-    paths, folder = list(index.files), index.folder
-    found = [(paths[row], similarity)
-             for row, similarity in best(query, embed, readable, args.top)]
+    """Print the images most similar to a query (D,); write the contact sheet of --html."""
+    similarity, rows = (index.embed @ query).sort(descending=True, stable=True)             # (n,)
+    paths, folder = list(index.images), index.folder
+    found = [(paths[row], x) for row, x in zip(rows[: args.top].tolist(), similarity.tolist())]
     for place, (path, similarity) in enumerate(found, 1):
         print(f"{place:3}  {similarity:.3f}  {system.printable(folder / path)}")
     if args.html is not None:
-        note = (f"{int(readable.sum()):,} images in {folder.resolve()}, searched by {args.ckpt}. "
-                "The figures are cosine similarities.")
-        report.write_sheet(
-            args.html, title, note, found, lambda path: image_at([path], 0, folder),
-            lambda path: (folder / path).resolve().as_uri(), query_image)
+        note = f"Cosine similarities by {args.ckpt}; {len(paths):,} images in {folder.resolve()}."
+        report.write_sheet(args.html, title, note, folder, found, query_image)
         print(f"wrote {args.html}", file=sys.stderr)
 
 
 def typed_queries():
     """Yields the sentences that a person types, or that stdin holds, until its end."""
-    prompt = "find: " if sys.stdin.isatty() else ""
-    if prompt:
-        print("Write what the image shows; Ctrl-D ends.", file=sys.stderr)
+    sys.stdin.reconfigure(errors="surrogateescape")             # main refuses what is not UTF-8
+    prompt = "find (Ctrl-D ends): " if sys.stdin.isatty() else ""
     with contextlib.suppress(ImportError):
         import readline                                         # noqa: F401  arrow keys
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    while True:
-        try:
-            sentence = input(prompt).strip()
-        except EOFError:
-            return
-        if not is_text(sentence):
-            print("this is not UTF-8", file=sys.stderr)
-        elif sentence:
-            yield sentence
+    with contextlib.suppress(EOFError):
+        while True:
+            if sentence := input(prompt).strip():
+                yield sentence
 
 
 if __name__ == "__main__":
