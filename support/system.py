@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 
 class BadInput(Exception):
-    """An error that the user can mend. Its message is one line: what is wrong, where, what to do."""
+    """An error that the user can mend. Its message is one line: what, where, what to do."""
 
     def __init__(self, message):
         # A DataLoader's worker hands on a whole traceback as the message.
@@ -161,8 +161,8 @@ def download(repo, name, by_hand, repo_type="model"):
         return Path(path)
     except Exception as error:          # of the network, the disk, an address: of many classes
         reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
-        raise BadInput(f"{repo}/{name}: cannot be downloaded ({reason}). HF_ENDPOINT names a mirror,"
-                       f" HF_HOME another folder; or get it elsewhere and {by_hand}") from None
+        raise BadInput(f"{repo}/{name}: cannot be downloaded ({reason}). HF_ENDPOINT names a "
+                       f"mirror, HF_HOME a new folder; or get it elsewhere and {by_hand}") from None
 
 
 def printable(text):

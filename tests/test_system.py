@@ -126,7 +126,7 @@ def test_a_download_that_fails_leaves_no_file_and_can_be_repeated(hub, tmp_path)
         find("cn-clip-rn50")
     line = str(caught.value)
     assert line.startswith("OFA-Sys/chinese-clip-rn50/clip_cn_rn50.pt: cannot be downloaded (") and "\n" not in line
-    assert line.endswith("HF_ENDPOINT names a mirror, HF_HOME another folder; or get it elsewhere and pass its path")
+    assert line.endswith("HF_ENDPOINT names a mirror, HF_HOME a new folder; or get it elsewhere and pass its path")
     assert not list((tmp_path / "hub").rglob("clip_cn_rn50.pt"))
     hub.cuts = []
     assert find("cn-clip-rn50").read_bytes() == hub.content
@@ -159,14 +159,14 @@ def test_no_hub_at_this_address(hub, monkeypatch, scheme, message):
 
 def test_a_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
     (tmp_path / "hub").write_text("")
-    with pytest.raises(BadInput, match="cannot be downloaded .*tmp.*hub.*HF_HOME another folder"):
+    with pytest.raises(BadInput, match="cannot be downloaded .*tmp.*hub.*HF_HOME a new folder"):
         find("cn-clip-rn50")
     (tmp_path / "hub").unlink()
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr("huggingface_hub.file_download.http_get", full)
-    with pytest.raises(BadInput, match="No space left on device.*HF_HOME another folder"):
+    with pytest.raises(BadInput, match="No space left on device.*HF_HOME a new folder"):
         find("cn-clip-rn50")
 
 
