@@ -505,10 +505,11 @@ def test_flags_override_a_recipe_and_the_run_says_what_came_from_where(tmp_path,
     assert towers.init is None and towers.vision_weights == "ViT-B-16.pt"
 
 
-def test_without_stage_or_recipe_it_asks_for_one(capsys):
+@pytest.mark.parametrize("flags, message", [([], "--stage or --recipe is required"), (["--stage", "2", "--model", "vit-b-17"], "invalid choice: 'vit-b-17' (choose from ")])
+def test_without_stage_or_recipe_it_asks_for_one_and_models_are_known(flags, message, capsys):
     with pytest.raises(SystemExit):
-        parse_args([])
-    assert "--stage or --recipe is required" in capsys.readouterr().err
+        parse_args(flags)
+    assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- fine-tuning ends no lower than it began
