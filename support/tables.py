@@ -95,13 +95,13 @@ def result_rows(records, name, split):
     """
     title, published = PUBLISHED.get(name, (name, [])) if split == "test" else (name, [])
     rows = []
-    for *labels, a, b, c, d, e, f in published:
-        rows.append([*labels, *recall_cells(a, b, c), *recall_cells(d, e, f)])
+    for group, model, setting, *recalls in published:
+        rows.append([group, model, setting, *recall_cells(recalls[:3]), *recall_cells(recalls[3:])])
     for record in records:
         row = [SIZE_GROUP.get(record["model"], "custom"),
                f"> {record['model']} ({record['ckpt']})", record["setting"]]
         for way in ("text_to_image", "image_to_text"):
-            cells = recall_cells(*(record[way][f"R@{k}"] for k in KS))
+            cells = recall_cells([record[way][f"R@{k}"] for k in KS])
             cells[0] += " " + plus_minus(record[way]["R@1_interval"])
             row += cells
         rows.append(row)
@@ -109,8 +109,8 @@ def result_rows(records, name, split):
     return f"{title}, {split} split (%)", rows
 
 
-def recall_cells(*recalls):
-    """Recalls -> their cells and that of their mean."""
+def recall_cells(recalls):
+    """The cells of R@1, R@5 and R@10, and that of their mean."""
     return [f"{x:5.1f}" for x in (*recalls, sum(recalls) / len(recalls))]
 
 

@@ -367,6 +367,10 @@ def test_a_refusal_is_one_line_and_a_status():
     assert "nowhere.pt: there is no such checkpoint" in refused("evaluate.py", "--ckpt", "nowhere.pt", "--data", "tests")
 
 
+def test_classify_is_found_by_its_older_name():
+    assert "no split 'dev'" in refused("evaluate.py", "--ckpt", "nowhere.pt", "--classify", "tests", "--split", "dev")
+
+
 # ---------------------------------------------------------------------------------------------------------------- zero-shot classification
 
 
@@ -489,6 +493,7 @@ def test_classification_by_hand():
     assert torch.allclose(probabilities.sum(dim=1), torch.ones(4)) and probabilities[0].argmax() == 0
 
 
+@pytest.mark.slow
 def test_classify_on_two_processes_by_its_older_name(called, tiny_checkpoint, elevater, tmp_path):
     command = lambda n: ["--ckpt", tiny_checkpoint, "--workers", 0, "--precision", "fp32", "--batch-size", 4, "--json", tmp_path / f"{n}.json"]
     output = script("evaluate.py", *command(2), "--classify", elevater, processes=2)

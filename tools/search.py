@@ -143,7 +143,7 @@ def parse_args():
     parser = argparse.ArgumentParser(prog="python -m tools.search", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("query", nargs="?", help="a sentence; without it or --image, type queries")
-    parser.add_argument("--ckpt", required=True, help="a checkpoint or the name of released weights")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint or a name of released weights")
     parser.add_argument("--images", required=True, type=Path, metavar="DIR",
                         help="the folder to search, with everything in it")
     parser.add_argument("--image", metavar="FILE", help="an image to find similar ones of")
@@ -163,9 +163,9 @@ def parse_args():
 
 def show(query, title, index, args, query_image=None):
     """Print the images most similar to a query (D,); write the contact sheet of --html."""
-    similarity, rows = (index.embed @ query).sort(descending=True, stable=True)             # (n,)
+    values, rows = (index.embed @ query).sort(descending=True, stable=True)                 # (n,)
     paths, folder = list(index.images), index.folder
-    found = [(paths[row], x) for row, x in zip(rows[: args.top].tolist(), similarity.tolist())]
+    found = [(paths[row], x) for row, x in zip(rows[: args.top].tolist(), values.tolist())]
     for place, (path, similarity) in enumerate(found, 1):
         print(f"{place:3}  {similarity:.3f}  {system.printable(folder / path)}")
     if args.html is not None:
