@@ -89,7 +89,7 @@ def parse_args():
     one = add("convert", "write an original release, or any layout, as Chinese-CLIP's layout or "
               "tar shards", root)
     one.add_argument("source", help="DATA as for the other commands; or, with --images, an "
-                     "original release: a folder, .zip, .tar.gz or .tgz")
+                     "original release: a folder, .zip, .tar, .tar.gz or .tgz")
     one.add_argument("dest", help="the folder to make")
     one.add_argument("--images", metavar="DIR",
                      help="the images of an original release: ID.jpg, at any depth")

@@ -4,7 +4,7 @@
                    imageid.human-written-caption.txt, lines `ID#number<TAB>caption`
     Flickr30K-CN   a text file for each split, lines `ID#kind#number word:tag word:tag …`
 
-A release is a folder, with these files at any depth, or a .zip, .tar.gz or .tgz of it.
+A release is a folder, with these files at any depth, or a .zip, .tar, .tar.gz or .tgz of it.
 """
 import errno
 import os
