@@ -390,9 +390,8 @@ def check_shared(args):
                        "out of range, 1 to 1e6 and 0 to 512")
     system.check_place("--json", args.json)
     system.check_place("--report", args.report)
-    if args.report is not None and args.json is not None:
-        if Path(args.report).resolve() == Path(args.json).resolve():
-            raise BadInput(f"--report {args.report} --json {args.json}: name two files")
+    if args.report and args.json and Path(args.report).resolve() == Path(args.json).resolve():
+        raise BadInput(f"--report {args.report} --json {args.json}: name two files")
 
 
 if __name__ == "__main__":
