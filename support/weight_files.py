@@ -175,9 +175,12 @@ def read_torchscript(archive):
             content = bytearray(archive.read(f"{root}/data/{name}"))
             return torch.frombuffer(content, dtype=dtype, count=count)
 
-    tensors = {}
+    tensors, seen = {}, set()
 
     def collect(module, prefix):
+        if id(module) in seen:          # shared modules could take for ever to walk
+            raise ValueError("a module is contained twice")
+        seen.add(id(module))
         for name, value in vars(module).items():
             if torch.is_tensor(value):
                 tensors[prefix + name] = value

@@ -91,7 +91,7 @@ def parse_args():
     one.add_argument("source", help="DATA as for the other commands; or, with --images, an "
                      "original release: a folder, .zip, .tar, .tar.gz or .tgz")
     one.add_argument("dest", help="the folder to make")
-    one.add_argument("--images", metavar="DIR",
+    one.add_argument("--images", "--pictures", metavar="DIR",
                      help="the images of an original release: ID.jpg, at any depth")
     one.add_argument("--shards", action="store_true", help="write tar shards")
     one.add_argument("--skip-missing", action="store_true",
