@@ -10,8 +10,8 @@ image i      0 … I - 1; image_ids[i] is the data set's own id, a number or a p
 text t       0 … T - 1; text_keys[t] is a number that equal sentences share
 pair k       0 … n - 1: a text and an image that it describes; training shuffles and counts pairs
 epoch        all pairs once, in a random order of its own
-place        a position in the stream of pairs that the orders of all epochs make, one after another
-batch        the pairs of one step, over all processes; a micro-batch: what one embeds at a time
+batch        the pairs of one step, over all processes; place 0 … N - 1: a position in it
+micro-batch  what one process embeds at a time
 
 Three layouts of a data set, one interface (Split):
 
@@ -26,7 +26,7 @@ Three layouts of a data set, one interface (Split):
    them, 'shards/{000000..000020}.tar' or 'shards/*.tar', or a folder with train-000000.tar, ….
 
 Letters in the shapes: I images, T texts, n pairs, L tokens of a text, N pairs of a batch, B pairs
-of a micro-batch, M sentences of an image at most, R pixels along a side, D width of an embedding.
+of a micro-batch, M sentences of one image at most, R pixels of a side, D width of an embedding.
 """
 import base64
 import hashlib
@@ -52,7 +52,7 @@ from tokenizer import Tokenizer
 PAINTED = ("demo", "landscapes", "english-landscapes", "poems")
 NAMES = {"coco-cn": "COCO-CN", "flickr30k-cn": "Flickr30k-CN", "muge": "MUGE", "ap-id": "AP-ID",
          **{name: name for name in PAINTED}}
-Transform = images.Transform                                # part of this file's interface
+Transform = images.Transform  # part of this file's interface
 
 
 # ---- a split
@@ -67,10 +67,10 @@ class Split:
     positives     T lists: positives[t] = the images that text t describes; may be empty
     ids           (T, L) uint16, the tokens of the texts (the vocabulary has 21,128)
     pairs         (t, i) of each pair, in the data set's order
-    text_keys     T keys
+    text_keys     T keys (see sentence_key)
     image_keys    I lists: the keys of all sentences that describe an image
 
-    A layout is a subclass with image_bytes, image_location and files. (ShardSplit stands alone.)
+    A layout is a subclass with image_bytes, image_location, files; ShardSplit is like one.
     """
 
     def __init__(self, name, texts, image_ids, positives, context_length=52):
@@ -79,7 +79,7 @@ class Split:
                            f"({len(image_ids)} images, {len(texts)} captions)")
         self.name, self.texts, self.image_ids, self.positives = name, texts, image_ids, positives
         self.ids = Tokenizer(name)(texts, context_length).numpy().astype(np.uint16)
-        self.pairs = [(t, i) for t, images in enumerate(positives) for i in images]
+        self.pairs = [(t, i) for t, found in enumerate(positives) for i in found]
         self.text_keys = [sentence_key(text) for text in texts]
         self.image_keys = [[] for _ in image_ids]
         for t, i in self.pairs:
@@ -89,7 +89,7 @@ class Split:
         return len(self.pairs)
 
     def order(self, seed, epoch):
-        """(n,) the pair at each place of an epoch: a permutation that (seed, epoch) determines."""
+        """(n,) the pairs in the order of an epoch: a permutation that (seed, epoch) determines."""
         return np.random.default_rng([seed, epoch]).permutation(len(self))
 
     def sample(self, k):
@@ -101,7 +101,7 @@ class Split:
             return self.image_bytes(self.image_of(k)), *self.words(k)
 
     def words(self, k):
-        """What sample gives of pair k after the image."""
+        """sample without the image: tokens (L,), keys of the image, key of the text."""
         t, i = self.pairs[k]
         return self.ids[t], self.image_keys[i], self.text_keys[t]
 
@@ -128,14 +128,14 @@ class Split:
     def fingerprint(self):
         """A short text that changes with texts, ids, their relation or the first sample.
 
-        By it a resumed run notices other data. Reading all samples would take an epoch.
+        A resumed run compares it, to notice other data. Reading all samples takes an epoch.
         """
         about = json.dumps([self.texts, self.image_ids, self.positives], ensure_ascii=False)
         digest = hashlib.md5(about.encode())
         try:
             image, ids, *_ = self.sample(0)
             digest.update(image + ids.tobytes())
-        except (BadInput, IndexError):                      # unreadable, or there are no pairs
+        except (BadInput, IndexError):  # unreadable, or there are no pairs
             digest.update(b"none")
         return f"{len(self):,} pairs (hash {digest.hexdigest()[:12]})"
 
@@ -147,7 +147,7 @@ class TsvSplit(Split):
         self.path, texts_path = folder / f"{split}_imgs.tsv", folder / f"{split}_texts.jsonl"
         if not texts_path.is_file():
             raise BadInput(f"{folder}: {texts_path.name} is missing beside {self.path.name}")
-        self.offsets = []                                   # (start, length) of each base64 text
+        self.offsets = []  # (start, length) of each base64 text
         image_ids = self.read_images()
         texts, positives = self.read_texts(texts_path, image_ids)
         name = f"{folder.resolve().name}/{split}"
@@ -155,14 +155,14 @@ class TsvSplit(Split):
 
     def read_images(self):
         """-> the ids of the images. Fills self.offsets."""
-        line_of, end = {}, 0                                # id -> its line
+        line_of, end = {}, 0  # id -> its line
         size = self.path.stat().st_size / 2**20
         with open(self.path, "rb") as f, \
                 system.progress(f"{self.path.name}: MiB indexed", size) as progress:
             for number, line in enumerate(f, 1):
                 start, end = end, end + len(line)
                 progress.update(len(line) / 2**20)
-                if not line[:64].strip():                   # a blank line
+                if not line[:64].strip():  # a blank line
                     continue
                 id_, tab, _ = line[:64].partition(b"\t")
                 if not tab or not id_.strip().isdigit():
@@ -209,7 +209,7 @@ class TsvSplit(Split):
         with open(self.path, "rb") as f:
             f.seek(start)
             text = f.read(length).strip()
-        standard = text.translate(bytes.maketrans(b"-_", b"+/"))    # sets use both base64 alphabets
+        standard = text.translate(bytes.maketrans(b"-_", b"+/"))  # sets use both base64 alphabets
         return base64.b64decode(standard, validate=True)
 
 
@@ -218,17 +218,17 @@ class FolderSplit(Split):
 
     def __init__(self, folder, split, context_length):
         self.folder = folder
-        index_of, described, present = {}, {}, set()        # path -> image; text -> {image: None}
+        index_of, described, present = {}, {}, set()  # path -> image; text -> {image: None}
         for path, text, its_split in caption_rows(caption_file(folder)):
             present.add(its_split)
             if its_split == split:
                 i = index_of.setdefault(path, len(index_of))
-                described.setdefault(text, {})[i] = None    # a repeated row counts once
+                described.setdefault(text, {})[i] = None  # a repeated row counts once
         if not described:
             raise BadInput(f"{folder}: no split {split!r}; it has "
                            f"{', '.join(sorted(present)) or 'no rows at all'}; the column `split` "
                            "of the captions file names them (train, valid, test)")
-        positives = [list(images) for images in described.values()]
+        positives = [list(numbers) for numbers in described.values()]
         name = f"{folder.resolve().name}/{split}"
         super().__init__(name, list(described), list(index_of), positives, context_length)
 
@@ -306,7 +306,7 @@ def split_names(folder):
 
 
 def all_names(data, data_root="data"):
-    """The splits of a data set; a pattern of shards is one, ["train"], whatever it is used for."""
+    """The names of a data set's splits. A pattern of shards is one split: ["train"]."""
     return ["train"] if is_pattern(data) else split_names(find(data, data_root))
 
 
@@ -322,37 +322,37 @@ AUGMENT = {
     "drawing": dict(rotate=20, zoom=0.25, stretch=0.20, shift=0.12, warp=0.10, ink=0.3, tint=0.2,
                     saturation=0.4),
 }
-DRAWS = 10 + 2 * 4 * 4                                      # random numbers for one image
+DRAWS = 10 + 2 * 4 * 4  # random numbers for an image: 7, 3 of the tint, a 2 x 4 x 4 field
 
 
 def augment(pixels, draws, rotate, zoom, stretch, shift, warp, ink, tint, saturation):
-    """Bend, move and colour images: pixels (B, 3, R, R) in 0..1 -> the same shape and range.
+    """Turn, move, warp and tint images: pixels (B, 3, R, R) in 0..1 -> the same shape and range.
 
     draws: (B, DRAWS) uniform in -1..1, a function of (seed, step, place in the batch). The other
     arguments are a row of AUGMENT. Beyond the border the border's pixels repeat.
     """
     B, _, R, _ = pixels.shape
-    u = draws.to(pixels.device).T                           # (DRAWS, B)
-    angle, size, aspect, dx, dy, dark, vivid = u[:7]        # (B,) each
-    for_tint, for_warp = u[7:10].T, u[10:].T                # (B, 3), (B, 32)
+    u = draws.to(pixels.device).T  # (DRAWS, B)
+    angle, size, aspect, dx, dy, dark, vivid = u[:7]  # (B,) each
+    for_tint, for_warp = u[7:10].T, u[10:].T  # (B, 3), (B, 32)
 
     angle = angle * math.radians(rotate)
     size, aspect = (size * zoom).exp(), (aspect * stretch).exp()
     cos, sin = angle.cos(), angle.sin()
-    x_row = torch.stack([cos * size * aspect, -sin * size * aspect, dx * shift], dim=1)    # (B, 3)
+    x_row = torch.stack([cos * size * aspect, -sin * size * aspect, dx * shift], dim=1)  # (B, 3)
     y_row = torch.stack([sin * size / aspect, cos * size / aspect, dy * shift], dim=1)
-    affine = torch.stack([x_row, y_row], dim=1)             # (B, 2, 3)
-    grid = F.affine_grid(affine, pixels.shape, align_corners=False)     # (B, R, R, 2) source places
-    if warp:                                                # a smooth random field, as by hand
+    affine = torch.stack([x_row, y_row], dim=1)  # (B, 2, 3)
+    grid = F.affine_grid(affine, pixels.shape, align_corners=False)  # (B, R, R, 2) source points
+    if warp:  # a smooth random field: shaky lines
         field = F.interpolate(for_warp.reshape(B, 2, 4, 4), (R, R), mode="bicubic",
                               align_corners=True)
         grid = grid + warp * field.permute(0, 2, 3, 1)
     pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
-    # Colours change by the ink, 1 - pixels: white paper stays white.
+    # Change 1 - pixels, the amount of ink, so white paper stays white.
     dark = (1 + ink * dark).view(B, 1, 1, 1)
     pixels = 1 - (1 - pixels) * dark * (1 + tint * for_tint.view(B, 3, 1, 1))
-    grey = pixels.mean(dim=1, keepdim=True)                 # (B, 1, R, R)
+    grey = pixels.mean(dim=1, keepdim=True)  # (B, 1, R, R)
     vivid = (1 + saturation * vivid).view(B, 1, 1, 1)
     return (grey + (pixels - grey) * vivid).clamp(0, 1)
 
@@ -361,7 +361,7 @@ def augment(pixels, draws, rotate, zoom, stretch, shift, warp, ink, tint, satura
 
 
 def micro_batch_places(batch_size, micro_batch, rank, world_size):
-    """The places of a batch that each micro-batch of this process takes: a list of ranges.
+    """The places in a batch of each micro-batch of this process: a list of ranges.
 
     The batch is cut into parts of world_size x micro_batch pairs (the last may be smaller), each
     part into equal slices, one for each process. So all processes run equally many micro-batches,
@@ -369,7 +369,7 @@ def micro_batch_places(batch_size, micro_batch, rank, world_size):
     """
     places, together = [], world_size * micro_batch
     for start in range(0, batch_size, together):
-        size = min(together, batch_size - start) // world_size                      # of a slice
+        size = min(together, batch_size - start) // world_size  # of a slice
         places.append(range(start + rank * size, start + (rank + 1) * size))
     return places
 
@@ -377,9 +377,9 @@ def micro_batch_places(batch_size, micro_batch, rank, world_size):
 class Batches:
     """The pairs of each micro-batch, lists of numbers k: a DataLoader's batch_sampler.
 
-    Step s (from 0) takes places s N … (s + 1) N - 1. So each pair comes once per epoch, no batch is
-    short, a step takes the same pairs for any number of processes and any micro-batch, and a run
-    resumes at any step.
+    The epochs' orders make one stream. Step s (from 0) takes its pairs s N … (s + 1) N - 1. So each
+    comes once per epoch, all batches have N pairs, the same for any number of processes and any
+    micro-batch, and a run resumes at any step.
     """
 
     def __init__(self, split, batch_size, seed, first_step, last_step, rank=0, world_size=1,
@@ -388,7 +388,7 @@ class Batches:
         self.steps = range(first_step, last_step)
         micro_batch = micro_batch or batch_size // world_size
         self.places = micro_batch_places(batch_size, micro_batch, rank, world_size)
-        self.epoch, self.order = None, None                 # of the last pair
+        self.epoch, self.order = None, None  # of the last pair
 
     def __len__(self):
         return len(self.steps) * len(self.places)
@@ -401,19 +401,19 @@ class Batches:
     def pairs(self, step, places):
         """The pairs at some places (a range) of a step's batch."""
         result = []
-        for at in places:
-            epoch, place = divmod(step * self.batch_size + at, len(self.split))
+        for place in places:
+            epoch, at = divmod(step * self.batch_size + place, len(self.split))
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, self.split.order(self.seed, epoch)
-            result.append(int(self.order[place]))
+            result.append(int(self.order[at]))
         return result
 
 
 class TrainingPairs(Dataset):
     """Pair k -> its tensors: what a DataLoader's workers run.
 
-    With `features` (support/features.py) the image's embedding replaces its pixels. The next pair
-    replaces one that cannot be read.
+    With `features` (support/features.py) the image's embedding replaces its pixels. The next
+    pair replaces one that cannot be read.
     """
 
     def __init__(self, split, image_size, features=None, tries=100):
@@ -449,7 +449,7 @@ def collate(samples):
     bad           reports of pairs that cannot be read
     """
     pixels, ids, image_keys, text_keys, reports = zip(*samples)
-    # default_collate stacks, in a worker directly in the memory that it shares with training.
+    # In a worker, default_collate stacks into memory shared with training.
     pixels = default_collate(pixels)
     ids = torch.from_numpy(np.stack(ids).astype(np.int64))
     image_keys = [torch.tensor(keys) for keys in image_keys]
@@ -458,7 +458,7 @@ def collate(samples):
 
 
 def training_loader(split, image_size, batches, workers, pin_memory=False, features=None):
-    """A DataLoader of micro-batches as collate gives them, in the order of `batches` (Batches)."""
+    """A DataLoader: for each list of numbers k that `batches` yields, collate of those pairs."""
     return reader_loader(TrainingPairs(split, image_size, features), workers,
                          batch_sampler=batches, collate_fn=collate, pin_memory=pin_memory,
                          prefetch_factor=4 if workers else None)
@@ -467,6 +467,6 @@ def training_loader(split, image_size, batches, workers, pin_memory=False, featu
 def own_memory(batch):
     """A batch, copied out of the memory that it shares with a worker.
 
-    A batch that is kept there for long takes up open files and room in /dev/shm.
+    A batch that stays there takes up open files and room in /dev/shm.
     """
     return [x.clone() if isinstance(x, torch.Tensor) and x.is_shared() else x for x in batch]

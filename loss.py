@@ -7,22 +7,22 @@ figure 3).
     I, T     image, text    (N, D)    embeddings, unit vectors
     s        scale          ()        exp(logit_scale), the inverse temperature
     S        S              (N, N)    logits, s I Tᵀ
-    Y        truth          (N, N)    1 where text j describes image i, else 0; see `matches`
+    Y        Y              (N, N)    1 where text j describes image i (E times), else 0
     Yr, Yc   Yr, Yc         (N, N)    Y with its rows, or its columns, divided by their sums
     r, c     r, c           (N,)      r_i = log Σ_j exp S_ij,  c_j = log Σ_i exp S_ij
 
-    loss = 1/2N Σ_i ( r_i - Σ_j Yr_ij S_ij )          image -> text: cross-entropy with Yr_i
-         + 1/2N Σ_j ( c_j - Σ_i Yc_ij S_ij )          text -> image: the same by columns
+    loss = 1/2N Σ_i ( r_i - Σ_j Yr_ij S_ij )          image -> text: cross-entropy with Yr
+         + 1/2N Σ_j ( c_j - Σ_i Yc_ij S_ij )          text -> image: with Yc, by columns
 
     G = dloss/dS = 1/2N ( exp(S - r) + exp(S - c) - Yr - Yc )    (r by rows, c by columns)
     dI = s G T      dT = s Gᵀ I      ds = Σ_ij G_ij S_ij / s = Σ_i I_i·dI_i / s
 
-Each of W processes owns B = N/W pairs: their rows and their columns of S. `contrastive_loss` is the
-loss as one writes it, for autograd. It holds whole matrices (0.66 GB each at the paper's
+Each of W processes has B = N/W pairs: their rows and their columns of S. `contrastive_loss` is the
+loss in the plain way, for autograd. It holds whole matrices (0.66 GB each at the paper's
 N = 12,800). `tiled_loss` computes the same loss and its gradient by the formulas above, with a few
-rows of S and G at a time. A test compares the two to 1e-12.
+rows of S and G at a time. A test compares them in float64, to 1e-12.
 
-Each function returns its process's share: the shares of the loss add up to the loss, and those of
+Both return the share of one process: the shares of the loss add up to the loss, and those of
 parameter gradients to the gradient. So parameter gradients are SUMMED over processes.
 """
 import torch
@@ -33,20 +33,20 @@ import torch.nn.functional as F
 def matches(image_keys, text_keys):
     """Which texts of the batch describe which images -> rows (E,), columns (E,) of the ones of Y.
 
-    text_keys: (N,) int64, each text's sentence as a number from 0. image_keys: (N, M) int64, all
-    sentences that describe each image, filled up with -1; some may not be in the batch.
+    text_keys: (N,) int64, a number >= 0 that equal sentences share. image_keys: (N, M) int64, those
+    of all sentences that describe an image, also outside the batch, filled up with -1. Equal to
 
-        Y = (image_keys[:, :, None] == text_keys).any(dim=1)            rows, columns = Y.nonzero()
+        (image_keys[:, :, None] == text_keys).any(dim=1).nonzero(as_tuple=True)
 
-    computed without the (N, M, N) array. Both results are on the CPU, sorted by row, then column.
+    without the (N, M, N) array. All tensors are on the CPU; sorted by row, then by column.
     """
     N, M = image_keys.shape
     keys, order = text_keys.sort()
     wanted = image_keys.flatten()  # (N M,)
     first = torch.searchsorted(keys, wanted)  # where each wanted key begins in `keys`
     count = torch.searchsorted(keys, wanted, right=True) - first  # how often it is there
-    k = torch.arange(N * M).repeat_interleave(count)  # (E',): which wanted key, …
-    nth = torch.arange(len(k)) - (count.cumsum(0) - count)[k]  # … and which of its texts, from 0
+    k = torch.arange(N * M).repeat_interleave(count)  # a wanted key, once for each of its texts
+    nth = torch.arange(len(k)) - (count.cumsum(0) - count)[k]  # which of its texts, from 0
     cells = torch.unique(k // M * N + order[first[k] + nth])  # i N + j, each once, sorted
     return cells // N, cells % N
 
@@ -54,9 +54,9 @@ def matches(image_keys, text_keys):
 def contrastive_loss(image_embed, text_embed, scale, truth=None):
     """This process's share of the loss, differentiable.
 
-    image_embed, text_embed: (B, D) unit vectors, the same B on every process, rank 0 first.
-    scale: (), exp(logit_scale). truth: what `matches` returns for the global batch; None if each
-    image's own text is its only match.
+    image_embed, text_embed: (B, D) unit vectors, the same B on every process, in rank
+    order. scale: (), exp(logit_scale). truth: what `matches` returns for the global batch; None if
+    each image's own text is its only match.
     """
     image, text = gather(image_embed), gather(text_embed)  # (N, D)
     N, own = len(image), own_rows(image_embed)
@@ -70,15 +70,15 @@ def contrastive_loss(image_embed, text_embed, scale, truth=None):
 
 @torch.no_grad()
 def tiled_loss(image_embed, text_embed, scale, truth=None, tile=2**21):
-    """The same, with its gradient -> loss (), d_image (B, D), d_text (B, D), d_scale ().
+    """The same loss with its gradient -> loss (), d_image (B, D), d_text (B, D), d_scale ().
 
     The arguments are those of contrastive_loss. d_image and d_text are the gradient of the global
-    loss at this process's pairs; d_scale is this process's share. Memory: two stripes of S, of
-    about `tile` numbers each.
+    loss at this process's pairs; loss and d_scale are its shares. Memory: two
+    stripes of S, of about `tile` numbers each.
     """
     image, text = gather(image_embed), gather(text_embed)  # (N, D)
     rows, columns = _diagonal(len(image)) if truth is None else truth  # (E,) each
-    order = columns.argsort(stable=True)  # Yᵀ, sorted by row
+    order = columns.argsort(stable=True)  # sorts the ones by column: Yᵀ by row
     by_image = _Direction(image_embed, text, scale, rows, columns, tile)
     by_text = _Direction(text_embed, image, scale, columns[order], rows[order], tile)
 
@@ -97,19 +97,19 @@ def _diagonal(N):  # rows and columns of the ones of Y without `truth`
 
 
 class _Direction:
-    """The term image -> text of the loss. For the other term swap I and T, r and c, Yr and Yc, and
-    transpose S, Y and G.
+    """The term image -> text of the loss. In the other, I and T, r and c, Yr and Yc change places,
+    and S, Y, G are transposed.
 
     own: (B, D), this process's I. other: (N, D), all T. rows, columns: (E,), the ones of Y, on the
     CPU, sorted by row."""
 
     def __init__(self, own, other, scale, rows, columns, tile):
         self.own, self.other, self.scale = own, other, scale
-        height, first = max(1, tile // len(other)), own_rows(own).start
-        starts = [*range(0, len(own), height), len(own)]
-        ones = torch.searchsorted(rows, torch.tensor(starts) + first).tolist()
+        height, first = max(1, tile // len(other)), own_rows(own).start  # first: own row 0
+        edges = [*range(0, len(own), height), len(own)]  # between stripes, in rows, …
+        ones = torch.searchsorted(rows, torch.tensor(edges) + first).tolist()  # … in ones of Y
         self.stripes = []  # (slice of own rows of S, slice of the ones of Y that lie in them)
-        for start, stop, one, end in zip(starts, starts[1:], ones, ones[1:]):
+        for start, stop, one, end in zip(edges, edges[1:], ones, ones[1:]):
             self.stripes.append((slice(start, stop), slice(one, end)))
         Yr = 1 / torch.bincount(rows)[rows].to(own.dtype)  # (E,), 1 / Σ_j Y_ij at the ones
         Yc = 1 / torch.bincount(columns)[columns].to(own.dtype)
@@ -117,7 +117,7 @@ class _Direction:
         self.rows, self.columns, self.Yr, self.Yr_and_Yc = ready
 
     def log_sums(self):
-        """-> r (B,), Σ_i (r_i - Σ_j Yr_ij S_ij) ()."""
+        """-> r (B,), and 2N times the term, Σ_i (r_i - Σ_j Yr_ij S_ij), ()."""
         r, loss = self.own.new_empty(len(self.own)), self.own.new_zeros(())
         for part, ones in self.stripes:
             S = (self.scale * self.own[part]) @ self.other.T  # (height, N)
@@ -132,7 +132,7 @@ class _Direction:
         gradient = torch.empty_like(self.own)
         for part, ones in self.stripes:
             S = (self.scale * self.own[part]) @ self.other.T  # (height, N)
-            G = (S - r[part, None]).exp_()
+            G = (S - r[part, None]).exp_()  # 2N G
             G += S.sub_(c).exp_()
             G[self.rows[ones] - part.start, self.columns[ones]] -= self.Yr_and_Yc[ones]
             torch.mm(G, self.other, out=gradient[part])
@@ -148,7 +148,7 @@ def world_size():
 
 
 def own_rows(x):
-    """x: (B, ...) -> the slice of the global batch that this process has; rank 0 has the first."""
+    """x: (B, ...) -> the slice of the global batch of this process; rank 0 has the first B."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return slice(rank * len(x), (rank + 1) * len(x))
 

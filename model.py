@@ -1,13 +1,13 @@
 """The network: two towers that map an image and a Chinese text to unit vectors in one space
-(paper, section 3 and figure 1).
+(section 3 and figure 1 of the paper: Chen et al. 2025, doi 10.3233/ATDE250109).
 
     pixels (B, 3, R, R) -> VisionTransformer or ModifiedResNet      -> image_embed (B, D)
     ids (B, L)          -> BertEncoder, state of [CLS], projection  -> text_embed (B, D)
 
-Letters of shapes, the same in every file (loss.py adds its own):
+Letters of shapes (loss.py, data.py and evaluate.py list those they add or change):
 
-    B  images or texts in this process's batch      N  pairs in the global batch of all processes
-    L  tokens of a sequence, with padding           K  tokens of the whole batch, without padding
+    B  images or texts embedded together            N  pairs in the global batch of all processes
+    L  tokens of a sequence, with padding           K  tokens of the B sequences, without padding
     P  patches of an image                          R  side of an image in pixels
     C  channels (width)     H  heads     d  C / H   D  width of the shared space
     I  images of a split                            T  texts of a split
@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Config:
-    """All sizes of one model. Raises ValueError for an impossible size (files bring sizes, too)."""
+    """All sizes of one model. ValueError for an impossible size (also from a file)."""
 
     embed_dim: int  # D
     image_size: int  # R
@@ -48,19 +48,19 @@ class Config:
     def __post_init__(self):
         resnet = isinstance(self.vision_layers, tuple)
         for name, value in vars(self).items():
-            most = 1000 if name.endswith("layers") else 2**20
+            largest = 1000 if name.endswith("layers") else 2**20
             if name == "text_dropout":
                 valid = isinstance(value, (int, float)) and 0 <= value < 1
             elif name == "vision_layers" and resnet:
-                valid = len(value) == 4 and all(type(x) is int and 1 <= x <= most for x in value)
+                valid = len(value) == 4 and all(type(x) is int and 1 <= x <= largest for x in value)
             else:
-                valid = type(value) is int and 1 <= value <= most
-            if not (valid or name == "patch_size" and value is None and resnet):
+                valid = type(value) is int and 1 <= value <= largest
+            if not (valid or (name == "patch_size" and value is None and resnet)):
                 raise ValueError(f"{name} cannot be {value!r}")
 
 
 # The released sizes of Chinese CLIP (arXiv 2211.01335, table 1), whose text towers are BERTs: RBT3,
-# RoBERTa-wwm-ext base and large. The paper's CE-CLIP is vit-b-16 and vit-l-14; `tiny` is ours.
+# RoBERTa-wwm-ext base, large. The paper's CE-CLIP: vit-b-16, vit-l-14. `tiny` is ours.
 #                         D     R    vision: layers width heads patch   text: layers width heads
 CONFIGS = {
     "rn50":         Config(1024, 224, (3, 4, 6, 3),   64, 32, None,        3,  768, 12),
@@ -74,11 +74,11 @@ CONFIGS = {
 
 
 class Layout:
-    """Where the tokens of B sequences stand. Linear layers see the K real tokens alone, (K, C);
-    attention sees every sequence padded to L tokens, (B, L, C). An image needs no padding."""
+    """Where the real tokens of B sequences are. Linear layers see only these K tokens, (K, C);
+    attention sees every sequence padded to L tokens, (B, L, C). Images have no padding: K = B L."""
 
     def __init__(self, B, L, real=None, rows=None):
-        """real: (B, L) bool, which tokens are no padding. rows: (K,), their places in (B L)."""
+        """real: (B, L) bool, False at padding. rows: (K,), where real.flatten() is True."""
         self.shape, self.rows = (B, L), rows
         self.mask = None if real is None else real[:, None, None]  # (B, 1, 1, L) keys to attend to
 
@@ -115,8 +115,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """C -> 4 C -> C. BERT has the exact GELU; CLIP and so the released ViTs have QuickGELU,
-    x sigmoid(a x) with a = 1.702. This is silu(a x) / a, so the weights carry a."""
+    """C -> 4 C -> C. BERT has the exact GELU; CLIP's ViTs have QuickGELU, x sigmoid(a x) with
+    a = 1.702. It is silu(a x) / a: the first layer is multiplied by a, narrow.weight divided."""
 
     def __init__(self, width, quick):
         activation = nn.SiLU() if quick else nn.GELU()
@@ -135,20 +135,20 @@ class MLP(nn.Sequential):
         return checkpoint(rest, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
-def run(block, *args, checkpointed):
-    """block(*args). checkpointed: keep args alone, and run the block again in the backward pass."""
+def run_block(block, *args, checkpointed):
+    """block(*args). checkpointed: keep only args, and run the block again in the backward pass."""
     if not (checkpointed and torch.is_grad_enabled()):
         return block(*args)
-    contexts = lambda: (nullcontext(), statistics_kept(block))  # of the first run, of the second
+    contexts = lambda: (nullcontext(), statistics_kept(block))  # around the first run, the second
     return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
 def statistics_kept(module):
-    """BatchNorm keeps its running statistics, for a second forward pass over the same images."""
+    """Inside it, BatchNorm's running statistics do not change: no image counts twice."""
     norms = [m for m in module.modules() if isinstance(m, BatchNorm2d)]
     before = [(m.momentum, m.num_batches_tracked) for m in norms]
-    for m in norms:  # new statistics = 1 x old + 0 x batch: so the graph is the same
+    for m in norms:  # new statistics = 1 x old + 0 x batch, by the same graph
         m.momentum, m.num_batches_tracked = 0.0, m.num_batches_tracked.clone()
     try:
         yield
@@ -162,7 +162,7 @@ def at_least_float32(x):  # bfloat16 and float16 -> float32; float32 and float64
 
 
 def to_device(x, device):
-    """A tensor -> device. From CPU to GPU, the CPU does not wait for the GPU to finish its work."""
+    """A tensor -> device. From CPU to GPU through pinned memory: the CPU does not wait."""
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
@@ -185,7 +185,7 @@ class VisionBlock(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT as in CLIP, with LayerNorm before its layers. The last has one query, the class token."""
+    """ViT as in CLIP: LayerNorm before the layers, too. The last has one query, the class token."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -199,13 +199,13 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(VisionBlock(C, H) for _ in range(cfg.vision_layers))
         self.norm_post = nn.LayerNorm(C)
         self.projection = nn.Parameter(torch.empty(C, cfg.embed_dim))
-        # As in openai/CLIP (model.py, initialize_parameters). back: into the residual stream
-        into, back = C**-0.5, C**-0.5 * (2 * cfg.vision_layers) ** -0.5
+        # As in openai/CLIP, the layers as in its text tower. std_out: of what is added to x
+        std_in, std_out = C**-0.5, C**-0.5 * (2 * cfg.vision_layers) ** -0.5
         for p in (self.class_token, self.position_embed, self.projection):
-            nn.init.normal_(p, std=into)
+            nn.init.normal_(p, std=std_in)
         for block in self.blocks:
             qkv, out, (widen, _, narrow) = block.attention.qkv, block.attention.out, block.mlp
-            stds = {qkv: into, widen: (2 * C) ** -0.5, out: back, narrow: back}
+            stds = {qkv: std_in, widen: (2 * C) ** -0.5, out: std_out, narrow: std_out}
             for linear, std in stds.items():
                 nn.init.normal_(linear.weight, std=std)
                 nn.init.zeros_(linear.bias)
@@ -224,12 +224,12 @@ class VisionTransformer(nn.Module):
         x = layout.unpad(self.norm_pre(x))  # (K, C)
         for block in self.blocks:
             last = block is self.blocks[-1]
-            x = run(block, x, layout, last, checkpointed=self.grad_checkpointing)
-        return self.norm_post(x) @ self.projection
+            x = run_block(block, x, layout, last, checkpointed=self.grad_checkpointing)
+        return self.norm_post(x) @ self.projection  # of x (B, C)
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes. All of them use it, so its gradient is the sum of theirs."""
+    """The sum over all processes. Each one's loss depends on it: its gradient is summed, too."""
 
     @staticmethod
     def forward(ctx, x):
@@ -241,7 +241,7 @@ class _Sum(torch.autograd.Function):
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm over the images of all processes. torch's own, SyncBatchNorm, needs a GPU."""
+    """BatchNorm over the images of all processes. torch's SyncBatchNorm needs a GPU."""
 
     def forward(self, x):  # (B, C, h, w) -> (B, C, h, w)
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
@@ -250,7 +250,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         mean = _Sum.apply(x.mean(dim=(0, 2, 3))) / world  # (C,)
         centred = x - mean[:, None, None]
         var = _Sum.apply(centred.square().mean(dim=(0, 2, 3))) / world
-        n = world * x.numel() // x.shape[1]
+        n = world * x.numel() // x.shape[1]  # values of a channel
         self.running_mean.lerp_(mean.detach(), self.momentum)
         self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
         self.num_batches_tracked += 1
@@ -259,7 +259,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class Bottleneck(nn.Module):
-    """Three convolutions beside a shortcut. Average pools shrink the map: strides would alias."""
+    """Three convolutions and a shortcut. Average pools halve the map: strides would alias."""
 
     def __init__(self, channels_in, channels, stride):
         super().__init__()
@@ -271,7 +271,7 @@ class Bottleneck(nn.Module):
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
         self.conv3 = nn.Conv2d(channels, channels_out, 1, bias=False)
         self.bn3 = BatchNorm2d(channels_out)
-        nn.init.zeros_(self.bn3.weight)  # as in CLIP: a new block is its shortcut
+        nn.init.zeros_(self.bn3.weight)  # as in CLIP: at first only the shortcut
         self.shortcut = nn.Identity()
         if stride > 1 or channels_in != channels_out:
             conv = nn.Conv2d(channels_in, channels_out, 1, bias=False)
@@ -284,7 +284,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention from the mean of a feature map to the mean and all places (CLIP, section 2.4)."""
+    """One query, the mean of a feature map; keys: the mean and all places (CLIP, section 2.4)."""
 
     def __init__(self, width, cfg):
         super().__init__()
@@ -318,18 +318,18 @@ class ModifiedResNet(nn.Module):
             self.stem.append(nn.Sequential(conv, BatchNorm2d(channels), nn.ReLU()))
         self.stem.append(nn.AvgPool2d(2))
         self.blocks, channels_in = nn.ModuleList(), width
-        for group, depth in enumerate(cfg.vision_layers):
-            for i in range(depth):
+        for group, count in enumerate(cfg.vision_layers):
+            for i in range(count):
                 stride = 2 if group > 0 and i == 0 else 1
                 self.blocks.append(Bottleneck(channels_in, width * 2**group, stride))
                 channels_in = 4 * width * 2**group
         self.attention_pool = AttentionPool(channels_in, cfg)
 
     def forward(self, pixels):  # (B, 3, R, R), normalized -> (B, D), not yet of unit length
-        x = pixels.contiguous(memory_format=torch.channels_last)  # convolutions are faster
+        x = pixels.contiguous(memory_format=torch.channels_last)  # for faster convolutions
         for block in [self.stem, *self.blocks]:
-            x = run(block, x, checkpointed=self.grad_checkpointing)
-        return self.attention_pool(x)  # of (B, 32 C, R / 32, R / 32)
+            x = run_block(block, x, checkpointed=self.grad_checkpointing)
+        return self.attention_pool(x)  # of x (B, 32 C, R / 32, R / 32)
 
 
 class BertBlock(nn.Module):
@@ -350,7 +350,7 @@ class BertBlock(nn.Module):
 
 
 class BertEncoder(nn.Module):
-    """BERT without pooler and heads. A text is the last state of [CLS] (paper, section 3.1)."""
+    """BERT without pooler and heads; returns the last state of [CLS] (paper, section 3.1)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -360,11 +360,11 @@ class BertEncoder(nn.Module):
         self.grad_checkpointing = False
         self.word_embed = nn.Embedding(cfg.vocab_size, C)
         self.position_embed = nn.Embedding(cfg.text_positions, C)
-        self.type_embed = nn.Embedding(2, C)  # row 0 for sentence A, and a text is A
+        self.type_embed = nn.Embedding(2, C)  # BERT's sentences A and B; a text is A, row 0
         self.norm = nn.LayerNorm(C, eps=1e-12)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(BertBlock(C, H, dropout) for _ in range(cfg.text_layers))
-        for name, p in self.named_parameters():  # as google-research/bert, initializer_range
+        for name, p in self.named_parameters():  # as in google-research/bert
             if p.ndim == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
@@ -374,7 +374,7 @@ class BertEncoder(nn.Module):
         """ids: (B, L) int64, 0 = [PAD] at the end, best on the CPU -> states of [CLS], (B, C)."""
         real = ids != 0
         real[:, 0] = True  # also of a text without tokens
-        L = int(real.sum(dim=1).max())  # of the longest text
+        L = int(real.sum(dim=1).max())  # of the longest text; waits if ids are on a GPU
         rows = real[:, :L].flatten().nonzero()[:, 0]  # (K,)
         device = self.word_embed.weight.device
         ids, real, rows = (to_device(x, device) for x in (ids[:, :L], real[:, :L], rows))
@@ -383,7 +383,7 @@ class BertEncoder(nn.Module):
         layout = Layout(len(ids), L, real, rows)
         for block in self.blocks:
             last = block is self.blocks[-1]
-            x = run(block, x, layout, last, checkpointed=self.grad_checkpointing)
+            x = run_block(block, x, layout, last, checkpointed=self.grad_checkpointing)
         return x
 
 
@@ -413,7 +413,7 @@ class CLIP(nn.Module):
         return self.encode_image(pixels), self.encode_text(ids), self.logit_scale.exp()
 
     def freeze_vision(self):
-        """Stage 1 (paper, section 3.2): the vision tower has no gradient and no training mode."""
+        """Stage 1 (paper, section 3.2): the vision tower stays as it is, in evaluation mode."""
         self.vision_frozen = True
         self.vision.requires_grad_(False)
         return self.train(self.training)
@@ -424,11 +424,11 @@ class CLIP(nn.Module):
             self.vision.eval()
         return self
 
-    def set_grad_checkpointing(self, on=True):  # less memory, more computation: see `run`
+    def set_grad_checkpointing(self, on=True):  # less memory, more computation: see run_block
         self.vision.grad_checkpointing = self.text.grad_checkpointing = on
 
     def compile_vision(self, backend="inductor"):
-        """torch.compile a ViT's blocks but the last, which differs. Of a ResNet: ValueError."""
+        """torch.compile all blocks of a ViT but the last (cls_only). ValueError for a ResNet."""
         if isinstance(self.cfg.vision_layers, tuple):
             raise ValueError("it is for ViTs; the blocks of a ResNet all differ")
         for block in self.vision.blocks[:-1]:
