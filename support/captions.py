@@ -24,10 +24,7 @@ def caption_file(folder):
 
 
 def caption_rows(path):
-    """(image, caption, split) of each row of a caption file. The images exist, each in one split.
-
-    Raises BadInput with the line of the first row that is wrong.
-    """
+    """(image, caption, split) of each row. BadInput names the line of the first wrong one."""
     split_of, has_splits = {}, None                         # image -> split; whether rows have one
     for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
         image, caption, split = row.get("image"), row.get("caption"), row.get("split") or ""
@@ -59,15 +56,13 @@ def hashed_split(text, parts=10):
 
 
 def is_text(text):
-    """Whether a string has no half of a character (lone surrogate). JSON and file names may."""
+    """Whether no character of it is broken (a lone surrogate), as in JSON and file names."""
     return text.encode(errors="ignore").decode() == text
 
 
 def check_text(text, path, number):
     if not is_text(text):
-        shown = text.encode(errors="replace").decode()[:60]
-        raise BadInput(f"{path}, line {number}: the text holds a broken character (a lone "
-                       f"surrogate): {shown}")
+        raise BadInput(f"{path}, line {number}: the text holds a broken character")
 
 
 def read_jsonl(path):

@@ -18,7 +18,7 @@ from support.system import BadInput
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
-# Files with these endings count as images. Pillow cannot read heic and heif: they are reported.
+# Endings of image files. Pillow cannot read heic and heif: they are reported.
 ENDINGS = {f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm", "ico",
                                    "tga", "heic", "heif")}
 ORIENTATION = 0x0112                                        # the EXIF tag; 1: upright
@@ -26,9 +26,6 @@ ORIENTATION = 0x0112                                        # the EXIF tag; 1: u
 # CLIP's statistics of its training images, per RGB channel, of values in 0..1
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-# ---- decoding
 
 
 @contextlib.contextmanager
@@ -67,13 +64,10 @@ def image_at(paths, i, folder=""):
 
 
 def to_rgb(image):
-    """Any PIL image -> RGB as a person sees it; the pixels of RGB images do not change.
-
-    It is turned as its EXIF tag says; transparent parts become white; 16-bit grey becomes 8-bit.
-    """
+    """Any PIL image -> RGB, turned as its EXIF tag says; transparent parts become white."""
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
+    if image.mode.startswith("I"):                          # 16-bit grey
         grey = np.asarray(image, dtype=np.int64).clip(0, 65535) // 257
         image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
@@ -120,9 +114,8 @@ def statistics_on(device):
 def training_pixels(encoded, size, name):
     """The bytes of an image file -> (3, size, size) uint8. Raises BadInput with its name.
 
-    Faster than to_uint8, with pixels that differ by less than a person sees: of 255, on photos, by
-    0.005 on average and at most 2; at a reduced scale by 0.1 to 0.8, and at most 7. Evaluation
-    needs Pillow's exact pixels, so that its figures compare with those of other programs.
+    Faster than to_uint8, whose exact pixels evaluation needs to compare with other programs. On
+    photos they differ by 0.005 of 255 on average, at most 2; at a reduced scale by 0.8, at most 7.
     """
     with refused_as(name):
         image = open_image(encoded)
@@ -130,9 +123,8 @@ def training_pixels(encoded, size, name):
         # Decode a large JPEG at 1/2, 1/4 or 1/8, a part of the work; a side keeps 2 size or more.
         image.draft(None, (2 * size, 2 * size))
         plain = image.format == "JPEG" and image.mode in ("RGB", "L") and image.size == whole
-        pixels = None
-        if plain and image.getexif().get(ORIENTATION, 1) == 1:
-            pixels = jpeg_pixels(encoded)
+        upright = image.getexif().get(ORIENTATION, 1) == 1
+        pixels = jpeg_pixels(encoded) if plain and upright else None
         if pixels is None:
             image.load()
             pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)     # (3, H, W)
@@ -147,31 +139,22 @@ def resized(pixels, size):
 
 
 def jpeg_pixels(encoded):
-    """An RGB or grey JPEG -> (3, H, W) uint8, equal to Pillow's but faster.
-
-    None when torchvision cannot: then Pillow decodes it, or says what is wrong with the file.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # of read-only bytes
-        try:
-            return jpeg_decoder()(torch.frombuffer(encoded, dtype=torch.uint8))
-        except Exception:
-            return None
+    """An RGB or grey JPEG -> (3, H, W) uint8, as Pillow's but faster; None: torchvision cannot."""
+    try:                                                    # bytearray: torch wants to write
+        return jpeg_decoder()(torch.frombuffer(bytearray(encoded), dtype=torch.uint8))
+    except Exception:                                       # Pillow decodes it, or says why not
+        return None
 
 
 @functools.cache
 def jpeg_decoder():
-    """torchvision's decode_jpeg; where that is missing or broken, a function that gives None.
-
-    It loads that library alone. Importing torchvision costs each worker three seconds and 90 MB,
-    and its function of that name only warns that it will go (from 0.29 on) before it calls this.
-    """
+    """torchvision's decode_jpeg, without importing all of it (3 s and 90 MB), or None."""
     try:
         (folder,) = importlib.util.find_spec("torchvision").submodule_search_locations
         torch.ops.load_library(next(Path(folder).glob("image*.so")))    # or image_stable.so
         return functools.partial(torch.ops.image.decode_jpeg, mode=3)   # 3: ImageReadMode.RGB
     except Exception:                                       # missing, made for another torch, …
-        return lambda _: None
+        return None
 
 
 # ---- reading many

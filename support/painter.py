@@ -1,13 +1,9 @@
 """Painted data sets, for a first try without a download.
 
-    write_demo("data/demo")             # a folder: captions.csv and train/0000.png, …
-
-What an image shows is drawn at random, then said in words, then painted, so each caption is true
-of its image. A scene is the frozenset of what an image shows. This file has the scenes of `demo`,
-coloured things in the quarters of an image; tools/landscapes.py has those of the other sets.
-
-All randomness comes from the random.Random that is passed (`rng`). The same seed paints the same
-image for ever, so the order of the calls of `rng` must not change.
+A scene, the frozenset of what an image shows, is drawn at random, then said in words, then painted.
+This file has the scenes of `demo`, coloured things in the quarters of an image; tools/landscapes.py
+has those of the other sets. All randomness comes from the random.Random that is passed (`rng`). The
+same seed paints the same image for ever, so the order of the calls of `rng` must not change.
 """
 import colorsys
 import csv
@@ -106,12 +102,10 @@ def polygon(draw, x, y, s, fill, points):
 
 # ---- the demo: coloured things in the quarters of an image
 
-# noun -> {"measure": its measure word, "shapes": [(fill, shape), …]}; fill null: the thing's colour
-THINGS = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-COLOURS = {                             # hue, saturation, value
-    "红色": (0.0, 0.85, 0.9), "橙色": (0.08, 0.9, 1.0), "黄色": (0.15, 0.85, 0.95),
-    "绿色": (0.35, 0.8, 0.65), "蓝色": (0.6, 0.85, 0.9), "紫色": (0.77, 0.7, 0.7),
-    "粉色": (0.93, 0.35, 1.0), "黑色": (0.0, 0.0, 0.15)}
+# colours: hue, saturation, value. things: noun -> {"measure": its measure word, "shapes": [(fill,
+# shape), …]}; fill null: the thing's colour
+TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+COLOURS, THINGS = TABLES["colours"], TABLES["things"]
 PLACES = {"左上角": (-1, -1), "右上角": (1, -1), "左下角": (-1, 1), "右下角": (1, 1)}
 COUNTS = {1: "一", 2: "两", 3: "三"}
 LAYOUTS = {1: [(0, 0)], 2: [(-0.5, 0), (0.5, 0)], 3: [(-0.5, 0.45), (0.5, 0.45), (0, -0.45)]}

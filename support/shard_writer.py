@@ -1,10 +1,7 @@
 """Any split -> tar shards, by several processes."""
-import contextlib
-import fcntl
 import functools
 import io
 import json
-import os
 import re
 import tarfile
 import warnings
@@ -24,14 +21,13 @@ KINDS = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"RIFF": "webp", b"GIF8": "gif",
 def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False):
     """Write a split as shards folder/name-000000.tar, …: each image once, with all its captions.
 
-    The bytes of an image do not change; whether it decodes is not tested. The images come in a
-    fixed random order, so that every shard is a fair sample. After a kill the next call continues.
-    An image that cannot be read is left out with a warning, or with `whole` refused.
+    The images keep their bytes, and come in a fixed random order, so that every shard is a fair
+    sample. After a kill the next call continues. An image that cannot be read is left out with a
+    warning, or with `whole` refused.
     """
     folder = Path(folder)
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise BadInput(f"{split.name}: the split's name becomes a part of file names; give it one "
-                       "of letters and digits")
+        raise BadInput(f"{name}: the split's name becomes a part of file names; rename it")
     texts_of = [[] for _ in split.image_ids]
     for text, described in zip(split.texts, split.positives):
         for i in described:
@@ -44,13 +40,13 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
         shards.append((path, images[start : start + per_shard]))
     plan = {"data": split.fingerprint(), "images": len(images), "per_shard": per_shard}
 
-    with reserved(folder, name, json.dumps(plan)):
+    with reserve(folder, name, json.dumps(plan)):
         missing = [(path, some) for path, some in shards if not path.exists()]
         workers = min(processes, len(missing)) if processes > 1 else 0
         loader = reader_loader(missing, workers, timeout=0, batch_size=None,
                                collate_fn=functools.partial(write_shard, split, texts_of, whole))
-        to_write = sum(len(some) for _, some in missing)
-        with system.progress(f"{folder}: images written", to_write) as progress:
+        total = sum(len(some) for _, some in missing)
+        with system.progress(f"{folder}: images written", total) as progress:
             for path, count in loader:
                 print(f"{path}: {count:,} images", flush=True)
                 progress.update(count)
@@ -58,9 +54,8 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
           f"{len(shards):,} shard{'s' * (len(shards) > 1)}")
 
 
-@contextlib.contextmanager
-def reserved(folder, name, plan):
-    """A lock on the folder, while folder/name.json says what the shards are made of.
+def reserve(folder, name, plan):
+    """Note in folder/name.json what its shards are made of -> a lock on the folder, an open file.
 
     Raises BadInput when other shards are there, or another process writes some.
     """
@@ -71,43 +66,39 @@ def reserved(folder, name, plan):
         if (marker.exists() or name in split_shards(folder)) and not is_ours:
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or "
                            f"delete them and {marker.name}")
-        lock = os.open(folder, os.O_RDONLY)                 # the workers inherit it
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = system.lock(folder / ".lock")
+        if lock is None:
+            raise BadInput(f"{folder}: another process is writing shards there")
         system.write_text(marker, plan)
-    except BlockingIOError:
-        raise BadInput(f"{folder}: another process is writing shards there") from None
+        return lock
     except OSError as error:
         raise BadInput(f"{folder}: shards cannot be written there ({error}); make room or name "
                        "another folder") from None
-    try:
-        yield
-    finally:
-        os.close(lock)
 
 
 def write_shard(split, texts_of, whole, shard):
     """Write one shard (path, images) and its index -> the path, how many images."""
     path, images = shard
-    system.write(path, functools.partial(fill_shard, split, texts_of, whole, images))
+
+    def fill(f):
+        with tarfile.open(fileobj=f, mode="w") as tar:
+            for i in images:
+                try:
+                    encoded = split.image_bytes(i)
+                except (BadInput, OSError, ValueError) as error:    # ValueError: base64
+                    problem = f"{split.name}: image {split.image_ids[i]} cannot be read ({error})"
+                    if whole:
+                        raise BadInput(f"{problem}; replace or remove it") from None
+                    warnings.warn(f"{problem}; it is left out")
+                    continue
+                kind = next((KINDS[start] for start in KINDS if encoded.startswith(start)), "tif")
+                record = {"id": split.image_ids[i], "texts": texts_of[i]}
+                record = json.dumps(record, ensure_ascii=False).encode()
+                for extension, content in ((kind, encoded), ("json", record)):
+                    member = tarfile.TarInfo(f"{i:09}.{extension}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+    system.write(path, fill)
     shard_index(path)
     return path, len(images)
-
-
-def fill_shard(split, texts_of, whole, images, f):
-    with tarfile.open(fileobj=f, mode="w") as tar:
-        for i in images:
-            try:
-                encoded = split.image_bytes(i)
-            except (BadInput, OSError, ValueError) as error:        # ValueError: base64
-                problem = f"{split.name}: image {split.image_ids[i]} cannot be read ({error})"
-                if whole:
-                    raise BadInput(f"{problem}; replace or remove it") from None
-                warnings.warn(f"{problem}; it is left out")
-                continue
-            kind = next((KINDS[start] for start in KINDS if encoded.startswith(start)), "tif")
-            record = {"id": split.image_ids[i], "texts": texts_of[i]}
-            record = json.dumps(record, ensure_ascii=False).encode()
-            for extension, content in ((kind, encoded), ("json", record)):
-                member = tarfile.TarInfo(f"{i:09}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))

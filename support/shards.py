@@ -27,7 +27,6 @@ from support.images import IMAGE_TYPES, decoded, refused_as
 from support.system import BadInput
 from tokenizer import Tokenizer
 
-LARGEST = 2**28                                             # bytes that are read of a file
 INDEX_VERSION, COLUMNS = 1, 6
 
 
@@ -59,8 +58,6 @@ class ShardSplit:
 
     def __len__(self):
         return int(self.starts[-1])
-
-    # ---- pairs, for training
 
     def order(self, seed, epoch):
         return ShardOrder(np.diff(self.starts), seed, epoch)
@@ -103,8 +100,6 @@ class ShardSplit:
         about = [(path.name, os.path.getsize(path), n) for path, n in zip(self.shards, counts)]
         digest = hashlib.md5(json.dumps(about).encode()).hexdigest()
         return f"{len(self):,} pairs in {len(self.shards):,} shards (hash {digest[:12]})"
-
-    # ---- messages and reports
 
     def image_name(self, k):
         return f"{self.location(k)}: the image"
@@ -153,8 +148,6 @@ class ShardSplit:
     def image_bytes(self, i):
         return self.pair_bytes(self.first_pair(i))
 
-    # ---- all at once, for evaluation
-
     @functools.cached_property
     def described(self):
         """{caption: {image: None, …}}, in the order of the pairs."""
@@ -190,11 +183,10 @@ class ShardSplit:
 class ShardOrder:
     """The pair at each place of an epoch, as data.Split.order gives it, for shards.
 
-    A permutation of all pairs would take 8 bytes for each, and a disk would jump for each. Instead
-    the shards are shuffled and taken 16 together. These are read side by side, nearly from front to
+    A permutation of all pairs would not fit in memory, and a disk would jump for each. Instead the
+    shards are shuffled and taken 16 together. These are read side by side, nearly from front to
     back, in windows of about 8,192 pairs: of w windows, the first has the first w-th of each shard,
-    in random order, and so on. Memory holds one window. The order depends on (seed, epoch) and the
-    counts alone.
+    in random order, and so on. The order depends on (seed, epoch) and the counts alone.
     """
 
     TOGETHER, WINDOW = 16, 8192
@@ -247,8 +239,8 @@ def read_at(path, offset, size):
     """`size` bytes of a shard from `offset` on. Raises ValueError or OSError."""
     if size < 0:
         raise ValueError("it is missing")
-    if size > LARGEST:
-        raise ValueError(f"it has {size:,} bytes, more than the {LARGEST:,} that are read")
+    if size > 2**28:
+        raise ValueError(f"it has {size:,} bytes, more than 256 MiB")
     content = os.pread(opened_shard(path).fileno(), size, offset)
     if len(content) < size:
         raise ValueError("it is cut short")
@@ -301,8 +293,8 @@ def shard_index(path, thorough=False):
     for file in files:
         with contextlib.suppress(BadInput, OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = f".{os.getpid()}.part"                   # several processes may write the same
-            system.write(file, lambda f: np.save(f, index), part=part)
+            # Several processes may write the same file, each its own part.
+            system.write(file, lambda f: np.save(f, index), part=f".{os.getpid()}.part")
             return index
     raise BadInput(f"{files[0]}: cannot be written, nor can {files[1]}; set CE_CLIP_CACHE to a "
                    "folder with room")
@@ -328,9 +320,8 @@ def scan(path):
         image = next((files[kind] for kind in IMAGE_TYPES if kind in files), (0, -1))
         text = files.get("txt", files.get("json", (0, -1)))
         is_json, captions = "json" in files and "txt" not in files, 1
-        is_cut = max(sum(image), sum(text)) > size
-        if is_cut or image[1] < 0 and text[1] < 0:          # or files of other kinds
-            continue
+        if max(sum(image), sum(text)) > size or max(image[1], text[1]) < 0:
+            continue                                        # cut, or files of other kinds
         if is_json:
             with contextlib.suppress(Exception):            # then one row: training reports it
                 captions = len(captions_in(read_at(path, *text), True))
