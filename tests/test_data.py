@@ -3,9 +3,11 @@ import base64
 import gzip
 import io
 import json
+import multiprocessing
 import os
 import random
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -344,6 +346,27 @@ def test_any_layout_can_be_written_as_shards_and_holds_the_same(capsys, tsv_fold
     write_shards(after, again, "train", per_shard=7)
     assert seen(open_split(again, "train")) == seen(before) and len(list(again.glob("*.tar"))) == 2
     assert len(after.shards) == 3 and after.incomplete() == 0
+
+
+def test_killed_at_any_moment_shards_are_whole_and_the_next_call_goes_on(tsv_folder, tmp_path):
+    split, out = open_split(tsv_folder, "train"), tmp_path / "out"
+    write_shards(split, tmp_path / "whole", "train", per_shard=2)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("*.tar")}
+    slow = open_split(tsv_folder, "train")
+    slow.image_bytes = lambda i: time.sleep(0.1) or split.image_bytes(i)
+    parent = multiprocessing.get_context("fork").Process(target=write_shards, args=(slow, out, "train", 2, 2))
+    parent.start()
+    while not list(out.glob("*.tar")):
+        time.sleep(0.01)
+    with pytest.raises(BadInput, match="out: another process is writing shards there"):
+        write_shards(split, out, "train", per_shard=2)
+    parent.kill()
+    parent.join()
+    time.sleep(0.3)                                                             # its workers would write on
+    done = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    assert 0 < len(done) < 6 and done.items() <= whole.items()
+    write_shards(split, out, "train", per_shard=2, processes=2)
+    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == whole
 
 
 def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
