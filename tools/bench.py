@@ -22,7 +22,6 @@ Only in the row `memory` do our steps keep freed memory (system.keep_freed_memor
 """
 import argparse
 import concurrent.futures
-import contextlib
 import copy
 import functools
 import json
@@ -31,10 +30,8 @@ import random
 import statistics
 import tempfile
 import time
-import types
 from pathlib import Path
 from typing import Callable, NamedTuple
-from unittest import mock
 
 from support import system                                  # before torch: see support/__init__.py
 
@@ -59,8 +56,7 @@ from tools import landscapes
 STEPS = {                                                   # row -> its name, how the step is made
     "stage1": ("stage 1 step", {"frozen": True}),
     "features": ("stage 1 step, features kept", {"frozen": True, "features": True}),
-    "stage2": ("stage 2 step", {}),
-    "cached": ("stage 2 step in micro-batches", {"cached": True}),
+    "stage2": ("stage 2 step", {}), "cached": ("stage 2 step in micro-batches", {"cached": True}),
 }
 BY_PRECISION = ("image", "text", *STEPS, "memory")
 ROWS = ("image", "text", *STEPS, "loss", "tokenizer", "loading", "evaluation", "memory")
@@ -157,27 +153,25 @@ class Bench:
 
     def image(self, precision):
         pixels = self.normalized(self.pixels)
-        encode, flops = lambda model: model.encode_image(pixels), len(pixels) * self.image_flops
-        return self.encoding("image encoding", precision, len(pixels), encode, flops)
+        return self.encoding("image encoding", precision, lambda model: model.encode_image(pixels),
+                             len(pixels), self.image_flops)
 
     def text(self, precision):
         ids = self.ids.repeat(64, 1)[:64].to(self.device)   # 64: cn_clip's default
-        encode, flops = lambda model: model.encode_text(ids), 64 * self.text_flops
-        return self.encoding("text encoding", precision, 64, encode, flops)
+        return self.encoding("text encoding", precision, lambda model: model.encode_text(ids),
+                             64, self.text_flops)
 
-    def encoding(self, what, precision, count, encode, flops):
-        autocast, name = precision_of(precision, self.device, evaluating=True)
-
+    def encoding(self, what, precision, encode, count, flops):
         @torch.no_grad()
-        def run(model, context):
+        def run(model, autocast):
             model.eval()
-            with context():
+            with autocast():
                 return encode(model)
 
-        ours, theirs = functools.partial(run, self.model, autocast), None
-        if self.peer:
-            theirs = functools.partial(run, self.peer.model, self.peer.autocast(precision))
-        return Row(f"{what}, {name}", count, ours, theirs, name, flops)
+        autocast, name = precision_of(precision, self.device, evaluating=True)
+        theirs = self.peer and (lambda: run(self.peer.model, self.peer.autocast(precision)))
+        return Row(f"{what}, {name}", count, lambda: run(self.model, autocast), theirs, name,
+                   count * flops)
 
     def step(self, what, precision, frozen=False, features=False, cached=False):
         """A training step, from uint8 images and ids on the CPU to new weights.
@@ -201,8 +195,6 @@ class Bench:
             pixels = torch.cat(parts).half().cpu()          # (B, D)
         pixels = pixels.pin_memory() if self.device.type == "cuda" else pixels
         batch = [train.MicroBatch(*part) for part in zip(pixels.chunk(n), self.ids.chunk(n))]
-        ours = functools.partial(train.train_step, model, batch, None, gradients, optimizer,
-                                 scaler, autocast)
         theirs = None
         if self.peer and not cached:
             theirs = self.peer.step(self.pixels, self.ids, precision, frozen)
@@ -210,7 +202,8 @@ class Bench:
         # caching or the MLPs compute a second time is not needed, so it does not count.
         of_image = 0 if features else self.image_flops if frozen else 3 * self.image_flops
         needed = len(self.ids) * (3 * self.text_flops + of_image)
-        return Row(f"{what}, {name}", len(self.ids), ours, theirs, name, needed)
+        return Row(f"{what}, {name}", len(self.ids), lambda: train.train_step(
+            model, batch, None, gradients, optimizer, scaler, autocast), theirs, name, needed)
 
     def loss(self, _):
         N, D = 32768 if self.device.type == "cuda" else 4096, self.cfg.embed_dim
@@ -229,8 +222,7 @@ class Bench:
 
     def tokenizer(self, _):
         """1,000 captions of painted images, one in five with letters and digits."""
-        rng, tokenizer = random.Random(0), Tokenizer()
-        texts = []
+        rng, tokenizer, texts = random.Random(0), Tokenizer(), []
         for i in range(1000):
             text = landscapes.describe_landscape(landscapes.random_landscape(rng))
             texts.append(text if i % 5 else f"{text}，共{i}个 no.{i}")
@@ -260,24 +252,22 @@ class Bench:
 
 
 class Peer:
-    """cn_clip 1.6.0: its model with our weights, its loss, its optimizer."""
+    """cn_clip 1.6.0: its model with our weights. On one device its loss is contrastive_loss."""
 
     def __init__(self, name, model, device):
         try:
             import cn_clip.clip as package
-            from cn_clip.clip.model import CLIP as PeerCLIP
-            from cn_clip.training.train import get_loss
         except ImportError as error:
             raise BadInput(f"--peer: cn_clip cannot be imported ({error}); "
                            "pip install --no-deps cn_clip==1.6.0 six") from None
-        self.device, self.get_loss, self.tokenize = device, get_loss, package.tokenize
+        self.device, self.tokenize = device, package.tokenize
         self.transform = package.utils.image_transform(model.cfg.image_size)
         folder, sizes = Path(package.__file__).parent / "model_configs", {}
         for part in checkpoint.PEER_NAMES[name]:
             sizes |= json.loads((folder / f"{part}.json").read_text())
         if isinstance(sizes["vision_layers"], str):
             sizes["vision_layers"] = json.loads(sizes["vision_layers"])
-        self.model = PeerCLIP(**sizes).to(device)
+        self.model = package.model.CLIP(**sizes).to(device)
         resnet = None if model.cfg.patch_size else model.cfg.vision_layers
         tensors = checkpoint.Layout("Chinese-CLIP", resnet=resnet).to_theirs(model.state_dict())
         left = self.model.load_state_dict(tensors, strict=False)
@@ -288,19 +278,8 @@ class Peer:
         on = precision != "fp32" and self.device.type == "cuda"
         return functools.partial(torch.autocast, self.device.type, dtype=torch.float16, enabled=on)
 
-    def loss_of(self, pixels, ids):
-        """Its loss of normalised images (B, 3, R, R) and captions (B, L)."""
-        args = types.SimpleNamespace(
-            accum_freq=1, mask_ratio=0, distillation=False, aggregate=False,
-            local_device_rank=self.device.index, report_training_batch_acc=False)
-        entropy, context = torch.nn.CrossEntropyLoss(), contextlib.nullcontext()
-        if self.device.type == "cpu":                       # it calls .cuda() on its tensors
-            context = mock.patch.object(torch.Tensor, "cuda", lambda x, *_, **__: x)
-        with context:
-            return self.get_loss(self.model, pixels, ids, entropy, entropy, args)[0]
-
     def step(self, pixels, ids, precision, frozen):
-        """Its training step, as its main sets it up. `frozen`: --freeze-vision."""
+        """Its training step. `frozen`: --freeze-vision."""
         self.model.visual.requires_grad_(not frozen)
         optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, betas=(0.9, 0.98), eps=1e-6)
         autocast, device = self.autocast(precision), self.device
@@ -311,7 +290,7 @@ class Peer:
             self.model.train()
             optimizer.zero_grad()
             with autocast():
-                loss = self.loss_of(pixels.to(device), ids.to(device))
+                loss = contrastive_loss(*self.model(pixels.to(device), ids.to(device)))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -321,18 +300,15 @@ class Peer:
         return step
 
 
-# ---- memory
-
-
 def steps_alone(who, name, batch_size, precision):
     """Four steps of stage 2 -> peak memory of this process in MiB, seconds of the last three."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     system.keep_freed_memory(who == "ours")
-    bench = Bench(name, batch_size, device, False)
+    bench = Bench(name, batch_size, device, peer=who == "theirs")
     if who == "ours":
-        call = bench.row("stage2", precision).ours
+        call = bench.step("", precision).ours
     else:
-        call = Peer(name, bench.model, device).step(bench.pixels, bench.ids, precision, False)
+        call = bench.peer.step(bench.pixels, bench.ids, precision, frozen=False)
     del bench.model                                         # our step has a copy
     seconds = [timed(call, device) for _ in range(4)]
     return memory_mib(device), seconds[1:]
@@ -370,15 +346,15 @@ def main():
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else hardware
     print(f"{args.model}, batches of {batch_size}, captions of 20 tokens on average; {hardware}, "
           f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; default precision {default}")
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    used = {"fp32", default, precision_of("auto", device, evaluating=True)[1]}
-    peaks = {name: peak(device, dtypes[name]) for name in dtypes if name in used}
+    dtypes, peaks = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}, {}
+    for name in ("fp32", default, precision_of("auto", device, evaluating=True)[1]):
+        peaks[name] = peaks.get(name) or peak(device, dtypes[name])
     rates = [f"{name} {rate / 1e9:,.0f}" for name, rate in peaks.items()]
     print(f"largest matrix product: {', '.join(rates)} billion operations a second")
     bench = Bench(args.model, batch_size, device, args.peer, args.micro_batches, args.compile)
     heads = f"  {'cn_clip /s':>10}  {'ratio':>5}  lowest-highest" if args.peer else ""
     print(f"\n{'':48}{'/s':>10}  {'of the peak':>11}{heads}")
-    for name in args.rows:
+    for name in args.rows.split(","):
         both = name in BY_PRECISION and default != "fp32"
         for precision in ("fp32", "auto") if both else ("fp32",):
             torch.set_num_threads(1 if name == "loading" else threads)
@@ -388,22 +364,22 @@ def main():
                 row = bench.row(name, precision)
                 text = line(row, *measured(row, device, args.rounds), peaks)
             print(text, flush=True)
+    torch.set_num_threads(threads)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=CONFIGS, default="vit-b-16",
-                        help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, help="of steps and images (default: 16, GPU 256)")
-    parser.add_argument("--rows", default=",".join(ROWS), help="(default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
-    parser.add_argument("--peer", action="store_true", help="measure cn_clip, too")
-    parser.add_argument("--micro-batches", type=int, default=4, help="of `cached` (default: 4)")
-    parser.add_argument("--compile", action="store_true", help="as with train.py")
+    add = parser.add_argument
+    add("--model", choices=CONFIGS, default="vit-b-16", help="(default: %(default)s)")
+    add("--batch-size", type=int, help="of steps and images (default: 16, on a GPU 256)")
+    add("--rows", default=",".join(ROWS), help="(default: all)")
+    add("--rounds", type=int, default=5, help="(default: 5)")
+    add("--peer", action="store_true", help="measure cn_clip, too")
+    add("--micro-batches", type=int, default=4, help="of the row `cached` (default: 4)")
+    add("--compile", action="store_true", help="as with train.py")
     args = parser.parse_args()
-    args.rows = args.rows.split(",")
-    for name in args.rows:
+    for name in args.rows.split(","):
         if name not in ROWS:
             raise BadInput(f"--rows: no row {name!r}; there are {', '.join(ROWS)}")
     if args.peer and args.model not in checkpoint.PEER_NAMES:
