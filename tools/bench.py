@@ -320,14 +320,16 @@ def in_own_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def memory_lines(peer, *how):
+def memory_lines(peer, model, batch_size, precision):
     """Two rows of the table, each side measured in a process of its own."""
+    how = model, batch_size, precision
     ours, seconds = in_own_process(steps_alone, "ours", *how)
-    text, theirs = f"{'  alone: peak memory, MiB':48}{ours:10,.0f}", []
+    text, theirs = f"{f'  alone: peak memory, MiB, {precision}':48}{ours:10,.0f}", []
     if peer:
         most, theirs = in_own_process(steps_alone, "theirs", *how)
         text += f"  {'':11}  {most:10,.0f}  {ours / most:5.2f}"
-    return text + "\n" + line(Row("  alone: stage 2 step", how[1], None), seconds, theirs, {})
+    rate = Row(f"  alone: stage 2 step, {precision}", batch_size, None)
+    return text + "\n" + line(rate, seconds, theirs, {})
 
 
 # ---- the program
@@ -399,7 +401,7 @@ def line(row, ours, theirs, peaks):
         ratios = [b / a for a, b in zip(ours, theirs)]
         text += (f"  {row.count / statistics.median(theirs):10,.1f}  "
                  f"{statistics.median(ratios):5.2f}  {min(ratios):.2f}-{max(ratios):.2f}")
-    return text
+    return text.rstrip()
 
 
 if __name__ == "__main__":
