@@ -81,8 +81,7 @@ def read_jsonl(path):
 
 def read_csv(path):
     """(line number, {column: value}) of each row that is not blank. Line 1 names the columns."""
-    rows = csv.reader((line for _, line in system.utf8_lines(path)), strict=True)
-    number = 1
+    rows, number = csv.reader((line for _, line in system.utf8_lines(path)), strict=True), 1
     try:
         columns = [name.strip().lower() for name in next(rows, [])]
         if not {"image", "caption"} <= set(columns) or len(set(columns)) < len(columns):

@@ -40,7 +40,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
         shards.append((path, images[start : start + per_shard]))
     plan = {"data": split.fingerprint(), "images": len(images), "per_shard": per_shard}
 
-    with reserve(folder, name, json.dumps(plan)):
+    with reserve(folder, name, json.dumps(plan)) as lock:
         missing = [(path, some) for path, some in shards if not path.exists()]
         workers = min(processes, len(missing)) if processes > 1 else 0
         loader = reader_loader(missing, workers, timeout=0, batch_size=None,
@@ -50,6 +50,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
             for path, count in loader:
                 print(f"{path}: {count:,} images", flush=True)
                 progress.update(count)
+        Path(lock.name).unlink(missing_ok=True)
     print(f"{folder}: {name}: {len(images):,} images with {sum(map(len, texts_of)):,} captions in "
           f"{len(shards):,} shard{'s' * (len(shards) > 1)}")
 
