@@ -166,7 +166,7 @@ def ranks_of_chunk(queries, candidates, correct):
     best = scores.amax(dim=1, keepdim=True)                                     # (q, 1)
     first = padded.where(scores == best, len(place)).amin(dim=1, keepdim=True)  # (q, 1)
 
-    # Before it rank the more similar candidates, and of the equally similar ones the earlier.
+    # A candidate ranks before it when it is more similar, or equally similar and earlier.
     # Sums of floats are faster than those of booleans.
     marks = torch.empty_like(similarity)                                        # (q, C)
     ranks = torch.gt(similarity, best, out=marks).sum(dim=1).long()             # (q,)
@@ -268,7 +268,7 @@ def main():
     name, split_name = data_name(args.data), split_of(args)
 
     @functools.cache
-    def open_split(context_length):                             # once for models that cut alike
+    def open_split(context_length):                             # once for each context length
         return data.open_split(args.data, split_name, args.data_root, context_length)
 
     records, rankings = [], []                                  # of each checkpoint
@@ -305,7 +305,7 @@ def embed_with(source, args, open_split, device):
               "precision": precision, "pairs": len(split)}
 
     def compute():
-        # Rounded as --features keeps them, also without it: the figures are the same.
+        # Round as --features does, so that the figures do not depend on it.
         dtype = torch.float32 if precision == "fp32" else torch.float16
         embeds = embed_split(model, split, device, autocast, args.batch_size, args.workers)
         return [x.to(dtype) for x in embeds]

@@ -113,7 +113,10 @@ class _Direction:
             self.stripes.append((slice(start, stop), slice(one, end)))
         Yr = 1 / torch.bincount(rows)[rows].to(own.dtype)  # (E,), 1 / Σ_j Y_ij at the ones
         Yc = 1 / torch.bincount(columns)[columns].to(own.dtype)
-        ready = (x.to(own.device, non_blocking=True) for x in (rows - first, columns, Yr, Yr + Yc))
+        ready = []
+        for x in (rows - first, columns, Yr, Yr + Yc):
+            x = x.pin_memory() if own.is_cuda else x  # so that the CPU does not wait for the copy
+            ready.append(x.to(own.device, non_blocking=True))
         self.rows, self.columns, self.Yr, self.Yr_and_Yc = ready
 
     def log_sums(self):

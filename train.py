@@ -65,8 +65,8 @@ def main():
         valid_split = data.open_split(valid_data, "valid", args.data_root, config.context_length)
     autocast, precision = precision_of(args.precision, device)
     settings = resolve(args, config, train_split, valid_split, precision, world_size)
-    before = state | {"step": 0} if resuming else state
-    settings.seen = checkpoint.trained_on(before)  # what the starting weights have learned from
+    before = state | {"step": 0} if resuming else state  # without the steps of this run
+    settings.seen = checkpoint.trained_on(before)
 
     model = build_model(config, settings).to(device).train()
     optimizer = make_optimizer(model, settings.weight_decay)
@@ -157,14 +157,14 @@ def train_step(model, micro_batches, truth, gradients, optimizer, scaler, autoca
 
     Both are of the global batch and stay on the device. Nothing here waits for the device, so that
     the CPU can prepare the next step. truth: as loss.matches gives it, or None. When loss or
-    gradient are not finite, the model stays as it is.
+    gradient are not finite (with fp16: the gradient), the model stays as it is.
 
     Several micro-batches take two passes (gradient caching, arXiv 2101.06983). By the chain rule
 
         dloss/dθ = Σ_k  dloss/d(embeddings of k) · d(embeddings of k)/dθ
 
-    The first factor needs all N pairs but no graph, the second a graph but of one micro-batch at a
-    time. With a single micro-batch the first pass keeps the graph.
+    The first factor needs all N pairs but no graph; the second needs the graph of one micro-batch
+    at a time. With a single micro-batch the first pass keeps the graph.
     """
     statistics = [(x, x.clone()) for x in model.buffers()]  # of BatchNorm: forward changes them
 
@@ -193,7 +193,7 @@ def train_step(model, micro_batches, truth, gradients, optimizer, scaler, autoca
         if not model.vision_frozen:
             outputs.append(image_embed)
             d_outputs.append(d_images[start:end])
-        if end == len(own_texts):
+        if end == len(own_texts):  # the last micro-batch
             outputs.append(scale)
             d_outputs.append(d_scale)
             gradients.last_pass()
@@ -220,7 +220,7 @@ class MicroBatch(NamedTuple):
     So train_step prepares the images of one micro-batch at a time, when it embeds them.
     """
     pixels: torch.Tensor                                    # (b, 3, R, R) uint8, or features (b, D)
-    ids: torch.Tensor                                       # (b, L) int64, some tokens [MASK]
+    ids: torch.Tensor                                       # (b, L) int64
     seed: int = 0                                           # of its dropout and patch masks
     draws: torch.Tensor | None = None                       # (b, DRAWS) in -1..1, for data.augment
     augment: str = "none"                                   # a row of data.AUGMENT
@@ -239,7 +239,7 @@ class MicroBatch(NamedTuple):
 
 def embed(model, micro, autocast, vision=True):
     """-> image embeddings (b, D), or None without `vision`, and text embeddings (b, D)."""
-    torch.manual_seed(micro.seed)
+    torch.manual_seed(micro.seed)  # the second pass draws the same masks as the first
     images = micro.images(model.logit_scale.device) if vision else None
     with autocast():
         if vision and images.ndim == 4:  # not features, which are embeddings
@@ -256,8 +256,8 @@ def read_batch(loader, places, step, settings, context_length):
     rank, _ = rank_and_world()
     image_draws, token_draws = random_draws(settings, step, context_length)
     micro_batches, image_keys, text_keys, reports = [], [], [], []
-    for number, own in enumerate(places):
-        rows = slice(own.start, own.stop)
+    for number, own_places in enumerate(places):
+        rows = slice(own_places.start, own_places.stop)
         pixels, ids, keys_of_images, keys_of_texts, bad = data.own_memory(next(loader))
         if token_draws is not None:  # never mask [PAD], [UNK], [CLS], [SEP]
             masked = (token_draws[rows] < settings.mask_tokens) & (ids > SEP)
@@ -279,9 +279,9 @@ def read_batch(loader, places, step, settings, context_length):
 
 
 def random_draws(settings, step, context_length):
-    """Random numbers of a step: (N, DRAWS) in -1..1 to augment, (N, L) in 0..1 to mask, or None.
+    """Random numbers of a step: (N, DRAWS) in -1..1 to augment, (N, L) in 0..1 to mask tokens.
 
-    A pair's numbers are those of its place in the batch, whatever the number of processes.
+    Each is None when nothing is augmented, or masked. A pair's numbers are those of its place in the batch, whatever the number of processes.
     """
     generator = torch.Generator().manual_seed(random_seed(settings.seed, step, -1))
     for_images = for_tokens = None
@@ -303,15 +303,15 @@ class GradientSum:
     They stand in flat buckets, of which p.grad are views. In each step: begin; a backward pass for
     each micro-batch, whose gradients add up; before the last one last_pass; then wait. In the last
     pass a bucket is sent when its gradients and the buckets before it are complete. Backward goes
-    from the last layer to the first; so do the buckets. The loss travels in the first one. Why a
-    sum: see loss.py. (DistributedDataParallel rounds its first iteration differently, so a resumed
-    run would have other last bits.)
+    from the last layer to the first; so do the buckets. The last entry of the first bucket is the
+    loss. Why a sum: see loss.py. (DistributedDataParallel rounds its first iteration differently,
+    so a resumed run would have other last bits.)
     """
 
     def __init__(self, params, most=2**23):
         """params: those that train. most: numbers in a bucket (2**23: 32 MiB), or one parameter."""
-        self.buckets, self.sizes, self.works, self.sending = [], [], [], False
-        groups, size = [], most
+        self.buckets, self.counts, self.handles, self.sending = [], [], [], False
+        groups, size = [], most  # so the first parameter opens a group
         for p in reversed(params):
             if size + p.numel() > most:
                 groups.append([])
@@ -325,7 +325,7 @@ class GradientSum:
                 p.grad = part.view_as(p)  # never set to None, so no zero_grad
                 p.register_post_accumulate_grad_hook(functools.partial(self._done, number))
             self.buckets.append(flat)
-            self.sizes.append(len(group))
+            self.counts.append(len(group))
 
     def begin(self, loss):
         """Set all gradients to zero. loss: this process's share."""
@@ -335,24 +335,24 @@ class GradientSum:
 
     def last_pass(self):
         """The next backward pass is the last one of the step."""
-        self.sending, self.missing = dist.is_initialized(), list(self.sizes)
+        self.sending, self.missing = dist.is_initialized(), list(self.counts)
 
     def _done(self, number, _):
         if self.sending:
             self.missing[number] -= 1
-            while len(self.works) < len(self.buckets) and self.missing[len(self.works)] == 0:
+            while len(self.handles) < len(self.buckets) and self.missing[len(self.handles)] == 0:
                 self._send()
 
     def _send(self):
-        self.works.append(dist.all_reduce(self.buckets[len(self.works)], async_op=True))
+        self.handles.append(dist.all_reduce(self.buckets[len(self.handles)], async_op=True))
 
     def wait(self):
         """The loss of the global batch, once all sums have arrived."""
-        while self.sending and len(self.works) < len(self.buckets):
+        while self.sending and len(self.handles) < len(self.buckets):
             self._send()  # a parameter has no gradient
-        for work in self.works:
-            work.wait()
-        self.works, self.sending = [], False
+        for handle in self.handles:
+            handle.wait()
+        self.handles, self.sending = [], False
         return self.buckets[0][-1].clone()
 
     def norm(self):

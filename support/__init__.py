@@ -6,6 +6,7 @@ system           errors of one line, whole files or none, locks, helper processe
 processes        the processes of one run, their devices, the precision
 images           an image file -> pixels
 captions         caption files: csv and jsonl
+classes          a folder of images for each class
 shards           tar shards: the layout for more pairs than memory holds
 shard_writer     any split -> tar shards
 weight_files     .pt, .bin, .safetensors, TorchScript -> tensors
