@@ -281,7 +281,8 @@ def read_batch(loader, places, step, settings, context_length):
 def random_draws(settings, step, context_length):
     """Random numbers of a step: (N, DRAWS) in -1..1 to augment, (N, L) in 0..1 to mask tokens.
 
-    Each is None when nothing is augmented, or masked. A pair's numbers are those of its place in the batch, whatever the number of processes.
+    Each is None when nothing is augmented, or masked. A pair's numbers are those of its place in
+    the batch, whatever the number of processes.
     """
     generator = torch.Generator().manual_seed(random_seed(settings.seed, step, -1))
     for_images = for_tokens = None
