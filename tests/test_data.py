@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import time
 import warnings
@@ -13,7 +14,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import bomb, jpeg, png, write_tar, write_tsv_split
+from conftest import ROOT, bomb, jpeg, png, write_tar, write_tsv_split
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -680,3 +681,9 @@ def test_real_images(real_data):
             split = open_split(real_data, name)
             assert (len(split.image_ids), len(split.texts)) == (images, captions)
             assert {split.image(i).size for i in range(images)} == {(64, 64)}
+
+
+def test_the_older_command_line_says_where_it_went():
+    done = subprocess.run([sys.executable, "data.py", "check", "nowhere"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "python -m tools.prepare" in done.stderr
