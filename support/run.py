@@ -133,19 +133,23 @@ class Run:
         barrier()                                           # every process has read last.pt
         if not self.first:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--out {self.out}: {error.strerror}; name a folder") from None
         self.lock = system.lock(self.out / "lock")          # held until this process ends
         if self.lock is None:
             raise BadInput(f"{self.out}: another run is writing there; choose another --out")
         known = self.out / "settings.json"
-        if step == 0 and (self.out / "best.pt").exists() and known.exists():
-            if differences(json.loads(known.read_bytes()), self.settings):
-                raise BadInput(f"{self.out} holds the best.pt of another run, without its last.pt; "
-                               "choose another --out")
+        if step == 0 and (self.out / "best.pt").exists():
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # missing, or damaged
+                if differences(json.loads(known.read_bytes()), self.settings):
+                    raise BadInput(f"{self.out} holds the best.pt of another run, without its "
+                                   "last.pt; choose another --out")
         system.write_json(known, self.settings)
         keep_records(self.out / "metrics.jsonl", step)
         if (self.out / "bad_samples.jsonl").exists():
-            self.bad = {r["pair"] for r in keep_records(self.out / "bad_samples.jsonl", step)}
+            self.bad = {r.get("pair") for r in keep_records(self.out / "bad_samples.jsonl", step)}
 
     # ---- after a step
 
@@ -421,7 +425,8 @@ def keep_records(path, step):
     lines, records = [], []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and step else ""
     for line in text.split("\n"):
-        with contextlib.suppress(ValueError):               # a line that a crash has cut
+        # A crash cuts a line, or leaves other content.
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             record = json.loads(line)
             if record["step"] <= step and "average" not in record:
                 lines.append(line + "\n")

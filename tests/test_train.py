@@ -295,7 +295,7 @@ def test_a_signal_saves_and_the_run_continues_to_the_same_weights(kill, tsv_fold
             break
     assert "stopped by a signal after step" in process.stdout.read() and process.wait() == 128 + kill
     with open(out / "metrics.jsonl", "a") as f:                                 # as a crash leaves it
-        f.write('{"step": 9, "loss": 1.0}\n{"step": 1, "lo')
+        f.write('{"step": 9, "loss": 1.0}\n5\n{}\n{"step": null}\n{"step": 1, "lo')
     assert 2 <= checkpoint.read(out / "last.pt")["step"] < 8
     trained(*arguments(tsv_folder, out))
     trained(*arguments(tsv_folder, tmp_path / "whole1"))
@@ -567,6 +567,9 @@ def test_lost_or_foreign_weights_in_the_folder_are_told(tsv_folder, tmp_path, tr
     trained(*finetune(tsv_folder, out, "--keep", 9))
     (out / "last.pt").unlink()
     assert "holds the best.pt of another run" in stops(*finetune(tsv_folder, out, "--seed", 1))
+    (out / "settings.json").write_text("damaged")       # no reason to refuse the folder
+    trained(*finetune(tsv_folder, out))
+    assert "name a folder" in stops(*finetune(tsv_folder, out / "settings.json"))
 
 
 def test_a_rate_that_destroys_the_model_leaves_the_start_as_the_best(tsv_folder, tmp_path, called, scores):
