@@ -40,7 +40,7 @@ from tools import bench, landscapes
 
 READMES = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("README*.md"))}
 each_readme = pytest.mark.parametrize("text", READMES.values(), ids=READMES)
-SCRIPTS = sorted([path.stem for path in ROOT.glob("*.py") if "__main__" in path.read_text(encoding="utf-8")]
+SCRIPTS = sorted([path.stem for path in ROOT.glob("*.py") if "system.run(main)" in path.read_text(encoding="utf-8")]
                  + [f"tools.{path.stem}" for path in ROOT.glob("tools/*.py") if "__main__" in path.read_text(encoding="utf-8")])
 
 # ---------------------------------------------------------------------------------------------------------------- commands

@@ -853,7 +853,7 @@ def _sent(rank, stage):
         model.freeze_vision()
     gradients = train.GradientSum([p for p in model.parameters() if p.requires_grad], most=5000)
     sent, early, wait, reduce = [], [], gradients.wait, dist.all_reduce
-    gradients.wait = lambda: early.append(len(gradients.works)) or wait()
+    gradients.wait = lambda: early.append(len(gradients.handles)) or wait()
     dist.all_reduce = lambda x, **more: sent.append(x.numel()) or reduce(x, **more)
     torch.manual_seed(0)
     share = slice(4 * rank, 4 * rank + 4)
