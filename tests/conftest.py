@@ -223,6 +223,15 @@ def hub(tmp_path, monkeypatch):
         server.shutdown()
 
 
+@pytest.fixture
+def one_thread():
+    """One thread, as `script` has: another number of threads rounds differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def script(*args, processes=1, ok=True, env=None):
     """Run one of the scripts as a person would; -> its output (stdout and stderr)."""
     command = [sys.executable] if processes == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]

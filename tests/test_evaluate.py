@@ -236,12 +236,9 @@ def figures(path):
     return json.loads(path.read_text(encoding="utf-8"))["results"]
 
 
-def test_two_processes_give_the_figures_of_one(called, tiny_checkpoint, little, tmp_path):
+def test_two_processes_give_the_figures_of_one(one_thread, called, tiny_checkpoint, little, tmp_path):
     command = lambda n: ["--ckpt", tiny_checkpoint, "--data", little, "--json", tmp_path / f"{n}.json", "--features", tmp_path / str(n), "--batch-size", 5, "--precision", "fp32", "--workers", n - 1]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                # as in `script`: threads round differently
     assert called(evaluate, *command(1)).count("> tiny") == 1
-    torch.set_num_threads(threads)
     assert script("evaluate.py", *command(2), processes=2).count("> tiny") == 1
     one, two = ([*tmp_path.glob(f"{n}/*/*/*.npy")] for n in (1, 2))
     assert len(one) == 2 and all(a.read_bytes() == b.read_bytes() for a, b in zip(sorted(one), sorted(two)))           # bit for bit
@@ -497,7 +494,7 @@ def test_classification_by_hand():
 
 
 @pytest.mark.slow
-def test_classify_on_two_processes_by_its_older_name(called, tiny_checkpoint, elevater, tmp_path):
+def test_classify_on_two_processes_by_its_older_name(one_thread, called, tiny_checkpoint, elevater, tmp_path):
     command = lambda n: ["--ckpt", tiny_checkpoint, "--workers", 0, "--precision", "fp32", "--batch-size", 4, "--json", tmp_path / f"{n}.json"]
     output = script("evaluate.py", *command(2), "--classify", elevater, processes=2)
     assert output.count("> tiny") == 1
