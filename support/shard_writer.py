@@ -38,7 +38,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
     for start in range(0, len(images), per_shard):
         path = folder / f"{name}-{len(shards):06}.tar"
         shards.append((path, images[start : start + per_shard]))
-    plan = {"data": split.fingerprint(), "images": len(images), "per_shard": per_shard}
+    plan = {"data": split.fingerprint(), "pictures": len(images), "per_shard": per_shard}  # as ever
 
     with reserve(folder, name, json.dumps(plan)) as lock:
         missing = [(path, some) for path, some in shards if not path.exists()]
