@@ -14,6 +14,7 @@ import json
 import math
 from collections import namedtuple
 from pathlib import Path
+from string import Template
 
 import numpy as np
 
@@ -41,26 +42,18 @@ def chinese(x):
 
 def write_page(path, title, parts):
     """Write a page whole, or raise BadInput. parts: pieces of HTML."""
-    style = Path(__file__).with_suffix(".css").read_text(encoding="utf-8")
-    head = ('<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f'<title>{text(title)}</title><style>\n{style}</style>\n<body><h1>{text(title)}</h1>')
-    system.write_text(path, "\n".join([head, *parts, "</body></html>\n"]))
-
-
-def thumbnail(image, side=176):
-    """A PIL image as the src of an <img>: a JPEG inside the page."""
-    image = image.copy()
-    image.thumbnail((side, side))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    page = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    system.write_text(path, page.substitute(title=text(title), parts="\n".join(parts)))
 
 
 def card(image, lines, classes="card", side=176):
-    """An image, and below it lines of HTML."""
+    """A PIL image, as a JPEG inside the page, and below it lines of HTML."""
+    file, small = io.BytesIO(), image.copy()
+    small.thumbnail((side, side))
+    small.save(file, "JPEG", quality=80)
+    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
     caption = "<br>".join(lines)
-    return (f'<figure class="{classes}"><img src="{thumbnail(image, side)}" alt="">'
+    return (f'<figure class="{classes}"><img src="{source}" alt="">'
             f'<figcaption>{caption}</figcaption></figure>')
 
 

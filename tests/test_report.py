@@ -93,7 +93,7 @@ def test_largest_page_is_under_5_megabytes(monkeypatch, tmp_path):
     from PIL import Image
     image = Image.open(io.BytesIO(png(size=(600, 600), seed=0)))
     most = 2 * report.SAMPLE * (report.BEST + 1) + 2 * report.SAMPLE            # text-to-image: each with five and the right one; image-to-text: one each
-    assert most * (len(report.thumbnail(image)) + 6 * 3 * report.LONGEST) + 4 * 2 * report.SAMPLE * report.LONGEST * 18 < 4e6
+    assert most * (len(report.card(image, [])) + 6 * 3 * report.LONGEST) + 4 * 2 * report.SAMPLE * report.LONGEST * 18 < 4e6
 
 
 def test_top_candidates_are_five_and_the_best_correct_one():
