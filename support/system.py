@@ -13,6 +13,7 @@
 import contextlib
 import ctypes
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -21,7 +22,6 @@ import shutil
 import signal
 import sys
 import time
-import unicodedata
 import warnings
 from pathlib import Path
 
@@ -35,7 +35,24 @@ class BadInput(Exception):
         # A DataLoader's worker hands on a whole traceback as the message.
         if message.startswith("Caught BadInput in DataLoader worker"):
             message = message.strip().splitlines()[-1].removeprefix(f"{__name__}.BadInput: ")
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(printable(" ".join(message.splitlines())))
+
+
+# What a terminal obeys instead of showing it: control characters, line ends, changes of direction;
+# and half characters, which cannot be encoded.
+CONTROL = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text, kept=""):
+    """A text on one line: line ends and other control characters become \\n, \\x1b, …"""
+    return CONTROL.sub(lambda c: c[0] if c[0] in kept else repr(c[0])[1:-1], str(text))
+
+
+def show_printable(stream):
+    """From now on nothing that is written to a stream steers the terminal: no caption, no name."""
+    write = stream.write
+    stream.write = lambda text: write(printable(text, kept="\n\t\r"))          # \r: progress bars
 
 
 # ---- files
@@ -73,7 +90,13 @@ def write_text(path, text, **options):
 
 
 def write_json(path, content, **options):
-    write_text(path, json.dumps(content, ensure_ascii=False, indent=1) + "\n", **options)
+    write_text(path, as_json(content, indent=1) + "\n", **options)
+
+
+def as_json(content, **options):
+    """JSON that is safe to show in a terminal: its control characters are \\uXXXX."""
+    text = json.dumps(content, ensure_ascii=False, **options)
+    return CONTROL.sub(lambda c: c[0] if c[0] == "\n" else f"\\u{ord(c[0]):04x}", text)
 
 
 def is_device(path):
@@ -150,14 +173,20 @@ def filled_beside(folder):
 def download(repo, name, by_hand, repo_type="model"):
     """A file of the Hugging Face hub -> its path in the hub's cache, which other programs share.
 
-    A cached file is used without a connection; others are downloaded whole or not at all.
-    `by_hand` says what to do with a file from elsewhere. Raises BadInput.
+    A cached file is used without a connection; others are downloaded whole or not at all, and their
+    SHA-256 is compared. `by_hand` says what to do with a file from elsewhere. Raises BadInput.
     """
     import huggingface_hub              # here, because importing it takes 0.3 s
     try:
         path = huggingface_hub.try_to_load_from_cache(repo, name, repo_type=repo_type)
         if not isinstance(path, str):   # None, or a mark that the hub has no such file
-            path = huggingface_hub.hf_hub_download(repo, name, repo_type=repo_type)
+            session = huggingface_hub.get_session()
+            if not hasattr(session, "event_hooks"):
+                raise BadInput("its library is too old: pip install -U 'huggingface_hub>=1'")
+            session.event_hooks |= {"response": [check_answer]}
+            path = huggingface_hub.hf_hub_download(repo, name, repo_type=repo_type,
+                                                   headers={"Accept-Encoding": "identity"})
+            check_download(Path(path).resolve())
         return Path(path)
     except Exception as error:          # of the network, the disk, an address: of many classes
         reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
@@ -165,10 +194,44 @@ def download(repo, name, by_hand, repo_type="model"):
                        f"mirror, HF_HOME a new folder; or get it elsewhere and {by_hand}") from None
 
 
-def printable(text):
-    """A text on one line: line ends and other control characters become \\n, \\x1b, …"""
-    controls = ("Cc", "Cs", "Zl", "Zp")
-    return "".join(repr(c)[1:-1] if unicodedata.category(c) in controls else c for c in str(text))
+def check_answer(answer):
+    """Refuse what huggingface_hub takes from any server that HF_ENDPOINT names (an httpx hook).
+
+    That is: a tag that leads out of the cache, whose files it names; a redirect from https to http;
+    content without end, larger than the disk, or compressed, which could become either.
+    """
+    for name in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
+        tag = answer.headers.get(name, "none")
+        if answer.request.method == "HEAD" and not re.fullmatch(r'(W/)?"?\w[\w.-]{0,99}"?', tag):
+            raise BadInput(f"the server's {name} cannot be the name of a file")
+    target = answer.url.join(answer.headers.get("Location", ""))
+    if answer.url.scheme == "https" and target.scheme != "https":
+        raise BadInput(f"the server leads from https to {target}")
+    if answer.request.method == "GET" and answer.is_success:
+        size = answer.headers.get("Content-Length", "")
+        if not size.isdigit() or "Content-Encoding" in answer.headers:
+            raise BadInput("the server does not tell the size of the file")
+        from huggingface_hub.constants import HF_HUB_CACHE
+        if int(size) > shutil.disk_usage(HF_HUB_CACHE).free:
+            raise BadInput(f"no room for {int(size):,} bytes in {HF_HUB_CACHE}")
+
+
+def check_download(path):
+    """Compare a new file in the hub's cache with its name there, its SHA-256."""
+    if not re.fullmatch("[0-9a-f]{64}", path.name):
+        warnings.warn(f"{path}: the server gave no SHA-256, so damage on the way goes unnoticed")
+    elif sha256_of(path) != path.name:
+        path.unlink()
+        raise BadInput("its SHA-256 is another one than the server says: it was damaged on the way")
+
+
+def sha256_of(path):
+    """The SHA-256 of a file, as sha256sum prints it; 1 s a GB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def progress(what, total):
@@ -233,6 +296,8 @@ def run(main):
             setattr(sys, name, open(os.devnull, mode))
     keep_freed_memory()
     sys.stdout.reconfigure(errors="backslashreplace")   # a terminal without Chinese shows \u732b
+    show_printable(sys.stdout)
+    show_printable(sys.stderr)
     warnings.showwarning = show_warning
     status = 0
     try:
@@ -252,7 +317,7 @@ def run(main):
         line = error_line(error)
         if line is None:
             raise
-        status = f"error: {line}"
+        status = f"error: {printable(line)}"
     failed = isinstance(status, str)
     if failed and int(os.environ.get("RANK", 0)):
         time.sleep(3)                   # if the first process failed, too, torchrun ends this one
@@ -266,7 +331,7 @@ def run(main):
 
 
 def show_warning(message, *_, **__):
-    print("warning:", " ".join(str(message).splitlines()), file=sys.stderr, flush=True)
+    print("warning:", printable(" ".join(str(message).splitlines())), file=sys.stderr, flush=True)
 
 
 def error_line(error):

@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import http.server
 import io
 import json
@@ -181,10 +182,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         first, size = int(span.removeprefix("bytes=").rstrip("-")) if span else 0, len(hub.content)
         more = {"Content-Range": f"bytes {first}-{size - 1}/{size}"} if span else {}
         announced = str(hub.announced or size)
-        self.head(206 if span else 200, **{"Content-Length": str(size - first), "ETag": f'"{hub.tag}"', "X-Repo-Commit": "c" * 40,
-                                           "X-Linked-Size": announced, **more})
+        self.head(hub.status or (206 if span else 200), **{"Content-Length": str(size - first), "ETag": f'"{hub.tag or hashlib.sha256(hub.content).hexdigest()}"',
+                                           "X-Repo-Commit": "c" * 40, "X-Linked-Size": announced, **more, **hub.lies.get(self.command, {})})
         if send:
-            body = hub.content[first:]
+            body = (hub.other or hub.content)[first:]
             self.wfile.write(body[: hub.cuts.pop(0)] if hub.cuts else body)
             self.wfile.flush()
             hub.pause.wait(60)
@@ -192,7 +193,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def head(self, code, **headers):
         self.send_response(code)
         for name, value in headers.items():
-            self.send_header(name, value)
+            if value is not None:
+                self.send_header(name, value)
         self.end_headers()
 
     def log_message(self, *_):
@@ -205,7 +207,8 @@ def hub(tmp_path, monkeypatch):
     from huggingface_hub import constants
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.file, server.content = "clip_cn_rn50.pt", random.Random(0).randbytes(300_000)
-        server.tag, server.asked, server.cuts, server.announced = "a" * 64, [], [], None
+        server.tag, server.asked, server.cuts, server.announced = None, [], [], None
+        server.lies, server.status, server.other = {}, None, None               # headers {"HEAD" or "GET": {name: value}}, status, content
         server.pause = threading.Event()
         server.pause.set()
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()     # looks every 0.02 s whether it is to end

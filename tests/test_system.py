@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import pty
 import signal
@@ -12,7 +13,9 @@ import sys
 import termios
 import threading
 import time
+import urllib.parse
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +140,65 @@ def test_a_file_of_another_size_than_the_hub_announced_is_refused(hub, tmp_path)
     with pytest.raises(BadInput, match="should be of size 400000"):
         find("cn-clip-rn50")
     assert not list((tmp_path / "hub").rglob("clip_cn_rn50.pt"))
+
+
+@pytest.mark.parametrize("where", ["../../../../escaped", "/tmp/escaped", "..", "", "e" * 5000])
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-ETag", "X-Repo-Commit"])
+def test_a_tag_that_leads_out_of_the_cache_is_refused(hub, tmp_path, header, where):
+    hub.lies = {"HEAD": {header: f'"{where}"' if "ETag" in header else where}}
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match=f"the server's {header} cannot be the name of a file"):
+        find("cn-clip-rn50")
+    assert set(tmp_path.rglob("*")) == before and not os.path.exists("/tmp/escaped")
+
+
+@pytest.mark.parametrize("headers", [{"Content-Encoding": "gzip"}, {"Content-Length": None}])
+def test_content_that_could_be_endless_is_refused(hub, headers):
+    hub.lies = {"GET": headers}
+    with pytest.raises(BadInput, match="does not tell the size"):
+        find("cn-clip-rn50")
+
+
+def test_content_that_does_not_fit_the_disk_is_refused(hub):
+    hub.lies = {"GET": {"Content-Length": str(2**60)}}
+    with pytest.raises(BadInput, match="no room for 1,152,921,504,606,846,976 bytes in .*hub"):
+        find("cn-clip-rn50")
+
+
+def test_other_content_than_its_sha256_is_refused_and_a_later_call_gets_it(hub, tmp_path):
+    hub.other = bytes(len(hub.content))
+    for _ in range(2):
+        with pytest.raises(BadInput, match="its SHA-256 is another one than the server says"):
+            find("cn-clip-rn50")
+        assert not [path for path in (tmp_path / "hub").rglob("*") if path.is_file() and path.stat().st_size == len(hub.content)]
+    hub.other = None
+    assert find("cn-clip-rn50").read_bytes() == hub.content
+
+
+def test_content_that_changes_between_two_ranges_is_refused_or_a_warning(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50_000)
+    hub.cuts, hub.tag, hub.other = [100_000], hashlib.sha256(hub.content).hexdigest(), bytes(len(hub.content))
+    with pytest.raises(BadInput, match="its SHA-256 is another one"):
+        find("cn-clip-rn50")
+    hub.tag = "v1"
+    with pytest.warns(UserWarning, match="v1: the server gave no SHA-256, so damage on the way goes unnoticed"):
+        find("cn-clip-rn50")
+
+
+@pytest.mark.parametrize("place", ["file:///etc/passwd", "data:,x", "ftp://127.0.0.1/x", "//"])
+def test_a_redirect_to_something_else_than_http_is_refused(hub, tmp_path, place):
+    hub.status, hub.lies = 302, {"HEAD": {"Location": place}}
+    with pytest.raises(BadInput, match="cannot be downloaded"):
+        find("cn-clip-rn50")
+    assert not list((tmp_path / "hub").rglob("clip_cn_rn50.pt"))
+
+
+@pytest.mark.parametrize("place, refused", [("http://127.0.0.1/x", True), ("https://127.0.0.1/x", False), ("/x", False), ("", False)])
+def test_a_redirect_from_https_to_http_is_refused(place, refused):
+    url = SimpleNamespace(scheme="https", join=lambda target: SimpleNamespace(scheme=urllib.parse.urlparse(urllib.parse.urljoin("https://a", target)).scheme))
+    answer = SimpleNamespace(url=url, headers={"Location": place}, request=SimpleNamespace(method="HEAD"), is_success=False)
+    with pytest.raises(BadInput, match="from https to") if refused else contextlib.nullcontext():
+        system.check_answer(answer)
 
 
 @pytest.mark.parametrize("name, message", [("cn-clip-vit-b-16", "clip_cn_vit-b-16.pt: cannot be downloaded (Client error '404 Not Found'"),
