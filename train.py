@@ -24,7 +24,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from support import system  # before torch: see support/__init__.py
+from support import painter, system  # before torch: see support/__init__.py
 
 import numpy as np
 import torch
@@ -39,7 +39,6 @@ from model import CLIP, CONFIGS, statistics_kept, to_device
 from support.features import Features
 from support.images import normalize
 from support.meter import Meter
-from support.painter import write_demo
 from support.processes import (all_gather_objects, all_reduce_max, precision_of, rank_and_world,
                                start_processes)
 from support.run import Run
@@ -387,7 +386,7 @@ def find_data(args):
     """Raise BadInput when the data set is not there. The demo is painted on its first use."""
     demo = Path(args.data_root) / "demo"
     if args.data == "demo" and not demo.exists():
-        write_demo(demo)  # one process paints, the others wait
+        painter.write_folder(demo, "demo", painter.DEMO)  # one process paints, the others wait
     data.all_names(args.data, args.data_root)
 
 

@@ -42,17 +42,17 @@ def write_folder(folder, name, painted):
             raise BadInput(f"{folder}: something else is there; name another folder, or move it")
         size = sum(painted.sizes.values())
         print(f"{folder}: painting {size:,} images, once", flush=True)
-        progress, rows = system.progress(f"{folder}: images painted", size), []
-        for split in painted.sizes:
-            (part / split).mkdir()
-            for i, (scene, caption) in enumerate(random_pairs(name, split, painted)):
-                image = painted.paint(scene, random.Random(f"{name} {split} {i}"))
-                image.save(part / split / f"{i:04}.png", compress_level=1)              # fast
-                rows.append([f"{split}/{i:04}.png", caption, split])
-                progress.update()
-        progress.close()
+        rows = [["image", "caption", "split"]]
+        with system.progress(f"{folder}: images painted", size) as progress:
+            for split in painted.sizes:
+                (part / split).mkdir()
+                for i, (scene, caption) in enumerate(random_pairs(name, split, painted)):
+                    image = painted.paint(scene, random.Random(f"{name} {split} {i}"))
+                    image.save(part / split / f"{i:04}.png", compress_level=1)          # fast
+                    rows.append([f"{split}/{i:04}.png", caption, split])
+                    progress.update()
         with open(part / "captions.csv", "w", encoding="utf-8", newline="") as f:
-            csv.writer(f).writerows([["image", "caption", "split"], *rows])
+            csv.writer(f).writerows(rows)
         os.replace(part, folder)
 
 
@@ -102,13 +102,11 @@ def polygon(draw, x, y, s, fill, points):
 
 # ---- the demo: coloured things in the quarters of an image
 
-# colours: hue, saturation, value. things: noun -> {"measure": its measure word, "shapes": [(fill,
-# shape), …]}; fill null: the thing's colour
+# counts: where that many things stand. colours: hue, saturation, value. things: noun -> {"measure":
+# its measure word, "shapes": [(fill, shape), …]}; fill null: the thing's colour
 TABLES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+PLACES, COUNTS = TABLES["places"], TABLES["counts"]
 COLOURS, THINGS = TABLES["colours"], TABLES["things"]
-PLACES = {"左上角": (-1, -1), "右上角": (1, -1), "左下角": (-1, 1), "右下角": (1, 1)}
-COUNTS = {1: "一", 2: "两", 3: "三"}
-LAYOUTS = {1: [(0, 0)], 2: [(-0.5, 0), (0.5, 0)], 3: [(-0.5, 0.45), (0.5, 0.45), (0, -0.45)]}
 
 
 def random_scene(rng):
@@ -122,7 +120,7 @@ def describe(scene, rng=None):
     """A caption with every statement of the scene; with `rng`, in random order and wordings."""
     parts = []
     for place, count, colour, thing in sorted(scene):
-        what = f"{COUNTS[count]}{THINGS[thing]['measure']}{colour}的{thing}"
+        what = f"{count}{THINGS[thing]['measure']}{colour}的{thing}"
         wordings = [f"{place}有{what}", f"{what}在{place}", f"{place}画着{what}", f"{place}是{what}"]
         parts.append(rng.choice(wordings) if rng else wordings[0])
     if rng:
@@ -143,8 +141,8 @@ def paint(scene, rng, size=128):
         own = rgb(hue, saturation, min(1, value + rng.uniform(-0.08, 0.08)))
         middle = [size / 2 + side * size / 4 + rng.uniform(-0.03, 0.03) * size
                   for side in PLACES[place]]
-        radius = size * (0.19 if count == 1 else 0.1) * rng.uniform(0.8, 1.1)
-        for dx, dy in LAYOUTS[count]:
+        radius = size * (0.19 if count == "一" else 0.1) * rng.uniform(0.8, 1.1)
+        for dx, dy in COUNTS[count]:
             x, y = middle[0] + dx * size * 0.22, middle[1] + dy * size * 0.22
             angle = math.radians(rng.uniform(-12, 12))
             for fill, shape in THINGS[thing]["shapes"]:
@@ -158,8 +156,3 @@ def rgb(*hsv):
 
 DEMO = Painted({"train": 4000, "valid": 300, "test": 500}, random_scene, frozenset, describe,
                paint, lambda scene: hashed_split(describe(scene)))
-
-
-def write_demo(folder):
-    """Paint the demo set into a folder, once."""
-    write_folder(folder, "demo", DEMO)

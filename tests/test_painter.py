@@ -54,13 +54,10 @@ def test_sets_are_the_same_for_ever(pairs):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_set_is_a_folder_that_data_reads(name, tmp_path, monkeypatch, capsys):
     kind = KINDS[name]._replace(sizes={"train": 30, "valid": 8, "test": 8})
-    monkeypatch.setattr(painter, "DEMO", kind)
-    monkeypatch.setitem(landscapes.SETS, name, kind)
-    write = painter.write_demo if name == "demo" else lambda folder: painter.write_folder(folder, name, kind)
-    write(tmp_path / name)
+    painter.write_folder(tmp_path / name, name, kind)
     assert capsys.readouterr().out == f"{tmp_path / name}: painting 46 images, once\n"
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    write(tmp_path / name)
+    painter.write_folder(tmp_path / name, name, kind)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} and capsys.readouterr().out == ""
     for split_name, size in kind.sizes.items():
         split = data.open_split(name, split_name, tmp_path)
@@ -72,15 +69,15 @@ def test_a_set_is_a_folder_that_data_reads(name, tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_is_painted_whole_or_not_at_all(tmp_path, monkeypatch):
-    monkeypatch.setattr(painter, "DEMO", painter.DEMO._replace(sizes={"train": 30, "valid": 8, "test": 8}))
+    demo = painter.DEMO._replace(sizes={"train": 30, "valid": 8, "test": 8})
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(BadInput, match="demo: cannot be made .*No space left on device.*; make room"):
-            painter.write_demo(tmp_path / "demo")
+            painter.write_folder(tmp_path / "demo", "demo", demo)
     left = lambda: [path for path in tmp_path.iterdir() if not path.name.startswith(".")]           # but for the lock
     assert left() == []
     (tmp_path / "demo.ce-clip-part/train").mkdir(parents=True)                  # of a killed run
-    helpers = [multiprocessing.get_context("fork").Process(target=painter.write_demo, args=(tmp_path / "demo",)) for _ in range(2)]
+    helpers = [multiprocessing.get_context("fork").Process(target=painter.write_folder, args=(tmp_path / "demo", "demo", demo)) for _ in range(2)]
     [helper.start() for helper in helpers]
     [helper.join() for helper in helpers]
     assert [helper.exitcode for helper in helpers] == [0, 0] and left() == [tmp_path / "demo"]
@@ -89,20 +86,20 @@ def test_a_folder_is_painted_whole_or_not_at_all(tmp_path, monkeypatch):
     (tmp_path / "own").mkdir()
     (tmp_path / "own/a.txt").touch()
     with pytest.raises(BadInput, match="own: something else is there"):
-        painter.write_demo(tmp_path / "own")
+        painter.write_folder(tmp_path / "own", "demo", demo)
 
 
 # ---- coloured things
 
 
 def test_captions_of_the_demo_say_every_statement():
-    scene = frozenset({("左上角", 2, "红色", "鱼"), ("右下角", 1, "蓝色", "房子")})
+    scene = frozenset({("左上角", "两", "红色", "鱼"), ("右下角", "一", "蓝色", "房子")})
     for text in (painter.describe(scene), painter.describe(scene, random.Random(0))):
         assert "两条红色的鱼" in text and "左上角" in text and "一座蓝色的房子" in text and "右下角" in text
 
 
 def test_painted_place_and_colour_are_where_the_caption_says():
-    image = np.array(painter.paint(frozenset({("左上角", 1, "红色", "方块")}), random.Random(0))).astype(int)
+    image = np.array(painter.paint(frozenset({("左上角", "一", "红色", "方块")}), random.Random(0))).astype(int)
     red = image[..., 0] - image[..., 1:].max(axis=2) > 80
     rows, columns = np.nonzero(red)
     assert len(rows) > 300 and rows.max() < 80 and columns.max() < 80

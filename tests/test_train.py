@@ -141,7 +141,7 @@ def test_without_data_it_trains_the_demo_and_says_what_to_pass(tmp_path, called,
 
 def test_the_demo_is_painted_once(tmp_path, monkeypatch):
     painted = []
-    monkeypatch.setattr(train, "write_demo", lambda folder: painted.append(folder) or folder.mkdir())
+    monkeypatch.setattr(painter, "write_folder", lambda folder, *_: painted.append(folder) or folder.mkdir())
     monkeypatch.setattr(data, "all_names", lambda name, root: ["train"])
     args = SimpleNamespace(data="demo", data_root=tmp_path)
     for _ in range(2):
