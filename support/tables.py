@@ -16,11 +16,7 @@ KS = (1, 5, 10)                                                 # the K of Recal
 # image-to-text R@1, R@5, R@10]).
 PAPER = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 TABLE_1, PUBLISHED = PAPER["pairs"], PAPER["results"]
-
-# Our models -> the size group that their row ends.
-SIZE_GROUP = {"rn50": "base-size", "vit-b-32": "base-size", "vit-b-16": "base-size",
-              "vit-l-14": "large-size", "vit-l-14-336": "large-size", "vit-h-14": "large-size",
-              "tiny": "tiny"}
+SIZE_GROUP = PAPER["size groups"]                               # our models -> their size group
 SIZE_GROUPS = ("base-size", "large-size", "tiny", "custom")     # in the order of the rows
 
 
