@@ -5,7 +5,7 @@
     print(description(settings, …))                         # and warnings
 
 A flag that is not given takes its value from the recipe, else from the stage, else its default.
-recipes.json holds recipes, {name: [source, settings]}, and defaults of the stages.
+recipes.json holds recipes, {name: [source, settings]}, defaults of the stages, ranges of flags.
 """
 import argparse
 import json
@@ -16,17 +16,9 @@ from model import CONFIGS
 from support.formats import name_of
 from support.system import BadInput
 
-with open(Path(__file__).with_name("recipes.json"), encoding="utf-8") as f:
-    TABLES = json.load(f)
-STAGES, TINY, RECIPES = TABLES["stages"], TABLES["tiny"], TABLES["recipes"]
-
-RANGES = {
-    "batch_size": (2, 1e7), "micro_batch": (1, 1e7), "epochs": (1e-6, 1e6), "max_steps": (0, 1e9),
-    "lr": (0, 1e30), "warmup": (0, 1e9), "weight_decay": (0, 1e3), "mask_tokens": (0, 0.99),
-    "patch_dropout": (0, 0.99), "max_bad": (0, 1), "seed": (0, 2**31 - 1), "workers": (0, 512),
-    "valid_every": (0, 1e9), "save_every": (0, 1e9), "save_minutes": (0, 1e6), "keep": (1, 1e4),
-    "log_every": (1, 1e9), "patience": (0, 1e6),
-}
+TABLES = json.loads(Path(__file__).with_name("recipes.json").read_text(encoding="utf-8"))
+STAGES, TINY = TABLES["stages"], TABLES["tiny"]
+RECIPES, RANGES = TABLES["recipes"], TABLES["ranges"]
 
 
 # ---- flags
