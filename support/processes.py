@@ -137,12 +137,9 @@ def precision_of(name, device, evaluating=False):
     on a GPU fp16, as fast and eight times as exact. (Evaluation refuses fp16 that overflows.)
     """
     if name == "auto":
-        if evaluating and device.type == "cuda":
-            name = "fp16"
-        elif bf16_is_fast(device):
+        name = "fp16" if device.type == "cuda" else "fp32"
+        if bf16_is_fast(device) and not (evaluating and name == "fp16"):
             name = "bf16"
-        else:
-            name = "fp16" if device.type == "cuda" else "fp32"
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     return functools.partial(torch.autocast, device.type, dtype=dtype, enabled=name != "fp32"), name
 
