@@ -16,9 +16,9 @@ weights          checkpoints: load, save, read, export
 features         embeddings kept on disk
 settings         flags, recipes, every setting of a run, remarks on them
 tables           published rows, intervals, aligned columns
-report           pages for a browser
 meter            speed and memory of a training run
 run              the folder of a training run: its log, snapshots, resuming
+report           pages for a browser
 painter          painted images, for a first try without a download
 """
 import os

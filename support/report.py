@@ -7,10 +7,8 @@ A page is one file: it needs no network and no scripts. All text of the data is 
 <script> stays text. Curves are inline SVG. The page follows the browser's light or dark mode.
 """
 import base64
-import contextlib
 import html
 import io
-import json
 import math
 from collections import namedtuple
 from pathlib import Path
@@ -20,6 +18,7 @@ import numpy as np
 
 from support import system, tables
 from support.images import image_at
+from support.run import read_log
 
 SAMPLE = 8                                                      # queries of each kind on a page
 BEST = 5                                                        # candidates shown of each query
@@ -145,7 +144,7 @@ def training_charts(records):
     charts = []
     files = [Path(record["ckpt"]) for record in records]
     for folder in dict.fromkeys(file.parent for file in files if file.is_file()):
-        lines = metrics_of(folder / "metrics.jsonl")
+        lines = read_log(folder / "metrics.jsonl")
         loss = [(x["step"], x["loss"]) for x in lines if x.get("loss") is not None]
         # "average": of averaged weights, which are no point of the curve
         valid = [x for x in lines if "valid" in x and "average" not in x]
@@ -157,16 +156,6 @@ def training_charts(records):
         if len(valid) > 1:
             charts.append(chart(f"{folder}: recall on the valid split (%)", curves, "step"))
     return charts
-
-
-def metrics_of(path):
-    """The records in a metrics.jsonl; none without the file."""
-    records = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):               # a crash has cut the line
-                records.append(json.loads(line))
-    return records
 
 
 # ---- examples

@@ -71,7 +71,7 @@ class Run:
     def _append(self, record, name="metrics.jsonl"):
         if self.first:
             with open(self.out / name, "a", encoding="utf-8") as f:
-                f.write(json.dumps(record, ensure_ascii=False) + "\n")
+                f.write(system.as_json(record) + "\n")
 
     # ---- start and resume
 
@@ -420,16 +420,22 @@ def differences(before, now, also_free=()):
     return changed
 
 
+def read_log(path):
+    """The records of a .jsonl log; none without the file. A crash may have left other lines."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    records.append(record)
+    return records
+
+
 def keep_records(path, step):
     """Cut a .jsonl log to its records up to `step` -> those. Averages go: they are tried again."""
-    lines, records = [], []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() and step else ""
-    for line in text.split("\n"):
-        # A crash cuts a line, or leaves other content.
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-            record = json.loads(line)
-            if record["step"] <= step and "average" not in record:
-                lines.append(line + "\n")
-                records.append(record)
+    logged = read_log(path) if step else []
+    records = [r for r in logged if r["step"] <= step and "average" not in r]
+    lines = [system.as_json(record) + "\n" for record in records]
     system.write_text(path, "".join(lines))
     return records
