@@ -4,8 +4,8 @@
     python -m tools.demo --fresh           # starts over
     python -m tools.demo --seeds 0 1 2     # three random starts: mean ± standard deviation
 
-Every act is one to three commands: type them yourself to look closer, or change them. All that
-they print stands in runs/demo/log.txt. The world is small; the steps are those of the paper.
+Every act is one to three commands (tools/acts.txt): type them yourself to look closer, or change
+them. All that they print stands in runs/demo/log.txt. The steps are those of the paper.
 """
 import argparse
 import json
@@ -27,43 +27,8 @@ from tools import landscapes
 
 OUT = Path("runs/demo")
 
-ACTS = """
-=== seed {seed}: landscapes with captions in English, in Chinese, and in lines of verse
-$ python -m tools.prepare paint english-landscapes {sets}/english-landscapes
-$ python -m tools.prepare paint landscapes {sets}/landscapes
-$ python -m tools.prepare paint poems {sets}/poems
-
-0. A tiny CLIP learns from English captions. Its vision tower plays the part of OpenAI's.
-$ python train.py --stage 2 --data {sets}/english-landscapes --lr 2e-3 --max-steps 110 \
---warmup 30 --valid-every 110 {common} --out {out}/english
-
-1. Stage 1 (section 3.2): a fresh Chinese text tower learns; the vision tower is frozen.
-$ python train.py --stage 1 --vision-weights {out}/english/last.pt --data {sets}/landscapes \
---lr 4e-3 --max-steps 60 --warmup 10 --valid-every 60 {common} --out {out}/stage1
-
-2. Stage 2: both towers learn, at a low rate, to keep what the vision tower knows.
-$ python train.py --stage 2 --init {out}/stage1/last.pt --data {sets}/landscapes --lr 5e-4 \
---max-steps 30 --warmup 10 --valid-every 30 {common} --out {out}/stage2
-
-2b. Does stage 1 pay? The towers before it, in stage 2 alone, for as many steps (90).
-$ python train.py --stage 2 --vision-weights {out}/english/last.pt --data {sets}/landscapes \
---lr 2e-3 --max-steps 90 --warmup 10 --valid-every 90 {common} --out {out}/alone
-$ python evaluate.py --ckpt {out}/alone/last.pt {out}/stage2/last.pt --data {sets}/landscapes \
---json {out}/landscapes.json
-
-3. Zero-shot (figure 2): what an image shows; and which image a poem speaks of.
-$ python -m tools.classify {sets}/classes --ckpt {out}/stage2/last.pt \
---templates {sets}/classes/templates.txt --json {out}/classes.json
-$ python evaluate.py --ckpt {out}/stage2/last.pt --data {sets}/poems --json {out}/zero-shot.json
-
-4. Fine-tuning on 2,000 poems and their images (sections 3.2 and 4.1: AP-ID).
-$ python train.py --stage finetune --init {out}/stage2/last.pt --data {sets}/poems --no-average \
---max-steps 60 --warmup 20 --valid-every 60 {common} --out {out}/poems
-
-5. Table 6: before and after, on poems that were never trained on.
-$ python evaluate.py --ckpt {out}/poems/start.pt {out}/poems/last.pt --data {sets}/poems \
---json {out}/poems.json --report {out}/poems.html
-"""
+# The script: what is printed, and behind "$ " the commands that run.
+ACTS = Path(__file__).with_name("acts.txt").read_text(encoding="utf-8").replace("\\\n", "")
 
 # The lines of the commands' output that tell the story.
 SHOWN = re.compile(r"stage |step .* valid |finished|nothing to do|note:|warning:|scale |tiny |"
