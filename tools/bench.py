@@ -149,29 +149,25 @@ class Bench:
         if name in STEPS:
             what, how = STEPS[name]
             return self.step(what, precision, **how)
+        if name in ("image", "text"):
+            return self.encoding(name, precision)
         return getattr(self, name)(precision)
 
-    def image(self, precision):
-        pixels = self.normalized(self.pixels)
-        return self.encoding("image encoding", precision, lambda model: model.encode_image(pixels),
-                             len(pixels), self.image_flops)
+    def encoding(self, what, precision):
+        inputs, flops = self.normalized(self.pixels), self.image_flops
+        if what == "text":                                  # 64 at a time: cn_clip's default
+            inputs, flops = self.ids.repeat(64, 1)[:64].to(self.device), self.text_flops
 
-    def text(self, precision):
-        ids = self.ids.repeat(64, 1)[:64].to(self.device)   # 64: cn_clip's default
-        return self.encoding("text encoding", precision, lambda model: model.encode_text(ids),
-                             64, self.text_flops)
-
-    def encoding(self, what, precision, encode, count, flops):
         @torch.no_grad()
         def run(model, autocast):
             model.eval()
             with autocast():
-                return encode(model)
+                return getattr(model, f"encode_{what}")(inputs)
 
         autocast, name = precision_of(precision, self.device, evaluating=True)
         theirs = self.peer and (lambda: run(self.peer.model, self.peer.autocast(precision)))
-        return Row(f"{what}, {name}", count, lambda: run(self.model, autocast), theirs, name,
-                   count * flops)
+        return Row(f"{what} encoding, {name}", len(inputs), lambda: run(self.model, autocast),
+                   theirs, name, len(inputs) * flops)
 
     def step(self, what, precision, frozen=False, features=False, cached=False):
         """A training step, from uint8 images and ids on the CPU to new weights.
