@@ -5,7 +5,8 @@
     print(description(settings, …))                         # and warnings
 
 A flag that is not given takes its value from the recipe, else from the stage, else its default.
-recipes.json holds recipes, {name: [source, settings]}, defaults of the stages, ranges of flags.
+recipes.json holds recipes, {name: [source, settings]}, and defaults of the stages; flags.json
+every flag.
 """
 import argparse
 import json
@@ -17,8 +18,9 @@ from support.formats import name_of
 from support.system import BadInput
 
 TABLES = json.loads(Path(__file__).with_name("recipes.json").read_text(encoding="utf-8"))
-STAGES, TINY = TABLES["stages"], TABLES["tiny"]
-RECIPES, RANGES = TABLES["recipes"], TABLES["ranges"]
+STAGES, TINY, RECIPES = TABLES["stages"], TABLES["tiny"], TABLES["recipes"]
+TABLES = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
+FLAGS, RANGES = TABLES["groups"], TABLES["ranges"]
 
 
 # ---- flags
@@ -33,8 +35,7 @@ def parse_args(argv=None, usage="", data_names=(), augmentations=None):
     parser = argparse.ArgumentParser(
         description="Train CE-CLIP.", epilog=f"{usage}\n{tables()}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_data_flags(parser, data_names, augmentations)
-    add_training_flags(parser)
+    add_flags(parser, data_names, augmentations)
     args = parser.parse_args(argv)
     if args.max_steps and args.epochs is not None:
         raise BadInput(f"--max-steps {args.max_steps} --epochs {args.epochs:g}: pass one of them")
@@ -63,62 +64,23 @@ def parse_args(argv=None, usage="", data_names=(), augmentations=None):
     return args
 
 
-def add_data_flags(parser, data_names, augmentations):
-    add = parser.add_argument_group("start").add_argument
-    add("--stage", choices=list(STAGES), help="1: vision tower frozen; 2, finetune: both train")
-    add("--recipe", choices=list(RECIPES), help="settings of a table below; flags override them")
-    add("--model", choices=list(CONFIGS),
-        help="(default: that of --init or --vision-weights, else tiny)")
-    add("--init", help="checkpoint to start from: a file, a folder, or a name (see checkpoint.py)")
-    add("--vision-weights", help="checkpoint with the vision tower: OpenAI CLIP, Chinese CLIP")
-    add("--text-weights", help="checkpoint with the text tower: BERT of Hugging Face, Chinese CLIP")
-    add("--out", help="folder of the run (default: runs/stage1, runs/stage2 or runs/finetune)")
-    add("--seed", type=int, default=0, help="of weights, order and augmentation (default: 0)")
-    add = parser.add_argument_group("data").add_argument
-    add("--data", help=f"{', '.join(data_names)}, a folder, or a pattern of tar shards like "
-                       "'shards/{000000..020000}.tar' (default: demo)")
-    add("--valid-data", help="what to validate on (default: the valid split of --data; with a "
-                             "pattern of shards, nothing)")
-    add("--data-root", default="data", help="where the named data sets lie (default: data)")
-    add("--augment", choices=augmentations, default="none",
-        help="photo: small shifts, mild colours; drawing: bends, turns, recolours (default: none)")
-    add("--positives", choices=("all", "pair"), default="all",
-        help="matches in a batch: all captions of an image and all images of a caption (default), "
-             "or the pair alone, as in the paper")
-    add("--mask-tokens", type=float, default=0.0, help="share of tokens that become [MASK]")
-    add("--patch-dropout", type=float, default=0.0, help="share of patches that a ViT leaves out")
-    add("--max-bad", type=float, default=0.01,
-        help="share of pairs that may be unreadable and are replaced (default: %(default)s)")
-    # auto: OUT/features, when images come more than once. none: nowhere. Or a folder.
-    add("--features", metavar="DIR", default="auto", help=argparse.SUPPRESS)
-
-
-def add_training_flags(parser):
-    add = parser.add_argument_group("steps").add_argument
-    add("--batch-size", type=int, help="pairs per optimizer step, over all processes")
-    add("--micro-batch", type=int, help="pairs that a process embeds at a time (default: all)")
-    add("--epochs", type=float, help="passes over the training pairs")
-    add("--max-steps", type=int, default=0, help="optimizer steps, instead of --epochs")
-    add("--lr", type=float, help="peak learning rate (default of finetune: it fits the batch)")
-    add("--warmup", type=int, help="steps to reach it (at most half the run)")
-    add("--weight-decay", type=float, default=0.001, help="(default: %(default)s)")
-    add("--valid-every", type=int, default=0,
-        help="steps between validations (default: about a tenth of the run; finetune: a twentieth)")
-    add("--patience", type=int, default=0,
-        help="stop after so many validations without a higher recall (default: 0, never)")
-    add("--average", action=argparse.BooleanOptionalAction,
-        help="try averages of the first and last weights as the best ones (default: finetune)")
-    add = parser.add_argument_group("running").add_argument
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-        help="auto: bf16 where the hardware has it, else fp16 on GPUs, else fp32")
-    add("--grad-checkpointing", action="store_true", help="less memory, about a third more time")
-    add("--compile", action="store_true", help="torch.compile of the vision tower, for GPUs")
-    add("--workers", type=int, default=1, help="readers of images per process (default: 1)")
-    add("--save-minutes", type=float, default=15.0,
-        help="between snapshots, beside those of validations (default: %(default)g; 0: never)")
-    add("--keep", type=int, default=1, help="latest snapshots to keep (default: 1, last.pt)")
-    add("--save-every", type=int, default=0, help=argparse.SUPPRESS)            # steps; 0: never
-    add("--log-every", type=int, default=10, help=argparse.SUPPRESS)            # steps
+def add_flags(parser, data_names, augmentations):
+    """Adds the flags of flags.json, and what JSON cannot say of them."""
+    types = {"int": int, "float": float}
+    choices = {"--stage": STAGES, "--recipe": RECIPES, "--model": CONFIGS,
+               "--augment": augmentations}
+    parser.register("action", "yes or no", argparse.BooleanOptionalAction)
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag, options in flags.items():
+            options = {"help": argparse.SUPPRESS} | options
+            if "type" in options:
+                options["type"] = types[options["type"]]
+            if flag in choices:
+                options["choices"] = choices[flag]
+            if flag == "--data":
+                options["help"] = f"{', '.join(data_names)}, {options['help']}"
+            group.add_argument(flag, **options)
 
 
 def tables():

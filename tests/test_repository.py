@@ -10,6 +10,7 @@ from conftest import ROOT
 
 import data
 import support
+from support import settings
 
 CARD = ("model.py", "loss.py", "data.py", "train.py", "evaluate.py")                               # the paper
 FILES = sorted(path for pattern in ("*.py", "tokenizer/**/*.py", "support/**/*.py", "tools/**/*.py") for path in ROOT.glob(pattern))
@@ -131,9 +132,15 @@ def test_no_eval_exec_global_or_bare_except_and_no_path_of_a_machine():
 def test_every_flag_is_read(name):
     """A flag that nobody reads is a lie."""
     family = "".join(TEXT[other] for other in TEXT if other in (name, "train.py", "evaluate.py") or other.startswith("support/"))
-    for flag in re.findall(r'add(?:_argument)?\(\s*"--([a-z-]+)"', TEXT[name]):
+    of_train = [flag[2:] for group in settings.FLAGS.values() for flag in group] if name == "train.py" else []
+    for flag in re.findall(r'add(?:_argument)?\(\s*"--([a-z-]+)"', TEXT[name]) + of_train:
         attribute = flag.replace("-", "_")
         assert re.search(rf'\b(args|settings|folder)\.{attribute}\b|"{attribute}"', family), f"{name} --{flag}"
+
+
+def test_every_number_has_a_range():
+    numbers = [flag for group in settings.FLAGS.values() for flag, options in group.items() if "type" in options]
+    assert sorted(settings.RANGES) == sorted(flag[2:].replace("-", "_") for flag in numbers)
 
 
 # ---- one optimizer step
