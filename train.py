@@ -21,6 +21,7 @@ the weights with the highest recall on the valid split, and what support/run.py 
 """
 import functools
 import math
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,16 +53,19 @@ def main():
     device, rank, world_size = start_processes()
     find_data(args)  # before weights are downloaded
     last = Path(args.out) / "last.pt"
+    stamp = system.stamp(last)
     source, state = starting_point(args, last)
     resuming = source == last
     config = checkpoint.config_of(state) if state else CONFIGS["tiny"]
     if args.model:
         config = CONFIGS[args.model]
-    train_split = data.open_split(args.data, "train", args.data_root, config.context_length)
+    train_split = data.open_split(args.data, "train", args.data_root, config.context_length,
+                                  args.allow_outside)
     valid_data = args.valid_data or (None if is_pattern(args.data) else args.data)
     valid_split = None
     if valid_data:
-        valid_split = data.open_split(valid_data, "valid", args.data_root, config.context_length)
+        valid_split = data.open_split(valid_data, "valid", args.data_root, config.context_length,
+                                      args.allow_outside)
     autocast, precision = precision_of(args.precision, device)
     settings = resolve(args, config, train_split, valid_split, precision, world_size)
     before = state | {"step": 0} if resuming else state  # without the steps of this run
@@ -93,7 +97,7 @@ def main():
         if settings.stage != "1":
             image_embed = None  # training changes them
 
-    run.open_folder(first_step)
+    run.open_folder(first_step, stamp)
     features = None
     if settings.features:
         features = kept_features(run, settings, train_split, first_step, autocast)
@@ -126,12 +130,16 @@ def train(run, settings, split, features, first_step, autocast, validate):
 
     step = first_step
     while not run.ended(step):
+        first = run.signals.next_of(loader)
+        if run.asked_to_stop():
+            run.snapshot(step)
+            run.stop_if_asked(step)
         step += 1
         lr = learning_rate(step - 1, settings.lr, settings.warmup, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        micro_batches, truth, bad = read_batch(loader, batches.places, step, settings,
-                                               model.cfg.context_length)
+        micro_batches, truth, bad = read_batch(chain([first], loader), batches.places, step,
+                                               settings, model.cfg.context_length)
         run.report(step, bad)
         loss, norm = train_step(model, micro_batches, truth, gradients, optimizer, run.scaler,
                                 autocast)
@@ -143,11 +151,8 @@ def train(run, settings, split, features, first_step, autocast, validate):
         if validating:
             with meter.paused():
                 validate(step)
-        stopping = run.asked_to_stop()
-        if validating or stopping or run.snapshot_due(step):
+        if validating or run.snapshot_due(step):
             run.snapshot(step)
-        if stopping and not run.ended(step):
-            run.stop_if_asked(step)
     return step
 
 

@@ -31,12 +31,12 @@ WAYS = {"text_to_image": "Text-to-Image", "image_to_text": "Image-to-Text"}
 
 def text(x):
     """Any text as HTML, cut to LONGEST characters."""
-    x = str(x).encode(errors="backslashreplace").decode()       # a file name may not be UTF-8
+    x = system.printable(x)                                     # a file name may not be UTF-8
     return html.escape(x if len(x) <= LONGEST else x[:LONGEST] + "…")
 
 
 def chinese(x):
-    return f'<span lang="zh">{text(x)}</span>'
+    return f'<bdi lang="zh">{text(x)}</bdi>'                    # text from right to left stays in it
 
 
 def write_page(path, title, parts):

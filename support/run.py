@@ -27,9 +27,9 @@ AVERAGES = [tenths / 10 for tenths in range(1, 10)]         # how far from the s
 # Settings that do not change the result. (The data may have moved; it is known by its fingerprint,
 # of captions and image names, or of the shards' names and sizes.)
 MAY_CHANGE_ON_RESUME = {
-    "recipe", "out", "data", "data_root", "valid_data", "features", "workers", "processes",
-    "max_bad", "grad_checkpointing", "compile", "log_every", "save_every", "save_minutes", "keep",
-    "patience", "average", "seen",
+    "recipe", "out", "data", "data_root", "valid_data", "allow_outside", "features", "workers",
+    "processes", "max_bad", "grad_checkpointing", "compile", "log_every", "save_every",
+    "save_minutes", "keep", "patience", "average", "seen",
 }
 OFF = (None, False, 0, "", "none", "auto")                  # of a setting that no flag turns on
 
@@ -61,7 +61,7 @@ class Run:
         self.pending = None                                 # the step that is still to be checked
         self.bad = set()                                    # numbers of the unreadable pairs
         self.saved = time.time()
-        self.signals = []
+        self.signals = system.StopSignals()
 
     def say(self, line):
         """Print a line, once for all processes."""
@@ -70,8 +70,17 @@ class Run:
 
     def _append(self, record, name="metrics.jsonl"):
         if self.first:
+            self._check_lock()
             with open(self.out / name, "a", encoding="utf-8") as f:
                 f.write(system.as_json(record) + "\n")
+
+    def _check_lock(self):
+        """BadInput when the folder was deleted or replaced: a second run may be writing there."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self.lock.fileno()), os.stat(self.out / "lock")):
+                return
+        raise BadInput(f"{self.out}: the folder was deleted or replaced while the run was writing "
+                       "there; start it anew with another --out")
 
     # ---- start and resume
 
@@ -124,22 +133,26 @@ class Run:
         if masks and before["processes"] != self.settings["processes"]:
             self.say("note: another number of processes draws other dropout masks from here on")
 
-    def open_folder(self, step):
+    def open_folder(self, step, stamp):
         """Lock the folder, catch signals, and drop what a killed run logged after `step`.
 
-        BadInput when another run is writing there, or has left its best.pt.
+        stamp: system.stamp of last.pt before it was read. BadInput when another run is writing
+        there, has done so since, or has left its best.pt.
         """
-        self.catch_signals()
+        self.signals.catch(self.first)
         barrier()                                           # every process has read last.pt
         if not self.first:
             return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise BadInput(f"--out {self.out}: {error.strerror}; name a folder") from None
+            why = "a link to nothing" if self.out.is_symlink() else error.strerror
+            raise BadInput(f"--out {self.out}: {why}; name a folder") from None
         self.lock = system.lock(self.out / "lock")          # held until this process ends
         if self.lock is None:
             raise BadInput(f"{self.out}: another run is writing there; choose another --out")
+        if system.stamp(self.out / "last.pt") != stamp:
+            raise BadInput(f"{self.out}: another run has just written there; run this again")
         known = self.out / "settings.json"
         if step == 0 and (self.out / "best.pt").exists():
             with contextlib.suppress(OSError, ValueError, AttributeError):  # missing, or damaged
@@ -279,6 +292,7 @@ class Run:
         self.saved = time.time()
         if not self.first:
             return
+        self._check_lock()
         if not all(x.isfinite().all() for x in self.model.state_dict().values()):
             raise BadInput(f"step {step}: the weights are no longer finite; last.pt holds the run "
                            "before. A lower --lr or --precision fp32 may help")
@@ -376,32 +390,15 @@ class Run:
 
     # ---- stopping
 
-    def catch_signals(self):
-        """From now on SIGTERM and SIGINT (Ctrl-C) stop the run after its step.
-
-        A second one of the same kind ends the process at once. (Of the same kind: Ctrl-C under
-        torchrun brings one of each.)
-        """
-        signals, first = self.signals, self.first           # not self: the handlers stay for ever
-
-        def catch(number, _):
-            signals.append(number)
-            if first:
-                os.write(2, b"stopping after this step; once more stops at once, unsaved\n")
-            signal.signal(number, signal.SIG_DFL)
-
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, catch)
-
     def asked_to_stop(self):
         """Whether a signal came to any process: then all of them stop after the same step."""
-        return all_reduce_max(len(self.signals)) > 0
+        return all_reduce_max(len(self.signals.caught)) > 0
 
     def stop_if_asked(self, step):
         """End the process with the status of a signal (SystemExit) when one came."""
         if self.asked_to_stop():
             self.say(f"stopped by a signal after step {step}; the same command continues there")
-            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
+            sys.exit(128 + (self.signals.caught or [signal.SIGTERM])[0])
 
 
 def differences(before, now, also_free=()):

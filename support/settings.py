@@ -127,6 +127,9 @@ def resolve(args, config, train_split, valid_split, precision, world_size):
         raise BadInput("--compile: it is for ViTs; the blocks of a ResNet all differ")
     if not pairs:
         raise BadInput(f"{train_split.name}: no caption names an image, so there are no pairs")
+    if settings.batch_size > 1000 * pairs:
+        raise BadInput(f"--batch-size {settings.batch_size}: more than 1,000 times the {pairs:,} "
+                       f"pairs of {train_split.name}")
     settings.model, settings.precision = name_of(config), precision
     settings.total_steps = args.max_steps
     if args.max_steps:

@@ -99,6 +99,13 @@ def as_json(content, **options):
     return CONTROL.sub(lambda c: c[0] if c[0] == "\n" else f"\\u{ord(c[0]):04x}", text)
 
 
+def stamp(path):
+    """What changes when a file is replaced; None without a file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
 def is_device(path):
     """Whether it exists and is neither a file nor a folder: /dev/null, /dev/stdout, a pipe."""
     return Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir())
@@ -155,16 +162,31 @@ def filled_beside(folder):
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         with lock(place.with_name(f".{place.name}.lock"), wait=True):
-            if part.is_dir():
-                shutil.rmtree(part)
+            if part.is_dir() and not part.is_symlink():
+                remove_folder(part)
             part.mkdir()
             try:
                 yield part
             finally:
-                shutil.rmtree(part, ignore_errors=True)
+                with contextlib.suppress(OSError):      # it may have become `folder`
+                    remove_folder(part)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made ({str(error)[:300]}); make room, or name another "
                        "place") from None
+
+
+def remove_folder(folder):
+    """Remove a folder with all in it. It may be deeper than shutil.rmtree can recurse."""
+    folders = [folder]
+    for place in folders:                               # the list grows
+        os.chmod(place, 0o700)                          # it may be closed
+        for entry in list(os.scandir(place)):
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            else:
+                os.unlink(entry.path)
+    for place in reversed(folders):
+        os.rmdir(place)
 
 
 # ---- the Hugging Face hub, a terminal
@@ -253,6 +275,46 @@ def start_reader(parent, _):
     end_with(parent)
 
 
+class Interrupted(BaseException):
+    """A signal came while a run was waiting. No `except Exception` of a reader catches it."""
+
+
+class StopSignals:
+    """SIGTERM and SIGINT (Ctrl-C), noted in `caught`, so that a run can stop after its step.
+
+    A second one of the same kind ends the process at once. (Of the same kind: Ctrl-C under torchrun
+    brings one of each.)
+    """
+
+    def __init__(self):
+        self.caught, self.waiting, self.loud = [], False, False
+
+    def catch(self, loud):
+        """From now on note them. loud: say what they do."""
+        self.loud = loud
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.note)
+
+    def note(self, number, _):
+        self.caught.append(number)
+        if self.loud:
+            os.write(2, b"stopping after this step; once more stops at once, unsaved\n")
+        signal.signal(number, signal.SIG_DFL)
+        if self.waiting:
+            self.waiting = False                        # so a second one raises nothing
+            raise Interrupted
+
+    def next_of(self, iterator):
+        """Its next item; None, without waiting for it, when a signal came or comes."""
+        try:
+            self.waiting = True
+            item = None if self.caught else next(iterator)
+            self.waiting = False
+            return item
+        except Interrupted:
+            return None
+
+
 def end_with(parent, number=signal.SIGKILL):
     """Let this process get a signal when its parent (a process number) dies."""
     if sys.platform == "linux":
@@ -283,6 +345,7 @@ HINTS = {
     "out of memory|can't allocate memory": "there is not enough memory; in training a smaller "
                                            "--micro-batch or --grad-checkpointing needs less",
     r"torch\._(dynamo|inductor)": "torch.compile failed; run it without --compile",
+    "EADDRINUSE": "another program uses this port; name another one (MASTER_PORT)",
     "[Cc]onnection": "the connection to another process of this run broke; its error says why"}
 
 
