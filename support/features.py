@@ -6,6 +6,7 @@
     features.complete(encode, say, stop)                # computes what is missing
     features[7]                                         # (D,) float16: the unit vector of image 7
 """
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from support import system
+from support.images import refused_as
 from support.processes import all_gather_objects, all_reduce_max, barrier, rank_and_world
 from support.system import BadInput
 
@@ -43,12 +45,11 @@ class Store:
 
     def read_about(self):
         """The content of features.json. BadInput when it is damaged or says another origin."""
-        try:
+        with refused_as(f"--features {self.about}"):    # damage comes in many kinds
             about = json.loads(self.about.read_text(encoding="utf-8"))
-            changed = [f"{key} {about['made_of'].get(key)}, now it is {value}"
-                       for key, value in self.made_of.items() if about["made_of"].get(key) != value]
-        except Exception as error:                      # damage comes in many kinds
-            raise self.refused(f"cannot be read ({type(error).__name__}: {error})") from None
+            before = dict(about["made_of"])
+        changed = [f"{key} {before.get(key)}, now it is {value}"
+                   for key, value in self.made_of.items() if before.get(key) != value]
         if changed:
             raise self.refused(f"made of {'; '.join(changed)}")
         return about
@@ -88,13 +89,10 @@ class Store:
     def load(self, paths, labels):
         """What the folder holds -> [(I, D), (T, D)], checked."""
         about = self.read_about()
-        try:
+        with refused_as(f"--features {self.folder}: an array"):
             embeds = [torch.from_numpy(np.load(path)) for path in paths]
-            expected = {"sha256": sha256_of(paths, embeds), **labels}
-            as_described = all(about[key] == value for key, value in expected.items())
-        except Exception as error:                      # damage comes in many kinds
-            raise self.refused(f"cannot be read ({type(error).__name__}: {error})") from None
-        if not as_described:
+            found = {"sha256": sha256_of(paths, embeds), **labels}
+        if any(about.get(key) != value for key, value in found.items()):
             raise self.refused("the .npy files are not those that features.json describes")
         return embeds
 
@@ -151,13 +149,11 @@ class Features(Store):
             raise self.refused("it has no features.json, so the origin of its parts is unknown")
         missing = []
         for n in own:
-            try:
+            with contextlib.suppress(OSError):
                 rows = read_part(self.path(n), len(self.images(n)), self.dim)
-                sound = (are_unit(rows) | np.isnan(rows).all(axis=1)).all()
-            except OSError:
-                sound = False
-            if not sound:
-                missing.append(n)
+                if (are_unit(rows) | np.isnan(rows).all(axis=1)).all():
+                    continue
+            missing.append(n)
         return sorted(n for share in all_gather_objects(missing) for n in share)
 
     def complete(self, encode, say, stop):
@@ -200,27 +196,25 @@ class Features(Store):
 
     def compute(self, parts, encode, stop):
         """Compute and write this process's share of the parts."""
-        batches = []
+        batches = {}                                    # of each part
         for n in parts:
             images = self.images(n)
-            batches += [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-        embedded = encode(batches)
-        for k in range(all_reduce_max(len(batches))):   # all processes call stop() equally often
+            batches[n] = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+        everything = sum(batches.values(), [])
+        most, embedded = all_reduce_max(len(everything)), encode(everything)
+        for n in parts:
+            rows = np.full((len(self.images(n)), self.dim), np.nan, np.float16)
+            for batch in batches[n]:
+                stop()
+                numbers, embed, _ = next(embedded)                              # embed: (b, D)
+                if not are_unit(embed.numpy()).all():
+                    raise BadInput(f"{self.folder}: the embeddings of images {batch[0]} to "
+                                   f"{batch[-1]} are not finite; check the weights or try "
+                                   "--precision fp32")
+                rows[[i % ROWS for i in numbers]] = embed.numpy()
+            system.write(self.path(n), lambda f: np.save(f, rows), part=self.unfinished)
+        for _ in range(len(everything), most):          # all processes call stop() equally often
             stop()
-            if k >= len(batches):
-                continue
-            batch, (numbers, embed, _) = batches[k], next(embedded)             # embed: (b, D)
-            if not are_unit(embed.numpy()).all():
-                raise BadInput(f"{self.folder}: the embeddings of images {batch[0]} to {batch[-1]} "
-                               "are not finite; check the weights or try --precision fp32")
-            n = batch[0] // ROWS
-            images = self.images(n)
-            if batch[0] == images[0]:
-                rows = np.full((len(images), self.dim), np.nan, np.float16)
-            rows[[i % ROWS for i in numbers]] = embed.numpy()
-            if batch[-1] == images[-1]:
-                system.write(self.path(n), lambda f: np.save(f, rows), part=self.unfinished)
-        embedded.close()
 
 
 def are_unit(rows):

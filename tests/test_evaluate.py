@@ -309,7 +309,9 @@ def test_kept_features_are_used_again_and_stale_ones_refused(called, stopped, ti
             assert "not those that features.json describes" in stopped(*command, "fp32")
         np.save(folder / "image_embed.npy", image_embed)
         (folder / "features.json").write_text(json.dumps({key: x for key, x in about.items() if key != "image_ids"}))
-        assert "cannot be read" in stopped(*command, "fp32")
+        assert "not those that features.json describes" in stopped(*command, "fp32")
+        (folder / "features.json").write_text("[]")
+        assert "features.json cannot be read" in stopped(*command, "fp32")
         (folder / "features.json").write_text(json.dumps(about | {"texts": about["texts"][::-1]}))
         assert "not those that features.json describes" in stopped(*command, "fp32")
         for damage in (b"cut", b""):
