@@ -11,8 +11,8 @@ import json
 import math
 import os
 import random
+from collections import namedtuple
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -20,16 +20,10 @@ from support import system
 from support.captions import hashed_split
 from support.system import BadInput, filled_beside
 
-
-class Painted(NamedTuple):
-    """What makes a painted set: its sizes, and the functions that make one image of it."""
-
-    sizes: dict             # split -> number of images
-    draw: Callable          # (rng) -> a drawing: a scene, or what has one
-    scene: Callable         # (drawing) -> its scene
-    describe: Callable      # (drawing, rng or None) -> its caption
-    paint: Callable         # (scene, rng) -> the image
-    split_of: Callable      # (drawing) -> the split to which it belongs for ever
+# What makes a painted set. sizes: {split: number of images}; draw(rng) -> a drawing: a scene, or
+# what has one; scene(drawing) -> its scene; describe(drawing, rng or None) -> its caption;
+# paint(scene, rng) -> the image; split_of(drawing) -> the split to which it belongs for ever
+Painted = namedtuple("Painted", "sizes draw scene describe paint split_of")
 
 
 def write_folder(folder, name, painted):
