@@ -56,13 +56,14 @@ def card(image, lines, classes="card", side=176):
             f'<figcaption>{caption}</figcaption></figure>')
 
 
-def html_table(names, rows, above=""):
-    """names: of the columns; rows: lists of HTML cells; above: a row of <th> above the names.
+def html_table(rows, above=""):
+    """rows: lists of HTML cells, the names of the columns first; above: a row of <th> above them.
 
     Columns of numbers are set to the right. Rows with a cell that begins with "> " stand out.
     """
+    names, *rows = rows
     kinds = [' class="n"' if cell.strip()[:1].isdigit() else "" for cell in rows[0]]
-    head = "".join(f"<th{kind}>{name}</th>" for kind, name in zip(kinds, names))
+    head = "".join(f"<th{kind}>{name.strip()}</th>" for kind, name in zip(kinds, names))
     body = ""
     for row in rows:
         measured = any(cell.startswith("&gt; ") for cell in row)
@@ -221,10 +222,9 @@ def write_retrieval(path, name, split_name, records, rankings, split, image_embe
     records, rankings: of each checkpoint; image_embed (I, D), text_embed (T, D): of the last one.
     """
     title, rows = tables.result_rows(records, name, split_name)
-    names = ["scale", "model", "setting", *2 * ["R@1", "R@5", "R@10", "MR"]]
     above = ('<tr><th colspan="3"></th><th colspan="4">Text-to-Image</th>'
              '<th colspan="4">Image-to-Text</th></tr>')
-    parts = [html_table(names, [list(map(text, row)) for row in rows], above),
+    parts = [html_table([list(map(text, row)) for row in rows], above),
              *paragraphs(tables.notes(records, name, split_name)),
              '<h2>Curves</h2><div class="charts">', recall_chart(records, rankings),
              *training_charts(records), "</div>"]
@@ -258,18 +258,17 @@ def write_classification(path, title, notes, records, names, paths, labels, prob
     image i, by the last checkpoint.
     """
     last = records[-1]
-    columns, *rows = [list(map(text, row)) for row in tables.class_rows(records)]
-    parts = [html_table(columns, rows),
+    parts = [html_table([list(map(text, row)) for row in tables.class_rows(records)]),
              *paragraphs([*notes, f"Below are results of {last['ckpt']}."])]
     if last["confused"]:
-        rows = [[chinese(c["class"]), chinese(c["taken_for"]), f"{c['times']:,} of {c['of']:,}"]
-                for c in last["confused"]]
-        parts += ["<h2>Most often confused: at most 20 pairs</h2>",
-                  html_table(["class", "taken for", "images"], rows)]
+        rows = [["class", "taken for", "images"]]
+        rows += [[chinese(c["class"]), chinese(c["taken_for"]), f"{c['times']:,} of {c['of']:,}"]
+                 for c in last["confused"]]
+        parts += ["<h2>Most often confused: at most 20 pairs</h2>", html_table(rows)]
     lowest = sorted(last["per_class"], key=lambda c: c["top-1"])[:20]
-    rows = [[chinese(c["class"]), f"{c['top-1']:.1f}", f"{c['images']:,}"] for c in lowest]
-    parts += ["<h2>Classes with the lowest top-1: at most 20</h2>",
-              html_table(["class", "top-1", "images"], rows)]
+    rows = [["class", "top-1", "images"]]
+    rows += [[chinese(c["class"]), f"{c['top-1']:.1f}", f"{c['images']:,}"] for c in lowest]
+    parts += ["<h2>Classes with the lowest top-1: at most 20</h2>", html_table(rows)]
 
     def show(i):
         found = top_candidates(100 * probabilities(i), [labels[i]])

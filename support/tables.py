@@ -87,7 +87,8 @@ def result_rows(records, name, split):
     """The rows of the paper's table for this data set and split, and those of `records`.
 
     -> (title, [[size group, model, setting, R@1 R@5 R@10 MR of text-to-image, the same of
-    image-to-text], …]): cells of text. In measured rows the model begins with "> ".
+    image-to-text], …]): cells of text, the names of the columns first. In measured rows the model
+    begins with "> ".
     """
     title, published = PUBLISHED.get(name, (name, [])) if split == "test" else (name, [])
     rows = []
@@ -102,7 +103,8 @@ def result_rows(records, name, split):
             row += cells
         rows.append(row)
     rows.sort(key=lambda row: SIZE_GROUPS.index(row[0]))        # stable: measured rows end a group
-    return f"{title}, {split} split (%)", rows
+    names = ["  R@1", "  R@5", " R@10", "   MR"]
+    return f"{title}, {split} split (%)", [["scale", "model", "setting", *names, *names], *rows]
 
 
 def recall_cells(recalls):
@@ -125,11 +127,8 @@ def align_columns(rows):
 def table(records, name, split):
     """The text that evaluate.py prints: result_rows aligned, and notes."""
     title, rows = result_rows(records, name, split)
-    names = ["  R@1", "  R@5", " R@10", "   MR"]
-    lines = [["scale", "model", "setting", *names, "", *names]]
-    for row in rows:
-        lines.append([*row[:7], "", *row[7:]])                  # "": room between the directions
-    head, *body = align_columns(lines)
+    rows = [[*row[:7], "", *row[7:]] for row in rows]           # "": room between the directions
+    head, *body = align_columns(rows)
     above = " " * head.find("R@1") + "Text-to-Image"
     above = above.ljust(head.rfind("R@1")) + "Image-to-Text"
     return "\n".join([title, above, head, *body, *notes(records, name, split)])
