@@ -10,7 +10,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import os
 import posixpath
@@ -28,6 +27,8 @@ from support.system import BadInput
 from tokenizer import Tokenizer
 
 INDEX_VERSION, COLUMNS = 1, 6
+MOST_CAPTIONS, MOST_BYTES = 10_000, 2**22                   # of one image; of its .txt or .json
+PAX_RECORD = re.compile(rb"(\d{1,7}) ([^=]{1,255})=")      # length of the record, key
 
 
 class ShardSplit:
@@ -79,10 +80,11 @@ class ShardSplit:
 
     def captions(self, k):
         """-> the number of pair k's caption among those of its image, and these."""
-        path, (_, _, text, size, is_json, which) = self.row(k)
+        path, (image, image_size, text, size, is_json, which) = self.row(k)
         with refused_as(f"{self.location(k)}: the caption"):
-            texts = captions_in(read_at(path, text, size), is_json)
-            if which >= len(texts):
+            texts = captions_in(read_at(path, text, size, MOST_BYTES), is_json)
+            other = image_size >= 0 and stem_at(path, image) != stem_at(path, text)
+            if other or which >= len(texts):
                 raise ValueError(f"{path}.index has another one; delete that file")
         return which, texts
 
@@ -111,9 +113,8 @@ class ShardSplit:
     def where(self, k):
         path, (image, image_size, text, *_) = self.row(k)
         offset = image if image_size >= 0 else text
-        # A file's name is the first field of the header before it.
-        name = os.pread(opened_shard(path).fileno(), 100, offset - 512).rstrip(b"\0")
-        return {"file": str(path), "offset": offset, "member": name.decode(errors="replace")}
+        name = name_at(path, offset).decode(errors="replace")
+        return {"file": str(path), "offset": offset, "member": name}
 
     def incomplete(self):
         """How many pairs lack their image or their caption."""
@@ -235,12 +236,22 @@ def first_rows(path):
     return np.flatnonzero(np.diff(opened_index(path)[1:, 0], prepend=-1))
 
 
-def read_at(path, offset, size):
+def name_at(path, offset):
+    """The name of the file at an offset: the first field of the header before it."""
+    return os.pread(opened_shard(path).fileno(), 100, offset - 512).partition(b"\0")[0]
+
+
+def stem_at(path, offset):
+    """That name, without folders, up to its first dot: the files of a sample share it."""
+    return name_at(path, offset).rpartition(b"/")[2].partition(b".")[0]
+
+
+def read_at(path, offset, size, most=2**28):
     """`size` bytes of a shard from `offset` on. Raises ValueError or OSError."""
     if size < 0:
         raise ValueError("it is missing")
-    if size > 2**28:
-        raise ValueError(f"it has {size:,} bytes, more than 256 MiB")
+    if size > most:
+        raise ValueError(f"it has {size:,} bytes, more than {most // 2**20} MiB")
     content = os.pread(opened_shard(path).fileno(), size, offset)
     if len(content) < size:
         raise ValueError("it is cut short")
@@ -250,10 +261,11 @@ def read_at(path, offset, size):
 def captions_in(content, is_json):
     """The captions in the bytes of a .txt (one) or a .json ("texts": […], "text" or "caption").
 
-    Raises ValueError, or AttributeError for JSON that is no object.
+    Raises ValueError.
     """
     if is_json:
         record = json.loads(content)
+        record = record if isinstance(record, dict) else {}
         texts = record.get("texts")
         if not isinstance(texts, list):
             texts = [record.get("text", record.get("caption"))]
@@ -264,6 +276,8 @@ def captions_in(content, is_json):
     texts = [text.strip() for text in texts if text.strip()]
     if not texts:
         raise ValueError("it is empty")
+    if len(texts) > MOST_CAPTIONS:
+        raise ValueError(f"it has {len(texts):,} captions, more than {MOST_CAPTIONS:,}")
     "".join(texts).encode()                                 # raises for half a character
     return texts
 
@@ -276,12 +290,14 @@ def shard_index(path, thorough=False):
 
     It is kept beside the shard or, where that cannot be written, under CE_CLIP_CACHE.
     """
+    if not path.is_file():
+        raise BadInput(f"{path}: not a file that can be read")
     status = os.stat(path)
     head = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
     digest = hashlib.md5(str(path.resolve()).encode()).hexdigest()
     files = [path.with_name(path.name + ".index"),
              system.cache_folder() / "index" / f"{digest}.index"]
-    for file in files:
+    for file in filter(Path.is_file, files):                # a pipe would be waited for
         with contextlib.suppress(Exception):                # it is missing, or damaged
             index = np.load(file, mmap_mode="r")            # reads the first row alone
             sound = index.dtype == np.int64 and index.shape[1:] == (COLUMNS,)
@@ -291,6 +307,8 @@ def shard_index(path, thorough=False):
     rows, damaged = scan(path)
     index = np.array([[*head, damaged, 0, 0], *rows], dtype=np.int64)
     for file in files:
+        if file.is_symlink() or system.is_device(file):     # a link leads to any file of the user
+            continue
         with contextlib.suppress(BadInput, OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
             # Several processes may write the same file, each its own part.
@@ -302,10 +320,10 @@ def shard_index(path, thorough=False):
 
 def points_outside(index, size):
     """Whether a row of an index means bytes that a shard of this size does not have."""
-    image, image_size, text, text_size, _, which = index[1:].T
-    first = np.minimum(np.minimum(image, text), which)
-    last = np.maximum(image + image_size, text + text_size)
-    return bool((first < 0).any() or (last > size).any())
+    offsets, sizes = index[1:, [0, 2]], index[1:, [1, 3]]           # (pairs, 2): image, caption
+    missing = sizes < 0
+    inside = (offsets >= 512) & (offsets <= size) & (sizes <= size - offsets)
+    return not ((inside | missing).all() and not missing.all(axis=1).any()) or index[1:, 5].min() < 0
 
 
 def scan(path):
@@ -315,8 +333,7 @@ def scan(path):
     """
     members, damaged = tar_members(path)
     rows, size = [], os.path.getsize(path)
-    for _, group in itertools.groupby(members, key=lambda member: member[0]):
-        files = {kind: (offset, length) for _, kind, offset, length in group}
+    for files in samples(members):
         image = next((files[kind] for kind in IMAGE_TYPES if kind in files), (0, -1))
         text = files.get("txt", files.get("json", (0, -1)))
         is_json, captions = "json" in files and "txt" not in files, 1
@@ -324,39 +341,96 @@ def scan(path):
             continue                                        # cut, or files of other kinds
         if is_json:
             with contextlib.suppress(Exception):            # then one row: training reports it
-                captions = len(captions_in(read_at(path, *text), True))
+                captions = len(captions_in(read_at(path, *text, MOST_BYTES), True))
         rows += [(*image, *text, is_json, which) for which in range(captions)]
     return rows, damaged
 
 
+def samples(members):
+    """{kind: (offset, size)} of the files of each sample. A kind that comes again begins another."""
+    files, last = {}, None
+    for stem, kind, *place in members:
+        if stem != last or kind in files:
+            yield files
+            files, last = {}, stem
+        files[kind] = place
+    yield files
+
+
 def tar_members(path):
     """-> [(name up to the first dot, the rest of it, offset, size) of each file], the damage."""
-    members, broken = [], False
+    members, damaged = [], -1
+    senseless = tarfile.TarError, ValueError, OverflowError, RecursionError
     try:
-        tar = tarfile.open(path, "r:")
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+        tar = tarfile.open(path, "r:", tarinfo=TarEntry)
+    except senseless as error:
         raise BadInput(f"{path}: not an uncompressed tar archive ({error}); images are read from "
                        "anywhere in it, so unpack .gz and the like first") from None
-    try:
-        for member in tar:
-            tar.members.clear()                             # it would keep them all
-            folder, name = posixpath.split(member.name)
-            stem, _, kind = name.partition(".")
-            if member.isreg() and stem:                     # macOS puts ._name beside name
-                stem = posixpath.join(folder, stem)
-                members.append((stem, kind.lower(), member.offset_data, member.size))
-    except (tarfile.TarError, ValueError, OverflowError):   # cut, or a senseless header
-        broken = True
-    tar.close()
-    end = min(tar.offset, os.path.getsize(path))
+    with tar:
+        try:
+            for entry in tar_entries(tar):
+                folder, name = posixpath.split(entry.name)
+                stem, _, kind = name.partition(".")
+                if entry.isreg() and stem:                  # macOS puts ._name beside name
+                    stem = posixpath.join(folder, stem)
+                    members.append((stem, kind.lower(), entry.offset_data, entry.size))
+        except senseless:
+            damaged = min(tar.offset, os.path.getsize(path))
+    return members, damaged
+
+
+# ---- tar files of strangers
+
+
+class TarEntry(tarfile.TarInfo):
+    """An entry of a tar whose headers are not trusted. Raises ValueError for a senseless one."""
+
+    def _proc_member(self, tar):                            # tarfile calls it for each header
+        if self.type == tarfile.XGLTYPE:                    # about the archive; git writes it
+            return self._proc_builtin(tar)
+        follows = 2**20 if self.type in b"LKxX" else 2**50  # long name or link, pax: of the next
+        if not 0 <= self.size <= follows:
+            raise ValueError(f"a header says that {self.size:,} bytes follow")
+        return super()._proc_member(tar)
+
+    def _proc_pax(self, tar):
+        """Read the name and the size. tarfile reads all, and may take hours for it."""
+        content, at, found = tar.fileobj.read(self._block(self.size)), 0, {}
+        while match := PAX_RECORD.match(content, at):
+            end = at + int(match[1])
+            found[match[2]] = content[match.end() : end - 1]
+            if end <= match.end() or match[2].startswith(b"GNU.sparse"):
+                raise ValueError("a header is senseless, or one of a sparse file")
+            at = end
+        entry = self.fromtarfile(tar)
+        if b"path" in found:
+            entry.name = found[b"path"].decode(errors="surrogateescape").rstrip("/")
+        if b"size" in found:
+            entry.size = int(found[b"size"])
+            if not 0 <= entry.size <= 2**50:
+                raise ValueError(f"a header says that {entry.size:,} bytes follow")
+            tar.offset = entry.offset_data + entry._block(entry.size)
+        return entry
+
+    def _proc_sparse(self, tar):
+        raise ValueError("it has a sparse file")
+
+
+def tar_entries(tar):
+    """Each entry of an open tar. Raises ValueError when it does not end as archives end."""
+    for entry in tar:
+        tar.members.clear()                                 # it would keep them all
+        yield entry
     # An archive ends with zeros up to the end of the file. tarfile does not tell of a damaged
     # header in the middle, nor of a second archive after the first.
-    with open(path, "rb") as f:
-        f.seek(end)
-        broken = broken or f.read(512) != bytes(512)
-        while not broken and (block := f.read(2**16)):
-            broken = any(block)
-    return members, end if broken else -1
+    tar.fileobj.seek(tar.offset)
+    length = 0
+    while block := tar.fileobj.read(2**16):
+        length += len(block)
+        if block.strip(b"\0") or length > 2**28:
+            raise tarfile.ReadError("after its end there is more")
+    if length < 512:
+        raise tarfile.ReadError("it is cut short")
 
 
 # ---- names of shards

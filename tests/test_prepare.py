@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -115,34 +116,149 @@ def as_link(name="COCO-CN/link"):
     return entry
 
 
-@pytest.mark.parametrize("name", ["../evil", "COCO-CN/../../evil", "/evil", "C:/evil", "..\\evil", as_link(), as_link("/tmp/link")], ids=str)
-def test_no_entry_of_a_zip_leaves_the_folder_or_becomes_a_link(name, published, called, tmp_path):
-    """zipfile itself keeps them inside, as plain files."""
-    before = set(tmp_path.rglob("*"))
-    published.publish({**{f"COCO-CN/{file}": content for file, content in published.files.items()}, name: b"/etc/passwd"})
+OUTSIDE = ["../evil", "COCO-CN/../../evil", "/evil", "C:/evil", "C:\\evil", "..\\evil", "\\evil"]
+
+
+@pytest.mark.parametrize("name, message", [*((name, "leads out of the folder") for name in OUTSIDE), (as_link(), "is a link or device"), (as_link("/tmp/link"), "is a link or device"),
+                                           ("a/" * 64 + "x", "has more than 64 parts"), ("长" * 100, "or one of more than 255 bytes"), ("COCO-CN/train_imgs.tsv", "two of its entries are called COCO-CN/train_imgs.tsv"),
+                                           ("COCO-CN/./train_imgs.tsv", "two of its entries"), ("COCO-CN", "two of its entries"), ("COCO-CN/test_imgs.tsv/x", "two of its entries")], ids=str)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_zip_with_an_entry_that_is_not_safe_is_refused(name, message, published, stopped, tmp_path):
+    files = [*((f"COCO-CN/{file}", content) for file, content in published.files.items()), (name, b"/etc/passwd")]
+    published.publish(SimpleNamespace(items=lambda: files))                     # a name may come twice
+    line = stopped(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert re.search(f"COCO-CN.zip: damaged, encrypted or not safe .*{message}.*. Delete .* and run this again", line) and left(published.root) == []
+
+
+def test_names_that_look_odd_and_are_not(published, called):
+    """As macOS, git and old programs make them; a letter and a colon; a backslash that leads nowhere."""
+    more = {"__MACOSX/COCO-CN/._test_imgs.tsv": b"\0", "COCO-CN/T:恤.txt": b"a", "COCO-CN/a\\b.txt": b"b", "COCO-CN/..txt": b"c", "COCO-CN/...": b"d", "COCO-CN/empty/": b""}
+    published.publish({**{f"COCO-CN/{file}": content for file, content in published.files.items()}, **more})
     called(prepare, "fetch", "coco-cn", "--data-root", published.root)
-    assert contents(published.folder).items() >= published.files.items() and left(published.root) == ["COCO-CN"]
-    made = [path for path in set(tmp_path.rglob("*")) - before if "hub" not in path.parts]
-    assert not any(path.is_symlink() for path in made)
-    assert {path.name for path in made if path.parent == tmp_path} <= {"data", "made.zip"}
+    assert contents(published.folder) == {**published.files, "T:恤.txt": b"a", "a\\b.txt": b"b", "..txt": b"c", "...": b"d"} and (published.folder / "empty").is_dir()
 
 
-@pytest.mark.parametrize("name", ["COCO-CN", "COCO-CN/test_imgs.tsv/x"])
-def test_an_entry_that_is_a_file_and_a_folder_is_refused(name, published, stopped):
-    published.publish({**{f"COCO-CN/{file}": content for file, content in published.files.items()}, name: b"x"})
-    assert "COCO-CN: cannot be made" in stopped(prepare, "fetch", "coco-cn", "--data-root", published.root) and left(published.root) == []
-
-
-@pytest.mark.parametrize("name, kind, target", [("coco-cn_val.txt", tarfile.SYMTYPE, "/etc/passwd"), ("coco-cn_val.txt", tarfile.LNKTYPE, "x"), ("null", tarfile.CHRTYPE, ""),
-                                                ("../evil", tarfile.REGTYPE, ""), ("a/../../evil", tarfile.REGTYPE, "")])
-def test_links_and_devices_and_names_that_lead_out_of_a_tar_are_refused(name, kind, target, tmp_path, stopped):
+@pytest.mark.parametrize("name, kind, message", [("coco-cn_val.txt", tarfile.SYMTYPE, "is a link or device"), ("coco-cn_val.txt", tarfile.LNKTYPE, "is a link or device"), ("null", tarfile.CHRTYPE, "is a link or device"),
+                                                 ("pipe", tarfile.FIFOTYPE, "is a link or device"), *((name, tarfile.REGTYPE, "leads out of the folder") for name in OUTSIDE), ("a/" * 100, tarfile.DIRTYPE, "has more than 64 parts"),
+                                                 ("a" * 300, tarfile.REGTYPE, "one of more than 255 bytes"), ("x", tarfile.REGTYPE, "two of its entries are called x"), ("x/y", tarfile.REGTYPE, "two of its entries"),
+                                                 ("sparse", tarfile.GNUTYPE_SPARSE, "it has a sparse file")])
+def test_a_tar_with_an_entry_that_is_not_safe_is_refused(name, kind, message, tmp_path, stopped):
     entry = tarfile.TarInfo(name)
-    entry.type, entry.linkname = kind, target
+    entry.type, entry.linkname = kind, "/etc/passwd"
     with tarfile.open(tmp_path / "evil.tgz", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("x"))
         tar.addfile(entry)
     line = stopped(prepare, "convert", tmp_path / "evil.tgz", tmp_path / "out", "--images", tmp_path)
-    assert re.search("it has links or devices|would be extracted to", line) and not (tmp_path.parent / "evil").exists() and left(tmp_path) == ["evil.tgz"]
+    assert message in line and not (tmp_path.parent / "evil").exists() and left(tmp_path) == ["evil.tgz"]
+
+
+def packed_bytes(kind, files):
+    out = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        with tarfile.open(fileobj=out, mode="w:gz") as tar:
+            for name, content in files.items():
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz"])
+def test_before_anything_is_written_the_whole_archive_is_looked_at(kind, tmp_path, monkeypatch):
+    """More bytes than the disk has room for; too many entries: nothing of the sound first entry is there."""
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(packed_bytes(kind, {"first": b"1", "bomb": bytes(2**20)}))
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(OSError, match=rf"No space|a.{kind} unpacks to more than the 1,048,576 bytes free"):
+        releases.unpack(path, tmp_path / "out", "Get it again")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20 + 1))
+    monkeypatch.setattr(releases, "MOST_ENTRIES", 1)
+    with pytest.raises(BadInput, match="it has more than 1 entries.. Get it again"):
+        releases.unpack(path, tmp_path / "out", "Get it again")
+    assert left(tmp_path / "out") == []
+    monkeypatch.setattr(releases, "MOST_ENTRIES", 2)
+    releases.unpack(path, tmp_path / "out", "Get it again")
+    assert left(tmp_path / "out") == ["bomb", "first"]
+
+
+def test_sizes_that_lie(tmp_path):
+    """An entry of a zip yields no more than it declares; a .tgz that goes on after its end is not read to the end of memory."""
+    (tmp_path / "out").mkdir()
+    content = packed_bytes("zip", {"a": bytes(2**20)})
+    at = content.index(b"PK\1\2") + 24
+    (tmp_path / "a.zip").write_bytes(content[:at] + (100).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(BadInput, match="damaged, encrypted or not safe .*CRC"):
+        releases.unpack(tmp_path / "a.zip", tmp_path / "out", "Get it again")
+    zeros = gzip.compress(bytes(2**26))
+    (tmp_path / "b.tgz").write_bytes(packed_bytes("tgz", {"a": b"1"}) + zeros * 5)
+    tracemalloc.start()
+    with pytest.raises(BadInput, match="after its end there is more"):
+        releases.unpack(tmp_path / "b.tgz", tmp_path / "out", "Get it again")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def tar_header(kind, size, name="x"):
+    """A header, whose size may be a number that none should have."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT)[:512])
+    header[124:136], header[156:157], header[148:156] = tarfile.itn(size, 12, tarfile.GNU_FORMAT), kind, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+PAX = lambda record: tar_header(b"x", len(record)) + record.ljust(512, b"\0")
+HEADERS = {**{f"{name} of {size:,}": tar_header(kind, size) for name, kind in (("long name", b"L"), ("long link", b"K"), ("pax", b"x"), ("Solaris", b"X")) for size in (2**31, -512)},
+           "file of -512": tar_header(b"0", -512), "file of 2^60": tar_header(b"0", 2**60), "pax size of -1536": PAX(b"14 size=-1536\n") + tar_header(b"0", 0), "pax size of 2^60": PAX(b"28 size=1152921504606846976\n") + tar_header(b"0", 0),
+           "chain": (tar_header(b"L", 2) + b"a\0".ljust(512, b"\0")) * 2000, "pax of no length": PAX(b"0 a=b\n"), "sparse in pax": PAX(b"22 GNU.sparse.major=1\n") + tar_header(b"0", 0)}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_senseless_headers_of_a_tar(name, tmp_path):
+    """They cost no memory and no time; a shard is read up to them."""
+    (tmp_path / "out").mkdir()
+    files = {"1.png": png(seed=1), "1.txt": "第一张".encode()}
+    whole = write_tar(tmp_path / "a.tar", files).read_bytes()
+    sound = whole[: sum(512 + -(-len(content) // 512) * 512 for content in files.values())]
+    for content, left_over in ((sound + HEADERS[name], 1), (HEADERS[name] + whole, 0)):
+        (tmp_path / "a.tar").write_bytes(content + bytes(2**16))
+        with pytest.raises(BadInput, match="a.tar: damaged, encrypted or not safe"):
+            releases.unpack(tmp_path / "a.tar", tmp_path / "out", "Get it again")
+        if left_over:
+            with pytest.warns(UserWarning, match="damaged or cut short at byte"):
+                assert open_split(tmp_path / "a.tar", "train").sample(0)[0] == files["1.png"]
+        else:
+            with pytest.raises(BadInput, match="not an uncompressed tar archive"):
+                open_split(tmp_path / "a.tar", "train")
+    assert left(tmp_path / "out") == []
+
+
+def test_headers_that_are_odd_and_sound(tmp_path):
+    """A global header (git), long names of both kinds, a pax header with much in it, one that tarfile would search for hours."""
+    for kind, format in (("gnu", tarfile.GNU_FORMAT), ("pax", tarfile.PAX_FORMAT)):
+        with tarfile.open(tmp_path / f"{kind}.tar", "w", format=format, pax_headers={"comment": "0" * 40}) as tar:
+            entry = tarfile.TarInfo("长" * 60 + "/" + "b" * 150)
+            entry.size, entry.pax_headers = 3, {"SCHILY.xattr.a": "=" * 500_000, "mtime": "1.5", "LIBARCHIVE.xattr." + "x" * 200: "1" * 200_000}
+            tar.addfile(entry, io.BytesIO(b"abc"))
+        (tmp_path / kind).mkdir()
+        releases.unpack(tmp_path / f"{kind}.tar", tmp_path / kind, "Get it again")
+        assert contents(tmp_path / kind) == {"长" * 60 + "/" + "b" * 150: b"abc"}
+
+
+def test_what_was_left_is_removed_however_deep_it_is(tmp_path, published, called):
+    """1,100 folders in one another, as an archive could once make them; a folder without permission; a link, whose target stays."""
+    part = published.root / "COCO-CN.ce-clip-part"
+    for depth in range(100, 1101, 100):
+        os.makedirs(part / ("a/" * depth), exist_ok=True)
+    (part / "b/c").mkdir(parents=True)
+    (part / "link").symlink_to(tmp_path / "made")
+    os.chmod(part / "b", 0)
+    called(prepare, "fetch", "coco-cn", "--data-root", published.root)
+    assert contents(published.folder) == contents(tmp_path / "made") == published.files and left(published.root) == ["COCO-CN"]
 
 
 def test_encrypted_entries_are_refused(published, stopped):
@@ -167,7 +283,7 @@ def test_a_damaged_zip_says_what_to_do_and_leaves_nothing(damage, published, sto
     whole = published.hub.content
     published.publish({f"COCO-CN/{name}": content for name, content in published.files.items()}, damage)
     line = stopped(prepare, "fetch", "coco-cn", "--data-root", published.root)
-    found = re.search("COCO-CN.zip: damaged, cut short or encrypted .*. Delete (.*) and run this again", line)
+    found = re.search("COCO-CN.zip: damaged, encrypted or not safe .*. Delete (.*) and run this again", line)
     assert found and left(published.root) == []
     os.unlink(found[1])
     published.hub.content = whole
@@ -201,7 +317,7 @@ def test_a_full_disk_and_forbidden_folders_are_one_line(published, stopped, monk
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
-        patch.setattr(releases.zipfile.ZipFile, "extractall", full)
+        patch.setattr(releases.shutil, "copyfileobj", full)
         assert re.search("COCO-CN: cannot be made .*No space left.*make room", stopped(*fetch))
     assert left(published.root) == []
     (published.root / "COCO-CN.ce-clip-part").write_bytes(b"")

@@ -7,8 +7,11 @@
 A release is a folder, with these files at any depth, or a .zip, .tar, .tar.gz or .tgz of it.
 """
 import errno
+import functools
 import os
 import re
+import shutil
+import stat
 import tarfile
 import warnings
 import zipfile
@@ -17,39 +20,77 @@ from pathlib import Path
 import data
 from support import system
 from support.images import image_files
+from support.shards import TarEntry, tar_entries
 from support.system import BadInput
 
 CAPTIONS = "imageid.human-written-caption.txt"
 LISTS = {"coco-cn_train.txt": "train", "coco-cn_val.txt": "valid", "coco-cn_test.txt": "test"}
+MOST_ENTRIES = 10**7                                                # of an archive
 FLICKR = re.compile(r"\ufeff?([^#\s]+)#(zh\w*)#(\d+)\s+(\S.*)")     # image, kind, number, words
 
 
 def unpack(path, folder, remedy):
-    """Unpack a zip or tar archive into a folder; zipfile and tarfile keep all files inside it.
+    """Unpack a zip or tar archive into a folder. All is looked at before anything is written.
 
-    Raises BadInput with `remedy` when it is damaged or encrypted, or a tar with links or devices.
+    Raises BadInput with `remedy` when it is damaged, encrypted or not safe; OSError: no room.
     """
     try:
-        if path.suffix.lower() == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                archive.extractall(folder)
-        else:
-            with tarfile.open(path) as archive:
-                members = archive.getmembers()
-                # tarfile takes a damaged header for the end. The true end is zeros alone.
-                archive.fileobj.seek(archive.offset)
-                if any(archive.fileobj.read()):
-                    raise tarfile.ReadError("after its end there is more")
-                if not all(m.isreg() or m.isdir() for m in members):
-                    raise tarfile.ReadError("it has links or devices")
-                archive.extractall(folder, filter="data")
+        room, total = shutil.disk_usage(folder).free, 0
+        for number, (_, _, size, _) in enumerate(entries(path)):
+            total += size
+            if number == MOST_ENTRIES:
+                raise ValueError(f"it has more than {MOST_ENTRIES:,} entries")
+            if total > room:
+                raise OSError(errno.ENOSPC, f"{path} unpacks to more than the {room:,} bytes free")
+        for name, is_folder, _, opened in entries(path):
+            try:
+                (folder / name if is_folder else (folder / name).parent).mkdir(parents=True, exist_ok=True)
+                if not is_folder:
+                    with opened() as source, open(folder / name, "xb") as f:
+                        shutil.copyfileobj(source, f)
+            except (FileExistsError, NotADirectoryError):
+                raise ValueError(f"two of its entries are called {name[:60]}") from None
     except Exception as error:                  # damage raises errors of many classes
         # gzip's OSErrors have no number, an absurd offset has EINVAL; others are of the disk
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path}: damaged, cut short or encrypted ({reason}). {remedy}") from None
+        raise BadInput(f"{path}: damaged, encrypted or not safe ({reason}). {remedy}") from None
     os.sync()                                   # the files are on the disk before their folder
+
+
+def entries(path):
+    """(name, whether it is a folder, size, its open method) of each entry of an archive.
+
+    Raises ValueError for a name that leads out or is too long, for a link or device.
+    """
+    if path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                kind = stat.S_IFMT(entry.external_attr >> 16)               # 0: from Windows
+                check_entry(entry.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
+                opened = functools.partial(archive.open, entry)
+                yield entry.filename, entry.is_dir(), entry.file_size, opened
+    else:
+        with tarfile.open(path, tarinfo=TarEntry) as archive:
+            for entry in tar_entries(archive):
+                if entry.type != tarfile.XGLTYPE:
+                    check_entry(entry.name, entry.isreg() or entry.isdir())
+                    opened = functools.partial(archive.extractfile, entry)
+                    yield entry.name, entry.isdir(), entry.size, opened
+
+
+def check_entry(name, is_plain):
+    parts = name.replace("\\", "/").split("/")
+    if not is_plain:
+        wrong = "is a link or device"
+    elif name[:1] in "/\\" or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name):
+        wrong = "leads out of the folder"
+    elif len(parts) > 64 or max(len(os.fsencode(part)) for part in parts) > 255:
+        wrong = "has more than 64 parts, or one of more than 255 bytes"
+    else:
+        return
+    raise ValueError(f"its entry {name[:60]} {wrong}")
 
 
 # ---- captions
