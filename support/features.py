@@ -166,14 +166,12 @@ class Features(Store):
         """
         done = "used again"
         if self.missing():                              # a complete folder may be read-only
-            lock = self.lock(say, stop)
-            missing = self.missing()                    # another run may have computed some
-            if self.rank == 0:
-                self.save_about()
-            self.compute(missing[self.rank :: self.world_size], encode, stop)
-            barrier()                                   # all parts are written
-            if self.rank == 0:
-                lock.close()
+            with self.lock(say, stop):
+                missing = self.missing()                # another run may have computed some
+                if self.rank == 0:
+                    self.save_about()
+                self.compute(missing[self.rank :: self.world_size], encode, stop)
+                barrier()                               # all parts are written
             if missing:
                 done = f"{len(missing):,} of {self.parts:,} parts computed"
         opened_part.cache_clear()                       # a part may be another file by now
@@ -181,14 +179,14 @@ class Features(Store):
         say(f"features of {self.count:,} images in {self.folder}, {size:,.1f} MiB: {done}")
 
     def lock(self, say, stop):
-        """Wait until no other run computes here -> the lock, in the first process (else None)."""
+        """Wait until no other run computes here -> what is to be closed after the work."""
         for second in itertools.count():
             lock = None
             if self.rank == 0:
                 self.make_folder()
                 lock = system.lock(self.folder / "lock")
             if all_gather_objects(lock is not None)[0]:
-                return lock
+                return lock or contextlib.nullcontext()         # the first process has the lock
             if second == 0:
                 say(f"{self.folder}: another run computes features there; this one waits for them")
             time.sleep(1)

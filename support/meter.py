@@ -13,10 +13,9 @@ import torch
 
 
 class Meter:
-    """Speed, time left, memory, and time spent waiting for images."""
+    """Speed, time left, memory, and time spent waiting for images. total: steps of the run."""
 
     def __init__(self, first_step, total, batch_size, device):
-        """total: steps of the run."""
         self.first_step, self.total = first_step, total
         self.batch_size, self.device = batch_size, device
         self.begin = self.tick = time.time()
