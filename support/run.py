@@ -20,17 +20,11 @@ import torch
 from support import system, weights
 from support.formats import check_names_and_shapes
 from support.processes import all_gather_objects, all_reduce_max, barrier
+from support.settings import MAY_CHANGE_ON_RESUME
 from support.system import BadInput
 
 AVERAGES = [tenths / 10 for tenths in range(1, 10)]         # how far from the start to the end
 
-# Settings that do not change the result. (The data may have moved; it is known by its fingerprint,
-# of captions and image names, or of the shards' names and sizes.)
-MAY_CHANGE_ON_RESUME = {
-    "recipe", "out", "data", "data_root", "valid_data", "allow_outside", "features", "workers",
-    "processes", "max_bad", "grad_checkpointing", "compile", "log_every", "save_every",
-    "save_minutes", "keep", "patience", "average", "seen",
-}
 OFF = (None, False, 0, "", "none", "auto")                  # of a setting that no flag turns on
 
 
@@ -101,11 +95,16 @@ class Run:
         """
         try:
             self._check_settings(state["settings"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            for p, moments in self.optimizer.state.items():     # AdamW writes past a moment's end
-                for x in (moments["exp_avg"], moments["exp_avg_sq"]):
-                    if x.shape != p.shape or not x.isfinite().all():
+            groups = self.optimizer.state_dict()["param_groups"]        # not those of the file
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+            for p, moments in self.optimizer.state.items():
+                taken = float(moments["step"])
+                for name in ("exp_avg", "exp_avg_sq"):
+                    x = moments[name]                           # AdamW writes past a moment's end
+                    if x.shape != p.shape or not x.isfinite().all() or not 0 <= taken <= state["step"]:
                         raise ValueError("the optimizer's moments do not fit the parameters")
+                    moments[name] = torch.empty_like(p).copy_(x)        # in memory of its own
+                moments["step"] = torch.tensor(taken, device=p.device)
             self.scaler.load_state_dict(state["scaler"])
             self.best, self.best_step = float(state["best"]), int(state["best_step"])
             self.averaged, self.skipped = bool(state["averaged"]), int(state["skipped_steps"])

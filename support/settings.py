@@ -21,6 +21,7 @@ TABLES = json.loads(Path(__file__).with_name("recipes.json").read_text(encoding=
 STAGES, TINY, RECIPES = TABLES["stages"], TABLES["tiny"], TABLES["recipes"]
 TABLES = json.loads(Path(__file__).with_name("flags.json").read_text(encoding="utf-8"))
 FLAGS, RANGES = TABLES["groups"], TABLES["ranges"]
+MAY_CHANGE_ON_RESUME = set(TABLES["may change on resume"])
 
 
 # ---- flags
