@@ -1,7 +1,4 @@
-"""Pages for a browser: an evaluation with images to look at, and the contact sheet of a search.
-
-    python evaluate.py --ckpt runs/own/best.pt --data /path/to/folder --report report.html
-    python -m tools.search --ckpt runs/own/best.pt --images /path/to/folder "海边的日落" --html a.html
+"""Pages for a browser: of evaluate.py and tools.classify (--report) and of tools.search (--html).
 
 A page is one file: it needs no network and no scripts. All text of the data is escaped: a caption
 <script> stays text. Curves are inline SVG. The page follows the browser's light or dark mode.
