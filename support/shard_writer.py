@@ -40,7 +40,7 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
         shards.append((path, images[start : start + per_shard]))
     plan = {"data": split.fingerprint(), "pictures": len(images), "per_shard": per_shard}  # as ever
 
-    with reserve(folder, name, json.dumps(plan)) as lock:
+    with reserve(folder, name, json.dumps(plan)):
         missing = [(path, some) for path, some in shards if not path.exists()]
         workers = min(processes, len(missing)) if processes > 1 else 0
         loader = reader_loader(missing, workers, timeout=0, batch_size=None,
@@ -50,7 +50,6 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
             for path, count in loader:
                 print(f"{path}: {count:,} images", flush=True)
                 progress.update(count)
-        Path(lock.name).unlink(missing_ok=True)
     print(f"{folder}: {name}: {len(images):,} images with {sum(map(len, texts_of)):,} captions in "
           f"{len(shards):,} shard{'s' * (len(shards) > 1)}")
 
@@ -63,13 +62,13 @@ def reserve(folder, name, plan):
     marker = folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = system.lock(folder / ".lock")                # the file stays: others may wait for it
+        if lock is None:
+            raise BadInput(f"{folder}: another process is writing shards there")
         is_ours = marker.exists() and marker.read_bytes() == plan.encode()
         if (marker.exists() or name in split_shards(folder)) and not is_ours:
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or "
                            f"delete them and {marker.name}")
-        lock = system.lock(folder / ".lock")
-        if lock is None:
-            raise BadInput(f"{folder}: another process is writing shards there")
         system.write_text(marker, plan)
         return lock
     except OSError as error:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import os
 import posixpath
@@ -113,8 +114,9 @@ class ShardSplit:
     def where(self, k):
         path, (image, image_size, text, *_) = self.row(k)
         offset = image if image_size >= 0 else text
-        name = name_at(path, offset).decode(errors="replace")
-        return {"file": str(path), "offset": offset, "member": name}
+        # A file's name is the first field of the header before it.
+        name = os.pread(opened_shard(path).fileno(), 100, offset - 512).rstrip(b"\0")
+        return {"file": str(path), "offset": offset, "member": name.decode(errors="replace")}
 
     def incomplete(self):
         """How many pairs lack their image or their caption."""
@@ -236,22 +238,17 @@ def first_rows(path):
     return np.flatnonzero(np.diff(opened_index(path)[1:, 0], prepend=-1))
 
 
-def name_at(path, offset):
-    """The name of the file at an offset: the first field of the header before it."""
-    return os.pread(opened_shard(path).fileno(), 100, offset - 512).partition(b"\0")[0]
-
-
 def stem_at(path, offset):
-    """That name, without folders, up to its first dot: the files of a sample share it."""
-    return name_at(path, offset).rpartition(b"/")[2].partition(b".")[0]
+    """The name in the header before a file, up to its first dot: a sample's files share it."""
+    name = os.pread(opened_shard(path).fileno(), 100, offset - 512).partition(b"\0")[0]
+    return name.rpartition(b"/")[2].partition(b".")[0]
 
 
 def read_at(path, offset, size, most=2**28):
     """`size` bytes of a shard from `offset` on. Raises ValueError or OSError."""
-    if size < 0:
-        raise ValueError("it is missing")
-    if size > most:
-        raise ValueError(f"it has {size:,} bytes, more than {most // 2**20} MiB")
+    if not 0 <= size <= most:
+        too_many = f"it has {size:,} bytes, more than {most // 2**20} MiB"
+        raise ValueError("it is missing" if size < 0 else too_many)
     content = os.pread(opened_shard(path).fileno(), size, offset)
     if len(content) < size:
         raise ValueError("it is cut short")
@@ -321,9 +318,8 @@ def shard_index(path, thorough=False):
 def points_outside(index, size):
     """Whether a row of an index means bytes that a shard of this size does not have."""
     offsets, sizes = index[1:, [0, 2]], index[1:, [1, 3]]           # (pairs, 2): image, caption
-    missing = sizes < 0
-    inside = (offsets >= 512) & (offsets <= size) & (sizes <= size - offsets)
-    return not ((inside | missing).all() and not missing.all(axis=1).any()) or index[1:, 5].min() < 0
+    inside = (offsets >= 512) & (offsets <= size) & (sizes <= size - offsets) | (sizes < 0)
+    return not (inside.all() and (sizes >= 0).any(axis=1).all() and (index[1:, 5] >= 0).all())
 
 
 def scan(path):
@@ -333,28 +329,21 @@ def scan(path):
     """
     members, damaged = tar_members(path)
     rows, size = [], os.path.getsize(path)
-    for files in samples(members):
+    for _, group in itertools.groupby(members, key=lambda member: member[0]):
+        group = list(group)
+        files = {kind: (offset, length) for _, kind, offset, length in group}
         image = next((files[kind] for kind in IMAGE_TYPES if kind in files), (0, -1))
         text = files.get("txt", files.get("json", (0, -1)))
         is_json, captions = "json" in files and "txt" not in files, 1
         if max(sum(image), sum(text)) > size or max(image[1], text[1]) < 0:
             continue                                        # cut, or files of other kinds
+        if len(files) < len(group):                         # a name twice: which two belong?
+            text, is_json = (0, -1), False
         if is_json:
             with contextlib.suppress(Exception):            # then one row: training reports it
                 captions = len(captions_in(read_at(path, *text, MOST_BYTES), True))
         rows += [(*image, *text, is_json, which) for which in range(captions)]
     return rows, damaged
-
-
-def samples(members):
-    """{kind: (offset, size)} of the files of each sample. A kind that comes again begins another."""
-    files, last = {}, None
-    for stem, kind, *place in members:
-        if stem != last or kind in files:
-            yield files
-            files, last = {}, stem
-        files[kind] = place
-    yield files
 
 
 def tar_members(path):
@@ -383,54 +372,44 @@ def tar_members(path):
 
 
 class TarEntry(tarfile.TarInfo):
-    """An entry of a tar whose headers are not trusted. Raises ValueError for a senseless one."""
+    """An entry of a tar whose headers are not trusted. Raises ValueError for senseless ones."""
 
     def _proc_member(self, tar):                            # tarfile calls it for each header
-        if self.type == tarfile.XGLTYPE:                    # about the archive; git writes it
+        if self.type == tarfile.XGLTYPE:                    # about the whole archive: not used
             return self._proc_builtin(tar)
-        follows = 2**20 if self.type in b"LKxX" else 2**50  # long name or link, pax: of the next
-        if not 0 <= self.size <= follows:
-            raise ValueError(f"a header says that {self.size:,} bytes follow")
+        most = 2**20 if self.type in b"LKxX" else 2**50     # a long name, or pax, of the next
+        if self.type == tarfile.GNUTYPE_SPARSE or not 0 <= self.size <= most:
+            raise ValueError(f"a header is of a sparse file, or of {self.size:,} bytes")
         return super()._proc_member(tar)
 
     def _proc_pax(self, tar):
-        """Read the name and the size. tarfile reads all, and may take hours for it."""
+        """Of a pax header only name and size are used. tarfile may take hours to read all."""
         content, at, found = tar.fileobj.read(self._block(self.size)), 0, {}
         while match := PAX_RECORD.match(content, at):
-            end = at + int(match[1])
-            found[match[2]] = content[match.end() : end - 1]
-            if end <= match.end() or match[2].startswith(b"GNU.sparse"):
-                raise ValueError("a header is senseless, or one of a sparse file")
-            at = end
+            at += int(match[1])
+            found[match[2]] = content[match.end() : at - 1]
+            if at <= match.end() or match[2].startswith(b"GNU.sparse"):
+                raise ValueError("a pax header is senseless, or of a sparse file")
         entry = self.fromtarfile(tar)
         if b"path" in found:
             entry.name = found[b"path"].decode(errors="surrogateescape").rstrip("/")
-        if b"size" in found:
-            entry.size = int(found[b"size"])
-            if not 0 <= entry.size <= 2**50:
-                raise ValueError(f"a header says that {entry.size:,} bytes follow")
-            tar.offset = entry.offset_data + entry._block(entry.size)
-        return entry
-
-    def _proc_sparse(self, tar):
-        raise ValueError("it has a sparse file")
+        entry.size = int(found.get(b"size", entry.size))
+        return entry._proc_member(tar)                      # again: the size decides what follows
 
 
 def tar_entries(tar):
-    """Each entry of an open tar. Raises ValueError when it does not end as archives end."""
+    """Each entry of an open tar. Raises tarfile.ReadError when it does not end as archives end."""
     for entry in tar:
         tar.members.clear()                                 # it would keep them all
-        yield entry
-    # An archive ends with zeros up to the end of the file. tarfile does not tell of a damaged
-    # header in the middle, nor of a second archive after the first.
+        if entry.type != tarfile.XGLTYPE:
+            yield entry
+    # The end is zeros alone. tarfile takes a damaged header for it, and the first of two archives.
     tar.fileobj.seek(tar.offset)
-    length = 0
-    while block := tar.fileobj.read(2**16):
-        length += len(block)
-        if block.strip(b"\0") or length > 2**28:
-            raise tarfile.ReadError("after its end there is more")
-    if length < 512:
-        raise tarfile.ReadError("it is cut short")
+    zeros = 0
+    while (block := tar.fileobj.read(2**16)) and not block.strip(b"\0") and zeros < 2**28:
+        zeros += len(block)
+    if block or zeros < 512:
+        raise tarfile.ReadError("it is cut short, or after its end there is more")
 
 
 # ---- names of shards

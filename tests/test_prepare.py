@@ -119,9 +119,11 @@ def as_link(name="COCO-CN/link"):
 OUTSIDE = ["../evil", "COCO-CN/../../evil", "/evil", "C:/evil", "C:\\evil", "..\\evil", "\\evil"]
 
 
-@pytest.mark.parametrize("name, message", [*((name, "leads out of the folder") for name in OUTSIDE), (as_link(), "is a link or device"), (as_link("/tmp/link"), "is a link or device"),
-                                           ("a/" * 64 + "x", "has more than 64 parts"), ("长" * 100, "or one of more than 255 bytes"), ("COCO-CN/train_imgs.tsv", "two of its entries are called COCO-CN/train_imgs.tsv"),
-                                           ("COCO-CN/./train_imgs.tsv", "two of its entries"), ("COCO-CN", "two of its entries"), ("COCO-CN/test_imgs.tsv/x", "two of its entries")], ids=str)
+TOO_LONG, OTHER, TWICE_THERE = "has too long a name, or too many folders", "leads out, or is a link or device", r"File exists|Not a directory"
+
+
+@pytest.mark.parametrize("name, message", [*((name, OTHER) for name in OUTSIDE), (as_link(), OTHER), (as_link("/tmp/link"), OTHER), ("a/" * 64 + "x", TOO_LONG), ("长" * 100 + "/" + "a" * 200, TOO_LONG),
+                                           *((name, TWICE_THERE) for name in ("COCO-CN/train_imgs.tsv", "COCO-CN/./train_imgs.tsv", "COCO-CN", "COCO-CN/test_imgs.tsv/x"))], ids=str)
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_a_zip_with_an_entry_that_is_not_safe_is_refused(name, message, published, stopped, tmp_path):
     files = [*((f"COCO-CN/{file}", content) for file, content in published.files.items()), (name, b"/etc/passwd")]
@@ -135,13 +137,12 @@ def test_names_that_look_odd_and_are_not(published, called):
     more = {"__MACOSX/COCO-CN/._test_imgs.tsv": b"\0", "COCO-CN/T:恤.txt": b"a", "COCO-CN/a\\b.txt": b"b", "COCO-CN/..txt": b"c", "COCO-CN/...": b"d", "COCO-CN/empty/": b""}
     published.publish({**{f"COCO-CN/{file}": content for file, content in published.files.items()}, **more})
     called(prepare, "fetch", "coco-cn", "--data-root", published.root)
-    assert contents(published.folder) == {**published.files, "T:恤.txt": b"a", "a\\b.txt": b"b", "..txt": b"c", "...": b"d"} and (published.folder / "empty").is_dir()
+    assert contents(published.folder) == {**published.files, "T:恤.txt": b"a", "a\\b.txt": b"b", "..txt": b"c", "...": b"d"}
 
 
-@pytest.mark.parametrize("name, kind, message", [("coco-cn_val.txt", tarfile.SYMTYPE, "is a link or device"), ("coco-cn_val.txt", tarfile.LNKTYPE, "is a link or device"), ("null", tarfile.CHRTYPE, "is a link or device"),
-                                                 ("pipe", tarfile.FIFOTYPE, "is a link or device"), *((name, tarfile.REGTYPE, "leads out of the folder") for name in OUTSIDE), ("a/" * 100, tarfile.DIRTYPE, "has more than 64 parts"),
-                                                 ("a" * 300, tarfile.REGTYPE, "one of more than 255 bytes"), ("x", tarfile.REGTYPE, "two of its entries are called x"), ("x/y", tarfile.REGTYPE, "two of its entries"),
-                                                 ("sparse", tarfile.GNUTYPE_SPARSE, "it has a sparse file")])
+@pytest.mark.parametrize("name, kind, message", [*(("x", getattr(tarfile, kind), OTHER) for kind in ("SYMTYPE", "LNKTYPE", "CHRTYPE", "BLKTYPE", "FIFOTYPE")), *((name, tarfile.REGTYPE, OTHER) for name in OUTSIDE),
+                                                 ("a/" * 100, tarfile.DIRTYPE, TOO_LONG), ("a" * 300, tarfile.REGTYPE, TOO_LONG), ("x", tarfile.REGTYPE, TWICE_THERE), ("x/y", tarfile.REGTYPE, TWICE_THERE),
+                                                 ("sparse", tarfile.GNUTYPE_SPARSE, "a header is of a sparse file")])
 def test_a_tar_with_an_entry_that_is_not_safe_is_refused(name, kind, message, tmp_path, stopped):
     entry = tarfile.TarInfo(name)
     entry.type, entry.linkname = kind, "/etc/passwd"
@@ -149,7 +150,7 @@ def test_a_tar_with_an_entry_that_is_not_safe_is_refused(name, kind, message, tm
         tar.addfile(tarfile.TarInfo("x"))
         tar.addfile(entry)
     line = stopped(prepare, "convert", tmp_path / "evil.tgz", tmp_path / "out", "--images", tmp_path)
-    assert message in line and not (tmp_path.parent / "evil").exists() and left(tmp_path) == ["evil.tgz"]
+    assert re.search(message, line) and not (tmp_path.parent / "evil").exists() and left(tmp_path) == ["evil.tgz"]
 
 
 def packed_bytes(kind, files):
@@ -174,7 +175,7 @@ def test_before_anything_is_written_the_whole_archive_is_looked_at(kind, tmp_pat
     path.write_bytes(packed_bytes(kind, {"first": b"1", "bomb": bytes(2**20)}))
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
-    with pytest.raises(OSError, match=rf"No space|a.{kind} unpacks to more than the 1,048,576 bytes free"):
+    with pytest.raises(OSError, match=f"a.{kind} unpacks to more than there is room for"):
         releases.unpack(path, tmp_path / "out", "Get it again")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20 + 1))
     monkeypatch.setattr(releases, "MOST_ENTRIES", 1)

@@ -7,7 +7,6 @@
 A release is a folder, with these files at any depth, or a .zip, .tar, .tar.gz or .tgz of it.
 """
 import errno
-import functools
 import os
 import re
 import shutil
@@ -35,24 +34,20 @@ def unpack(path, folder, remedy):
     Raises BadInput with `remedy` when it is damaged, encrypted or not safe; OSError: no room.
     """
     try:
-        room, total = shutil.disk_usage(folder).free, 0
-        for number, (_, _, size, _) in enumerate(entries(path)):
-            total += size
-            if number == MOST_ENTRIES:
-                raise ValueError(f"it has more than {MOST_ENTRIES:,} entries")
-            if total > room:
-                raise OSError(errno.ENOSPC, f"{path} unpacks to more than the {room:,} bytes free")
-        for name, is_folder, _, opened in entries(path):
-            try:
-                (folder / name if is_folder else (folder / name).parent).mkdir(parents=True, exist_ok=True)
-                if not is_folder:
-                    with opened() as source, open(folder / name, "xb") as f:
-                        shutil.copyfileobj(source, f)
-            except (FileExistsError, NotADirectoryError):
-                raise ValueError(f"two of its entries are called {name[:60]}") from None
+        room = shutil.disk_usage(folder).free
+        for _, size, _, _ in entries(path):
+            room -= size
+            if room < 0:
+                raise OSError(errno.ENOSPC, f"{path} unpacks to more than there is room for")
+        for name, _, entry, opened in entries(path):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            with opened(entry) as source, open(folder / name, "xb") as f:
+                shutil.copyfileobj(source, f)
     except Exception as error:                  # damage raises errors of many classes
-        # gzip's OSErrors have no number, an absurd offset has EINVAL; others are of the disk
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        # gzip's OSErrors have no number, an absurd offset has EINVAL, two entries of one name have
+        # the next two; others are of the disk
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EEXIST,
+                                                              errno.ENOTDIR):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise BadInput(f"{path}: damaged, encrypted or not safe ({reason}). {remedy}") from None
@@ -60,37 +55,29 @@ def unpack(path, folder, remedy):
 
 
 def entries(path):
-    """(name, whether it is a folder, size, its open method) of each entry of an archive.
+    """(name, size, entry, function that opens it) of each file in an archive.
 
-    Raises ValueError for a name that leads out or is too long, for a link or device.
+    Raises ValueError for one that is a link or device, leads out, is too deep or one too many.
     """
-    if path.suffix.lower() == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                kind = stat.S_IFMT(entry.external_attr >> 16)               # 0: from Windows
-                check_entry(entry.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR))
-                opened = functools.partial(archive.open, entry)
-                yield entry.filename, entry.is_dir(), entry.file_size, opened
-    else:
-        with tarfile.open(path, tarinfo=TarEntry) as archive:
-            for entry in tar_entries(archive):
-                if entry.type != tarfile.XGLTYPE:
-                    check_entry(entry.name, entry.isreg() or entry.isdir())
-                    opened = functools.partial(archive.extractfile, entry)
-                    yield entry.name, entry.isdir(), entry.size, opened
-
-
-def check_entry(name, is_plain):
-    parts = name.replace("\\", "/").split("/")
-    if not is_plain:
-        wrong = "is a link or device"
-    elif name[:1] in "/\\" or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name):
-        wrong = "leads out of the folder"
-    elif len(parts) > 64 or max(len(os.fsencode(part)) for part in parts) > 255:
-        wrong = "has more than 64 parts, or one of more than 255 bytes"
-    else:
-        return
-    raise ValueError(f"its entry {name[:60]} {wrong}")
+    is_zip = path.suffix.lower() == ".zip"
+    with zipfile.ZipFile(path) if is_zip else tarfile.open(path, tarinfo=TarEntry) as archive:
+        for number, entry in enumerate(archive.infolist() if is_zip else tar_entries(archive)):
+            if is_zip:
+                name, size, is_folder = entry.filename, entry.file_size, entry.is_dir()
+                is_plain = not stat.S_ISLNK(entry.external_attr >> 16)
+            else:
+                name, size, is_folder = entry.name, entry.size, entry.isdir()
+                is_plain = entry.isreg() or is_folder
+            parts = name.replace("\\", "/").split("/")
+            leads_out = not parts[0] or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name)
+            if leads_out or not is_plain:
+                raise ValueError(f"its entry {name[:60]} leads out, or is a link or device")
+            if len(parts) > 64 or any(len(os.fsencode(part)) > 255 for part in parts):
+                raise ValueError(f"its entry {name[:60]} has too long a name, or too many folders")
+            if number == MOST_ENTRIES:
+                raise ValueError(f"it has more than {MOST_ENTRIES:,} entries")
+            if not is_folder:
+                yield name, size, entry, archive.open if is_zip else archive.extractfile
 
 
 # ---- captions
@@ -187,8 +174,9 @@ def read_flickr(folder, files):
             texts[said[-1].replace("val", "valid")].append((first[2], path))
     if not any(texts.values()):
         raise BadInput(f"{folder}/: neither the original COCO-CN ({', '.join(LISTS)}, {CAPTIONS}) "
-                       "nor Flickr30K-CN (lines like 1009692167#zhm#1 在:p 警车:n); other data sets "
-                       "hold their own images, so leave out --images")
+                       "nor Flickr30K-CN (lines like 1009692167#zhm#1 在:p 警车:n). Archives in an "
+                       "archive are not unpacked; other data sets hold their own images, so leave "
+                       "out --images")
     captions = {}
     for split, found in texts.items():
         manual = [(kind, path) for kind, path in found if kind == "zhm"]
@@ -214,11 +202,9 @@ class Release(data.Split):
     """A split of a release. captions: {image id: captions}; paths: {image id: its file}."""
 
     def __init__(self, name, captions, paths):
-        texts, positives = [], []
-        for i, some in enumerate(captions.values()):
-            texts += some
-            positives += [[i]] * len(some)
         self.paths = [paths[id_] for id_ in captions]
+        texts = [text for some in captions.values() for text in some]
+        positives = [[i] for i, some in enumerate(captions.values()) for _ in some]
         super().__init__(name, texts, list(captions), positives)
 
     def image_bytes(self, i):
