@@ -33,7 +33,7 @@ def text(x):
 
 
 def chinese(x):
-    return f'<bdi lang="zh">{text(x)}</bdi>'                    # text from right to left stays in it
+    return f'<bdi lang="zh">{text(x)}</bdi>'                # keeps text from right to left inside
 
 
 def write_page(path, title, parts):
@@ -191,17 +191,6 @@ def image_and_texts(image, lines, found, texts, shown="{:.3f}"):
     return f'<div class="query pair">{card(image, lines)}<ol>{items}</ol></div>'
 
 
-def text_and_images(caption, found, split, captions_of_image):
-    """A caption and the images found for it, each with the first of its own captions."""
-    cards = ""
-    for f in found:
-        own = [chinese(split.texts[t]) for t in captions_of_image[f.candidate][:1]]
-        classes = "card right" if f.is_correct else "card"
-        cards += card(split.image(f.candidate), [score_of(f), *own], classes)
-    return (f'<figure class="query"><figcaption>{chinese(caption)}</figcaption>'
-            f'<div class="cards">{cards}</div></figure>')
-
-
 def examples(title, queries, misses, show):
     """A random sample of the queries, and the worst misses (worst first); show(q) -> HTML."""
     sample = np.random.default_rng(0).permutation(queries)[:SAMPLE].tolist()
@@ -229,8 +218,13 @@ def write_retrieval(path, name, split_name, records, rankings, split, image_embe
     to_image, to_text = rankings[-1]["text_to_image"], rankings[-1]["image_to_text"]
 
     def show_caption(t):
-        found = top_candidates(image_embed @ text_embed[t], to_image.correct[t])
-        return text_and_images(split.texts[t], found, split, to_text.correct)
+        cards = ""
+        for f in top_candidates(image_embed @ text_embed[t], to_image.correct[t]):
+            own = [chinese(split.texts[first]) for first in to_text.correct[f.candidate][:1]]
+            classes = "card right" if f.is_correct else "card"
+            cards += card(split.image(f.candidate), [score_of(f), *own], classes)
+        return (f'<figure class="query"><figcaption>{chinese(split.texts[t])}</figcaption>'
+                f'<div class="cards">{cards}</div></figure>')
 
     def show_image(i):
         found = top_candidates(text_embed @ image_embed[i], to_text.correct[i])

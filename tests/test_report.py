@@ -65,7 +65,7 @@ def test_report_is_whole_escaped_and_self_contained(page):
     text, _ = page
     reader = Reader(text)
     assert {tag for tag, _ in reader.tags} <= {"html", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "thead", "tbody", "tr", "th", "td", "small", "figure", "figcaption",
-                                               "svg", "line", "text", "polyline", "span", "i", "img", "b", "br", "ol", "li"}
+                                               "svg", "line", "text", "polyline", "span", "bdi", "i", "img", "b", "br", "ol", "li"}
     assert not any(name.startswith("on") or name == "href" for _, attributes in reader.tags for name in attributes)
     assert all(attributes["src"].startswith("data:image/jpeg;base64,") for tag, attributes in reader.tags if tag == "img")
     assert not re.search(r"https?:|url\(|@import|\bsrc=[^\"]", re.sub(r"&lt;.*?&gt;", "", text))
