@@ -18,7 +18,7 @@ from pathlib import Path
 
 import data
 from support import system
-from support.images import image_files
+from support.images import image_files, leads_out
 from support.shards import TarEntry, tar_entries
 from support.system import BadInput
 
@@ -69,8 +69,8 @@ def entries(path):
                 name, size, is_folder = entry.name, entry.size, entry.isdir()
                 is_plain = entry.isreg() or is_folder
             parts = name.replace("\\", "/").split("/")
-            leads_out = not parts[0] or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name)
-            if leads_out or not is_plain:
+            is_out = not parts[0] or ".." in parts or re.match(r"[A-Za-z]:[/\\]", name)
+            if is_out or not is_plain:
                 raise ValueError(f"its entry {name[:60]} leads out, or is a link or device")
             if len(parts) > 64 or any(len(os.fsencode(part)) > 255 for part in parts):
                 raise ValueError(f"its entry {name[:60]} has too long a name, or too many folders")
@@ -211,18 +211,22 @@ class Release(data.Split):
         return self.paths[i].read_bytes()
 
 
-def with_images(captions, folder, skip_missing):
+def with_images(captions, folder, skip_missing, allow_outside):
     """{split: {image id: captions}}, a folder with ID.jpg at any depth -> (split, Release) of each.
 
-    `skip_missing` leaves out images that are not there. Raises BadInput, also when an id has two.
+    `skip_missing` leaves out images that are not there. Raises BadInput, also when an id has two,
+    or one is a link out of the folder, unless `allow_outside`.
     """
     paths = {id_: None for images in captions.values() for id_ in images}
     files, unread = image_files(folder)
     for path, error in unread.items():
         raise BadInput(f"{folder / path}: cannot be read ({error})")
+    root = os.path.realpath(folder)
     for path in (folder / file for file in files):
         id_ = path.stem
         if id_ in paths and path.suffix.lower() in (".jpg", ".jpeg"):
+            if not allow_outside and leads_out(root, path):
+                raise BadInput(f"{path}: it leads out of {folder}; --allow-outside takes it")
             if paths[id_]:
                 raise BadInput(f"{path}: {paths[id_]} has the same name; remove one of them")
             paths[id_] = path
