@@ -3,6 +3,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import pty
 import signal
@@ -281,6 +282,29 @@ def test_how_a_program_ends(monkeypatch, capsys):
     assert ended(raises(KeyboardInterrupt())) == 130 and ended(lambda: sys.exit(3)) == 3
     with pytest.raises(KeyError):                                               # a fault of ours: with its traceback
         system.run(raises(KeyError("x")))
+
+
+HOSTILE = "a\x1b[31mred\x1b]0;title\x07\x9b2J\u202egpj.exe\u2066\u200f\u061c\x7f"
+SHOWN = r"a\x1b[31mred\x1b]0;title\x07\x9b2J\u202egpj.exe\u2066\u200f\u061c\x7f"
+FAMILY = "一家人\U0001f468\u200d\U0001f469\u200d\U0001f467 naïve مرحبا"        # \u200d joins emojis; Arabic turns by itself
+
+
+def test_nothing_that_is_shown_steers_the_terminal():
+    """In messages, warnings, lines of output and tracebacks."""
+    code = ("import sys, warnings\nfrom support import system\n"
+            "def main():\n    print(sys.argv[1])\n    print('a\\tb\\nc')\n    warnings.warn(sys.argv[1])\n    raise eval(sys.argv[2])(sys.argv[1])\n"
+            "system.run(main)")
+    for error in ("system.BadInput", "OSError", "SystemError"):
+        done = subprocess.run([sys.executable, "-c", code, HOSTILE + FAMILY, error], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+        assert done.returncode == 1 and done.stdout == f"{SHOWN}{FAMILY}\na\tb\nc\n" and f"warning: {SHOWN}{FAMILY}\n" in done.stderr
+        assert done.stderr.endswith(f"rror: {SHOWN}{FAMILY}\n") and not set(done.stderr) & set("\x1b\x07\x9b\u202e\u2066\u200f\u061c\x7f")
+
+
+def test_json_is_safe_to_show_and_reads_back(tmp_path):
+    system.write_json(tmp_path / "a.json", {HOSTILE: [FAMILY, "\ud800"]})
+    written = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert system.CONTROL.sub("", written.replace("\n", "")) == written.replace("\n", "") and FAMILY in written
+    assert json.loads(written) == {HOSTILE: [FAMILY, "\ud800"]}
 
 
 def test_of_several_processes_one_reports_the_error():

@@ -429,6 +429,71 @@ def test_a_second_run_keeps_out_of_a_folder(tsv_folder, tmp_path, stops):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["lock"]
 
 
+def test_a_run_that_another_one_continued_while_this_one_started_is_left_alone(tsv_folder, tmp_path, trained, stops, monkeypatch):
+    """Between reading last.pt and the lock lies the loading of a model: long enough for the other run to write and end."""
+    trained(*arguments(tsv_folder, tmp_path / "out", "--keep", 9))
+    build, last, third = train.build_model, tmp_path / "out/last.pt", tmp_path / "out/step-00000003.pt"
+    shutil.copy(tmp_path / "out/step-00000002.pt", last)
+
+    def slowly(*given):
+        shutil.copy(third, tmp_path / "other")
+        os.replace(tmp_path / "other", last)
+        return build(*given)
+    monkeypatch.setattr(train, "build_model", slowly)
+    assert "another run has just written there; run this again" in stops(*arguments(tsv_folder, tmp_path / "out", "--keep", 9))
+    assert last.read_bytes() == third.read_bytes()
+
+
+@pytest.mark.parametrize("anew", [True, False], ids=["made anew", "gone"])
+def test_a_folder_that_is_deleted_under_a_run_ends_it(tsv_folder, tmp_path, stops, monkeypatch, anew):
+    out, step = tmp_path / "out", train.train_step
+
+    def deletes(*given):
+        shutil.rmtree(out)
+        if anew:
+            out.mkdir()
+            (out / "lock").touch()                                              # of the next run there
+        return step(*given)
+    monkeypatch.setattr(train, "train_step", deletes)
+    assert "was deleted or replaced while the run was writing there; start it anew with another --out" in stops(*arguments(tsv_folder, out))
+    assert sorted(path.name for path in out.glob("*")) == (["lock"] if anew else [])
+
+
+def test_out_is_a_link_to_nothing(tsv_folder, tmp_path, stops):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere/deep")
+    assert "link: a link to nothing; name a folder" in stops(*arguments(tsv_folder, tmp_path / "link"))
+
+
+def test_a_batch_of_thousands_of_epochs_is_refused(tsv_folder, tmp_path, stops):
+    assert stops(*arguments(tsv_folder, tmp_path / "out"), "--batch-size", 10**7) == (
+        "--batch-size 10000000: more than 1,000 times the 12 pairs of little/train")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_signal_ends_the_wait_for_a_batch(tsv_folder, tmp_path, workers):
+    """The image of one pair comes from a disk that hangs; the run saves and ends all the same."""
+    code = """if True:
+        import os, sys, time
+        from support import system
+        import data, train
+        read = data.TsvSplit.image_bytes
+
+        def hangs(split, i):
+            if split.name.endswith("train") and os.path.exists(sys.argv[-1] + "/last.pt"):
+                os.write(1, b"it hangs\\n")
+                time.sleep(600)
+            return read(split, i)
+        data.TsvSplit.image_bytes = hangs
+        system.run(train.main)"""
+    process = start(["-c", code, *arguments(tsv_folder, tmp_path / "out")[1:-2], "--workers", workers, "--out", tmp_path / "out"])
+    while "it hangs" not in (line := process.stdout.readline()):
+        assert line
+    begin = time.time()
+    process.send_signal(signal.SIGTERM)
+    assert "stopped by a signal after step 0" in process.stdout.read() and process.wait() == 143 and time.time() - begin < 60
+
+
 def test_snapshots_by_the_clock(tsv_folder, tmp_path, trained, monkeypatch):
     steps = []
     monkeypatch.setattr(Run, "snapshot", lambda self, step, snapshot=Run.snapshot: steps.append(step) or snapshot(self, step))
