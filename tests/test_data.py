@@ -6,8 +6,10 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
+import tarfile
 import time
 import warnings
 
@@ -397,6 +399,111 @@ def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
     monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "file"))
     with pytest.raises(BadInput, match="set CE_CLIP_CACHE to a folder with room"):
         open_split(path, "train")
+
+
+def forged(path, change):
+    """A shard's index, as a stranger may write it."""
+    open_split(path, "train")
+    index = np.load(f"{path}.index").copy()
+    changed = change(index)
+    np.save(f"{path}.index", index if changed is None else changed)
+    os.rename(f"{path}.index.npy", f"{path}.index")
+    opened_index.cache_clear()
+    return open_split(path, "train")
+
+
+def exchange(index):
+    index[[2, 3], 2:4] = index[[3, 2], 2:4]
+
+
+def move(index):
+    index[1:-1, 2:4] = index[2:, 2:4]
+
+
+@pytest.mark.parametrize("change", [exchange, move])
+def test_an_index_of_another_shard_never_gives_another_caption(change, tmp_path):
+    split = forged(shard(tmp_path / "a.tar", range(4)), change)
+    said = set()
+    for k in range(4):
+        try:
+            image, ids, *_ = split.sample(k)
+            assert image == png(seed=k) and np.array_equal(ids, split.tokenizer([f"第{k}张"])[0])
+        except BadInput as error:
+            said.add(re.sub(".*: the caption", "", str(error)))
+    assert said == {f" cannot be read ({tmp_path}/a.tar.index has another one; delete that file); replace or remove it"}
+    with pytest.raises(BadInput, match="a.tar.index has another one; delete that file"):
+        split.texts
+
+
+def put(rows):
+    def change(index):
+        for (row, column), number in rows.items():
+            index[row, column] = number
+    return change
+
+
+@pytest.mark.parametrize("change", [put({(1, 0): 2**62, (1, 1): 2**62}), put({(2, 0): 100}), put({(2, 3): 2**40}), put({(3, 1): -1, (3, 3): -1}), put({(1, 5): -1}), lambda index: index.astype(">i8"), lambda index: index[:, :5],
+                                    lambda index: np.array([{"a": 1}], dtype=object), lambda index: index[0], lambda index: index[:0]])
+def test_an_index_that_makes_no_sense_is_made_anew(change, tmp_path):
+    split = forged(shard(tmp_path / "a.tar", range(4)), change)
+    assert [split.sample(k)[0] for k in range(4)] == [png(seed=k) for k in range(4)] and split.texts == [f"第{k}张" for k in range(4)]
+
+
+def test_an_index_whose_header_promises_a_billion_rows(tmp_path):
+    path = shard(tmp_path / "a.tar", range(4))
+    for shape in ((10**9, 6), (-4, 6)):
+        with open(f"{path}.index", "wb") as f:
+            np.lib.format.write_array_header_1_0(f, {"descr": "<i8", "fortran_order": False, "shape": shape})
+            f.write(bytes(480))
+        assert len(open_split(path, "train")) == 4
+
+
+def test_an_index_is_never_written_through_a_link_or_into_a_pipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
+    path = shard(tmp_path / "a.tar", range(4))
+    (tmp_path / "precious").write_text("of the user")
+    for make in (lambda file: file.symlink_to(tmp_path / "precious"), lambda file: file.symlink_to(tmp_path / "new"), os.mkfifo):
+        make(tmp_path / "a.tar.index")
+        for _ in range(2):                                                      # the second finds the index in the cache
+            assert len(open_split(path, "train")) == 4
+        assert (tmp_path / "precious").read_text() == "of the user" and not (tmp_path / "new").exists() and len(list((tmp_path / "cache/index").iterdir())) == 1
+        (tmp_path / "a.tar.index").unlink()
+    os.mkfifo(tmp_path / "train-000000.tar")
+    with pytest.raises(BadInput, match="train-000000.tar: not a file that can be read"):
+        open_split(tmp_path, "train")
+
+
+def test_a_sample_that_has_a_name_twice_is_not_guessed_at(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in (("1.png", png(seed=1)), ("1.txt", "第1张".encode()), ("1.png", png(seed=9)), ("2.png", png(seed=2)), ("2.txt", "第2张".encode())):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    split = open_split(tmp_path / "a.tar", "train")
+    assert len(split) == 2 and split.incomplete() == 1 and split.sample(1)[0] == png(seed=2)
+    with pytest.raises(BadInput, match="the caption cannot be read"):
+        split.sample(0)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_all_lengths_in_all_kinds_of_tar(format, tmp_path):
+    """A header holds 100 bytes of a name, split at a folder or cut; the index is checked against it."""
+    names = [folder + stem * length for length in (1, 90, 95, 96, 97, 99) for stem in "ab" for folder in ("", "f/", "f/" * 30, "g" * 120 + "/")]
+    names += [] if format == tarfile.USTAR_FORMAT else ["长" * 40, "长" * 31 + "/" + "短" * 32, "c" * 240]
+    with tarfile.open(tmp_path / "a.tar", "w", format=format) as tar:
+        for n, name in enumerate(names):
+            for ending, content in (("jpeg", png(seed=n)), ("json", json.dumps({"text": f"第{n}张"}).encode())):
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(content)
+                try:
+                    tar.addfile(member, io.BytesIO(content))
+                except ValueError:                                              # too long for ustar
+                    break
+    split = open_split(tmp_path / "a.tar", "train")
+    assert len(split) >= 24 and split.incomplete() < 10
+    for k in range(len(split)):
+        if split.row(k)[1][3] >= 0:
+            assert split.sample(k)[0] == png(seed=int(re.search(r"\d+", split.captions(k)[1][0])[0]))
 
 
 def test_damaged_shards_are_named_and_what_is_whole_is_used(tmp_path):
