@@ -60,9 +60,6 @@ class Store:
         except OSError as error:
             raise self.refused(error.strerror) from None
 
-    def save_about(self, **more):
-        system.write_json(self.about, {"made_of": self.made_of, **more}, part=self.unfinished)
-
     def load_or_compute(self, labels, compute):
         """What an earlier call has kept here, or else compute(), which is kept -> [(I, D), (T, D)].
 
@@ -79,8 +76,8 @@ class Store:
             if self.rank == 0:
                 for path, x in zip(paths, embeds):
                     system.write(path, lambda f: np.save(f, x.numpy()), part=self.unfinished)
-                # last: now it is complete
-                self.save_about(sha256=sha256_of(paths, embeds), **labels)
+                about = {"made_of": self.made_of, "sha256": sha256_of(paths, embeds), **labels}
+                system.write_json(self.about, about, part=self.unfinished)      # last: now complete
             barrier()                                   # other processes may read it now
         if self.rank == 0:
             print(line)
@@ -169,7 +166,7 @@ class Features(Store):
             with self.lock(say, stop):
                 missing = self.missing()                # another run may have computed some
                 if self.rank == 0:
-                    self.save_about()
+                    system.write_json(self.about, {"made_of": self.made_of}, part=self.unfinished)
                 self.compute(missing[self.rank :: self.world_size], encode, stop)
                 barrier()                               # all parts are written
             if missing:

@@ -163,16 +163,14 @@ Found = namedtuple("Found", "rank candidate score is_correct")   # what a page s
 
 
 def top_candidates(scores, correct):
-    """The BEST candidates, and the best correct one: [Found]. scores (C,), correct: a list."""
+    """The BEST candidates, and the best correct one: [Found]. scores (C,), correct: not empty."""
     scores, order = scores.cpu().sort(descending=True, stable=True)
-    found = []
-    for rank, candidate in enumerate(order.tolist()):
-        is_correct = candidate in correct
-        if rank < BEST or is_correct:
-            found.append(Found(rank, candidate, scores[rank].item(), is_correct))
-        if rank >= BEST - 1 and any(f.is_correct for f in found):
-            break
-    return found
+    is_correct = np.isin(order, correct).tolist()
+    best_correct = is_correct.index(True)                       # its rank
+    ranks = list(range(min(BEST, len(order))))
+    if best_correct >= BEST:
+        ranks.append(best_correct)
+    return [Found(r, order[r].item(), scores[r].item(), is_correct[r]) for r in ranks]
 
 
 def score_of(found, shown="{:.3f}"):

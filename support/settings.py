@@ -65,18 +65,16 @@ def parse_args(argv=None, usage="", data_names=(), augmentations=None):
     return args
 
 
-def add_flags(parser, data_names, augmentations):
+def add_flags(parser, data_names, augment):
     """Adds the flags of flags.json, and what JSON cannot say of them."""
-    types = {"int": int, "float": float}
-    choices = {"--stage": STAGES, "--recipe": RECIPES, "--model": CONFIGS,
-               "--augment": augmentations}
+    choices = {"--stage": STAGES, "--recipe": RECIPES, "--model": CONFIGS, "--augment": augment}
     parser.register("action", "yes or no", argparse.BooleanOptionalAction)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag, options in flags.items():
             options = {"help": argparse.SUPPRESS} | options
             if "type" in options:
-                options["type"] = types[options["type"]]
+                options["type"] = {"int": int, "float": float}[options["type"]]
             if flag in choices:
                 options["choices"] = choices[flag]
             if flag == "--data":

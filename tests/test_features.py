@@ -203,7 +203,7 @@ def test_an_unreadable_image_is_replaced_and_reported_alike_with_and_without_fea
         command = stage_1(start_pt, tmp_path / "a.tar", tmp_path / kept, "--features", kept, "--max-steps", 8, "--max-bad")
         trained(*command, 0.5)
         reports.append((tmp_path / kept / "bad_samples.jsonl").read_text())
-    assert reports[0] == reports[1] and reports[0].count("not an image in a format that Pillow reads") == 2        # of its two captions
+    assert reports[0] == reports[1] and reports[0].count("not an image in a format that") == 2        # of its two captions
     assert np.isnan(np.load(tmp_path / "auto/features/000001.npy")).all(axis=1).tolist() == [True, False, False, False]
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "none"), rel=1e-3)
     assert "cannot be read, and of 24 only 0 may be (--max-bad 0.01)" in stops(*stage_1(start_pt, tmp_path / "a.tar", tmp_path / "few"))
