@@ -30,8 +30,8 @@ import random
 import statistics
 import tempfile
 import time
+from collections import namedtuple
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 from support import system                                  # before torch: see support/__init__.py
 
@@ -61,15 +61,9 @@ STEPS = {                                                   # row -> its name, h
 BY_PRECISION = ("image", "text", *STEPS, "memory")
 ROWS = ("image", "text", *STEPS, "loss", "tokenizer", "loading", "evaluation", "memory")
 
-
-class Row(NamedTuple):
-    """A row of the table: how to compute it, ours and the peer's way."""
-    what: str
-    count: int                                              # images, captions or pairs of a call
-    ours: Callable
-    theirs: Callable | None = None
-    precision: str = ""
-    flops: float = 0.0                                      # that a call needs; 0: not counted
+# A row of the table. count: images, captions or pairs of a call; ours, theirs: calls that compute
+# it our and the peer's way; flops: operations that a call needs, 0 if they are not counted
+Row = namedtuple("Row", "what count ours theirs precision flops", defaults=(None, "", 0.0))
 
 
 # ---- measuring
@@ -362,7 +356,6 @@ def main():
                 row = bench.row(name, precision)
                 text = line(row, *measured(row, device, args.rounds), peaks)
             print(text, flush=True)
-    torch.set_num_threads(threads)
 
 
 def parse_args():
