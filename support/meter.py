@@ -18,31 +18,31 @@ class Meter:
     def __init__(self, first_step, total, batch_size, device):
         self.first_step, self.total = first_step, total
         self.batch_size, self.device = batch_size, device
-        self.begin = self.tick = time.time()
+        self.begin = self.tick = time.monotonic()
         self.last, self.waited = first_step, 0.0
 
     def watched(self, loader):
         """The loader's batches, timed. The first wait does not count: the readers start in it."""
-        start, first = time.time(), True
+        start, first = time.monotonic(), True
         for batch in loader:
-            wait = time.time() - start
+            wait = time.monotonic() - start
             if first:
                 self.tick += wait
             else:
                 self.waited += wait
             yield batch
-            start, first = time.time(), False
+            start, first = time.monotonic(), False
 
     @contextlib.contextmanager
     def paused(self):
         """Time inside does not count as training time."""
-        start = time.time()
+        start = time.monotonic()
         yield
-        self.tick += time.time() - start
+        self.tick += time.monotonic() - start
 
     def since_last_time(self, step):
         """The figures since the last call, as metrics.jsonl has them. waiting: a share of 1."""
-        now = time.time()
+        now = time.monotonic()
         figures = {
             "samples_per_s": (step - self.last) * self.batch_size / (now - self.tick),
             "seconds_left": (now - self.begin) / (step - self.first_step) * (self.total - step),

@@ -54,7 +54,7 @@ class Run:
         self.skipped = 0                                    # steps that were not finite, not taken
         self.pending = None                                 # the step that is still to be checked
         self.bad = set()                                    # numbers of the unreadable pairs
-        self.saved = time.time()
+        self.saved = time.monotonic()
         self.signals = system.StopSignals()
 
     def say(self, line):
@@ -282,13 +282,13 @@ class Run:
     def snapshot_due(self, step):
         """Whether --save-every or --save-minutes asks for a snapshot after this step."""
         every, minutes = self.settings["save_every"], self.settings["save_minutes"]
-        late = minutes and time.time() - self.saved >= 60 * minutes
+        late = minutes and time.monotonic() - self.saved >= 60 * minutes
         return bool(late or every and step % every == 0)
 
     def snapshot(self, step):
         """Write last.pt; BadInput when weights are not finite, so that it can always be resumed."""
         self.check_last_step()
-        self.saved = time.time()
+        self.saved = time.monotonic()
         if not self.first:
             return
         self._check_lock()

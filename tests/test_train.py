@@ -1,6 +1,7 @@
 """Training through its command line: stages, resume, refusals, several processes; and the parts of a step."""
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -174,7 +175,7 @@ def test_the_log_says_when_a_run_waits_for_its_images(monkeypatch):
     """Steps of one second, before each of them a wait: the share of both since the last line. The first wait, in which the readers start, does not count, nor does a validation."""
     clock, lines = [0.0], []
     passes = lambda seconds: clock.__setitem__(0, clock[0] + seconds)
-    monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     meter = Meter(0, 6, 8, torch.device("cpu"))
     run = Run(Path("nowhere"), {"total_steps": 6, "workers": 3, "batch_size": 8}, 0, 48, SimpleNamespace(logit_scale=torch.zeros(())), None, None)
     run.say = run._append = lines.append
@@ -497,6 +498,8 @@ def test_a_signal_ends_the_wait_for_a_batch(tsv_folder, tmp_path, workers):
 def test_snapshots_by_the_clock(tsv_folder, tmp_path, trained, monkeypatch):
     steps = []
     monkeypatch.setattr(Run, "snapshot", lambda self, step, snapshot=Run.snapshot: steps.append(step) or snapshot(self, step))
+    day = itertools.count(10**9, -86400)
+    monkeypatch.setattr(time, "time", lambda: float(next(day)))                 # a clock that is set back does not stop the snapshots
     for minutes, expected in ((1e-6, [0, 1, 2, 3, 4]), (0, [0, 4]), (60, [0, 4])):
         steps.clear()
         trained("train.py", "--stage", 2, "--model", "mini", "--data", tsv_folder, "--max-steps", 4, "--valid-every", 4, "--save-minutes", minutes, *QUICK, "--out", tmp_path / str(minutes))

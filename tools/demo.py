@@ -47,12 +47,12 @@ def main():
         raise BadInput(f"--seeds {seeds}: different whole numbers from 0 to {2**31 - 2}")
     if not Path("train.py").is_file():
         raise BadInput(f"{Path.cwd()} has no train.py: run this in the folder of train.py")
-    begin, lock = time.time(), open_folder(seeds, args.fresh)
+    begin, lock = time.monotonic(), open_folder(seeds, args.fresh)
     paint_classes(OUT / "data/classes")
     figures = [story(seed) for seed in seeds]
     print("\n" + summary(figures))
     print(f"\nWith images: {OUT}/seed-{seeds[-1]}/poems.html (open it in a browser). All output: "
-          f"{OUT}/log.txt. This took {time.time() - begin:.0f} s.")
+          f"{OUT}/log.txt. This took {time.monotonic() - begin:.0f} s.")
     lock.close()
 
 

@@ -77,7 +77,7 @@ class Index:
         self.images = {path: before[path] for path in now
                        if path in before and before[path][0] == now[path]}
         todo = [path for path in now if path not in self.images]
-        gone, unreadable, saved = before.keys() - now.keys(), {}, time.time()
+        gone, unreadable, saved = before.keys() - now.keys(), {}, time.monotonic()
         read = functools.partial(image_at, todo, folder=self.folder)
         batches, device = own_batches(len(todo), BATCH), model.logit_scale.device
         encoded = encode_images(model, read, batches, device, autocast, workers)
@@ -88,9 +88,9 @@ class Index:
                 for i, row in zip(numbers, embed.half().numpy()):
                     self.images[todo[i]] = now[todo[i]], row
                 unreadable |= reasons
-                if time.time() > saved + 60:                    # a minute
+                if time.monotonic() > saved + 60:                    # a minute
                     self.write()
-                    saved = time.time()
+                    saved = time.monotonic()
         finally:
             # An empty folder, perhaps of a disk that is not there, does not cost the index.
             if self.images and (gone or len(todo) > len(unreadable)):
