@@ -422,7 +422,7 @@ def is_pattern(data):
 
 def shards_of(pattern):
     """'a/{000..020}.tar' or 'a/*.tar' -> paths in order. Raises BadInput when one is missing."""
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)        # text, first, last, text, …, text
+    parts = re.split(r"\{(\d{1,18})\.\.(\d{1,18})\}", pattern)    # text, first, last, text, …
     names = [parts[0]]
     for first, last, text in zip(parts[1::3], parts[2::3], parts[3::3]):
         if len(names) * (int(last) - int(first)) > 10**6:

@@ -40,8 +40,9 @@ def unpack(path, folder, remedy):
             if room < 0:
                 raise OSError(errno.ENOSPC, f"{path} unpacks to more than there is room for")
         for name, _, entry, opened in entries(path):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            with opened(entry) as source, open(folder / name, "xb") as f:
+            place = os.path.join(folder, name)
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            with opened(entry) as source, open(place, "xb") as f:
                 shutil.copyfileobj(source, f)
     except Exception as error:                  # damage raises errors of many classes
         # gzip's OSErrors have no number, an absurd offset has EINVAL, two entries of one name have
@@ -73,7 +74,7 @@ def entries(path):
             if is_out or not is_plain:
                 raise ValueError(f"its entry {name[:60]} leads out, or is a link or device")
             if len(parts) > 64 or any(len(os.fsencode(part)) > 255 for part in parts):
-                raise ValueError(f"its entry {name[:60]} has too long a name, or too many folders")
+                raise ValueError(f"its entry {name[:60]} has over 64 folders or 255 bytes in one")
             if number == MOST_ENTRIES:
                 raise ValueError(f"it has more than {MOST_ENTRIES:,} entries")
             if not is_folder:
