@@ -80,6 +80,8 @@ def write(path, fill, shown=None, part=".part"):
     except (OSError, RuntimeError) as error:            # torch.save raises RuntimeError: disk full
         with contextlib.suppress(OSError):
             part.unlink()
+        if "DataLoader" in str(error):                  # a reader was killed in this moment
+            raise
         why = error.__context__ or error
         raise BadInput(f"{shown}: cannot be written ({why}); nothing there was changed") from None
 
@@ -341,6 +343,7 @@ def keep_freed_memory(keep=True):
 # What a RuntimeError says -> what it means, and what to do.
 HINTS = {
     r"DataLoader worker \(pid": "a reader of images was killed; fewer --workers need less memory",
+    "shared memory": "/dev/shm is full; fewer --workers need less of it, --workers 0 none",
     "DataLoader timed out": "no image came: is /dev/shm full, or the disk gone? Try --workers 0",
     "out of memory|can't allocate memory": "there is not enough memory; in training a smaller "
                                            "--micro-batch or --grad-checkpointing needs less",
@@ -405,5 +408,6 @@ def error_line(error):
     if isinstance(error, RuntimeError):
         for sign, hint in HINTS.items():
             if re.search(sign, f"{type(error).__module__}: {error}"):
-                return f"{hint} ({lines[0][:200]})"
+                line = lines[-1 if lines[0].startswith("Caught") else 0]        # a reader's
+                return f"{hint} ({line[:200]})"
     return None

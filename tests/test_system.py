@@ -45,6 +45,16 @@ def test_writing_keeps_links_and_devices(tmp_path):
     assert os.read(reader, 100) == b"into a pipe"
 
 
+def test_a_fault_while_a_file_is_written_is_not_called_a_full_disk(tmp_path):
+    """A reader is killed in that moment: DataLoader's signal handler raises in the middle of the writing."""
+    def fill(f):
+        f.write(b"half")
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+    with pytest.raises(RuntimeError, match="pid 7"):
+        system.write(tmp_path / "last.pt", fill)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lock_keeps_other_processes_out_and_ends_with_its_process(tmp_path):
     code = "import sys; from support import system; held = system.lock(sys.argv[1], wait='wait' in sys.argv); print(held is not None, flush=True); sys.stdin.read()"
     ask = lambda *more: subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock", *more], cwd=ROOT, text=True,
@@ -255,6 +265,9 @@ def test_killed_while_downloading(hub, tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation"), "there is not enough memory; in training a smaller --micro-batch or --grad-checkpointing needs less (CUDA out of memory. Tried to allocate 20 GiB.)"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory; "),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a reader of images was killed; fewer --workers need less memory (DataLoader worker (pid 7)"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback …\nRuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left"),
+     "/dev/shm is full; fewer --workers need less of it, --workers 0 none (RuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left)"),
+    (RuntimeError("The server socket has failed to listen. port: 29500, name: EADDRINUSE"), "another program uses this port; name another one (MASTER_PORT) ("),
     (RuntimeError("DataLoader timed out after 900 seconds"), "no image came: is /dev/shm full, or the disk gone? Try --workers 0 (DataLoader timed out after 900 seconds)"),
     (RuntimeError("[../gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), "the connection to another process of this run broke"),
     (type("Failed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})("no C++"), "torch.compile failed; run it without --compile (no C++)"),
