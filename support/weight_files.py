@@ -1,9 +1,16 @@
 """Files of weights -> named tensors. No code of a file ever runs.
 
 open_file reads .pt, .bin, .safetensors and TorchScript; open_folder a folder of Hugging Face.
+A small file can ask for much memory, so what it announces is compared with its size.
 """
+import hashlib
+import io
 import json
+import mmap
+import os
 import pickle
+import pickletools
+import re
 import warnings
 import zipfile
 
@@ -11,21 +18,27 @@ import torch
 
 from support.system import BadInput
 
+MOST_TEXT = 2**24           # bytes of a pickle or a JSON file
+LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)        # so files of torch before 1.6 begin
+
 
 def open_file(path, mapped=True):
     """The dictionary in a file, whatever wrote it. BadInput when it is damaged or no dictionary.
 
-    `mapped`: the tensors of a .pt file stay in its pages (mmap).
+    `mapped`: the tensors of a .pt file stay in its pages (mmap). FILE.sha256 is verified.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise BadInput(f"{path}: missing, or not a file")       # reading a pipe would wait
+    most = 4 * path.stat().st_size + 2**26              # bytes; tensors may share their numbers
+    has_checksum = verify_checksum(path)
     try:
-        content = read_any(path, mapped)
+        content = read_any(path, mapped, most, has_checksum)
+        check_memory(content, most)
+    except pickle.UnpicklingError as error:             # of torch's weights-only unpickler or ours
+        name = re.search(r"GLOBAL ([\w.]{1,80})|$", str(error))[1] or "a pickle"
+        raise BadInput(f"{path}: not only tensors ({name}); it could run code: refused") from None
     except Exception as error:                          # damage comes in many kinds
-        # "global": torch's weights-only unpickler says so, and the one below
-        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise BadInput(f"{path}: not only tensors; it could run code: refused") from None
-        reason = (str(error).splitlines() or [""])[0][:120]
+        reason = (str(error).splitlines() or [""])[0][:200]
         raise BadInput(f"{path}: not a readable checkpoint: truncated, damaged, or something else "
                        f"({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict):
@@ -33,24 +46,80 @@ def open_file(path, mapped=True):
     return content
 
 
-def read_any(path, mapped):
-    """What a file holds; the first bytes tell its format. Raises anything for a damaged one."""
+def verify_checksum(path):
+    """Whether FILE.sha256, a line of sha256sum, lies beside a file. BadInput when it differs."""
+    sums = path.with_name(f"{path.name}.sha256")
+    if not sums.is_file() or not path.stat().st_size:
+        return False
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        digest = hashlib.sha256(content).hexdigest()
+    if not sums.read_text(errors="replace").lower().startswith((digest, "\\" + digest)):
+        raise BadInput(f"{path}: its SHA-256 is not that in {sums.name}; get the file again")
+    return True
+
+
+def read_any(path, mapped, most, has_checksum):
+    """What a file holds; its content tells its format. Raises anything for a damaged one."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
+            entries, names = archive.infolist(), archive.namelist()
+            if sum(entry.file_size for entry in entries) > most or len(set(names)) < len(names):
+                raise zipfile.BadZipFile("it unpacks to far more, or has two entries of a name")
             if archive.testzip():                       # torch.load does not verify checksums
                 raise zipfile.BadZipFile("a checksum is wrong")
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            for name in names:
+                if name.endswith("/data.pkl"):
+                    check_pickles(archive.open(name).read(MOST_TEXT), 1)
+            if any(name.endswith("/constants.pkl") for name in names):
                 return read_torchscript(archive)
             # compressed bytes cannot be used in place
-            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+            stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and stored)
     with open(path, "rb") as f:
-        start = f.read(9)
-    if start[8:] == b"{":                               # JSON after 8 bytes: see read_safetensors
+        start = f.read(MOST_TEXT)
+    if start[8:9] == b"{" or path.suffix == ".safetensors":
         return read_safetensors(path)
-    with warnings.catch_warnings():                     # the format before torch 1.6: old BERTs
+    if not start.startswith(LEGACY):
+        kind = pickle.UnpicklingError if start.startswith(b"\x80") else ValueError
+        raise kind("no file of weights begins like this")
+    check_pickles(start, 5)
+    if not has_checksum:
+        warnings.warn(f"{path}: this old format has no checksum; compare its SHA-256 with that of "
+                      f"the source, and keep that as {path.name}.sha256, which is verified")
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")                 # about odd pickles, which fail anyway
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def check_pickles(content, count):
+    """Look through `count` pickles without making anything. Raises when one is odd, or cut."""
+    f = io.BytesIO(content)
+    for _ in range(count):
+        for code, value, place in pickletools.genops(f):
+            # bytearray(10**10) and PUT 10**9 take that memory; attributes of a tensor would stand
+            # before its methods
+            name = str(value).replace(" ", ".") if code.name == "GLOBAL" else ""
+            if (re.search("bytearray|with_state|from_type|Tensor", name) or code.proto > 2
+                    or "PUT" in code.name and int(value) > place):
+                raise pickle.UnpicklingError(f"{code.name} {name}")
+
+
+def check_memory(content, most):
+    """ValueError: a tensor has no plain numbers of its own, or all take more than `most` bytes."""
+    todo, seen, total = [("", content)], set(), 0
+    while todo:
+        name, x = todo.pop()
+        if isinstance(x, (dict, list, tuple)) and id(x) not in seen:
+            seen.add(id(x))                             # a list can hold itself
+            todo += dict.items(x) if isinstance(x, dict) else [(name, y) for y in x]
+        elif torch.is_tensor(x):
+            odd = x.layout != torch.strided or x.is_nested or x.is_meta or x.is_neg() or x.is_conj()
+            if odd or x.untyped_storage().nbytes() < x.nbytes:
+                raise ValueError(f"{str(name)[:100]} is no plain tensor: sparse, nested, meta, "
+                                 "negated or expanded")
+            total += x.nbytes
+    if total > most:
+        raise ValueError(f"its tensors would take {total:,} bytes, far more than the file's")
 
 
 def open_folder(path):
@@ -69,25 +138,32 @@ def open_folder(path):
     shard_of = read_json(file).get("weight_map")        # {name of a tensor: name of a file}
     if not isinstance(shard_of, dict) or any("/" in str(name) for name in shard_of.values()):
         raise BadInput(f"{file}: its weight_map does not map tensors to files of the folder")
-    tensors = {}
-    for name in sorted(set(map(str, shard_of.values()))):
+    tensors, listed = {}, {}
+    for key, name in shard_of.items():
+        listed.setdefault(str(name), set()).add(key)
+    for name, keys in sorted(listed.items()):
         shard = open_file(path / name, mapped=False)
-        listed = {key for key, where in shard_of.items() if where == name}
-        wrong = sorted(map(str, shard.keys() ^ listed))
+        wrong = min(map(str, shard.keys() ^ keys), default="")[:100]
         if wrong:
-            raise BadInput(f"{path / name}: not the tensors that {file.name} lists: {wrong[0]}")
+            raise BadInput(f"{path / name}: not the tensors that {file.name} lists: {wrong}")
         tensors |= shard
     return tensors
 
 
 def read_json(path):
     """The object in a JSON file, as a dictionary; BadInput when it holds none."""
+    if not path.is_file() or path.stat().st_size > MOST_TEXT:
+        raise BadInput(f"{path}: not a file, or larger than {MOST_TEXT:,} bytes")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json_object(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise BadInput(f"{path}: not readable as JSON ({error})") from None
+
+
+def json_object(text):
+    content = json.loads(text)
     if not isinstance(content, dict):
-        raise BadInput(f"{path}: holds a {type(content).__name__}, not an object")
+        raise ValueError(f"it holds a {type(content).__name__}, not an object")
     return content
 
 
@@ -103,13 +179,18 @@ SAFETENSORS = {
 def read_safetensors(path):
     """-> {name: tensor}. Raises unless the bytes are exactly those that the header announces."""
     with open(path, "rb") as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        length = int.from_bytes(f.read(8), "little")
+        if length > 100_000_000:
+            raise ValueError("its header is longer than the 100 MB of the format")
+        header = json_object(f.read(length))
         header.pop("__metadata__", None)
-        tensors, end = {}, 0
+        tensors, end, size = {}, 0, path.stat().st_size - 8 - length
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            x = torch.empty(entry["shape"], dtype=SAFETENSORS[entry["dtype"]])
-            if entry["data_offsets"] != [end, end + x.nbytes]:
-                raise ValueError(f"{name} does not lie where the header says")
+            # meta: without memory, until the file is known to have as many bytes
+            x = torch.empty(entry["shape"], dtype=SAFETENSORS[entry["dtype"]], device="meta")
+            if entry["data_offsets"] != [end, end + x.nbytes] or end + x.nbytes > size:
+                raise ValueError(f"{name[:100]} does not lie where the header says")
+            x = torch.empty_like(x, device="cpu")
             if x.nbytes and f.readinto(x.view(-1).view(torch.uint8).numpy()) != x.nbytes:
                 raise ValueError("the file ends too early")
             end += x.nbytes
@@ -144,11 +225,6 @@ def read_torchscript(archive):
     """
     names = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
     root = names[0].removesuffix("/constants.pkl")
-    dtypes = {
-        "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16, "BoolStorage": torch.bool,
-        "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
-        "IntStorage": torch.int32, "LongStorage": torch.int64,
-    }
 
     # These classes are local, so that a pickle cannot change what the next file is read with.
     class Module:
@@ -158,34 +234,34 @@ def read_torchscript(archive):
         def find_class(self, module, name):
             if module.startswith("__torch__"):
                 return Module
-            if module == "torch" and name in dtypes:
-                return dtypes[name]
+            kind = getattr(torch, name.removesuffix("Storage").lower(), None)   # torch.half, …
+            if module == "torch" and isinstance(kind, torch.dtype):
+                return kind
             if module.startswith("torch.jit._pickle"):
                 return lambda value, *_: value          # lists of numbers, which are no weights
             if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
                 return lambda x, offset, shape, stride, *_: x.as_strided(shape, stride, offset)
             if (module, name) == ("collections", "OrderedDict"):
                 return dict
-            raise pickle.UnpicklingError(f"global {module}.{name}")
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
 
         def persistent_load(self, reference):
             _, dtype, name, _, count = reference        # "storage", type, file, device, length
             if not count:
                 return torch.empty(0, dtype=dtype)
-            content = bytearray(archive.read(f"{root}/data/{name}"))
-            return torch.frombuffer(content, dtype=dtype, count=count)
+            if (name, dtype) not in storages:
+                content = bytearray(archive.read(f"{root}/data/{name}"))
+                storages[name, dtype] = torch.frombuffer(content, dtype=dtype)
+            return storages[name, dtype]
 
-    tensors, seen = {}, set()
-
-    def collect(module, prefix):
-        if id(module) in seen:          # shared modules could take for ever to walk
-            raise ValueError("a module is contained twice")
-        seen.add(id(module))
+    tensors, storages = {}, {}
+    todo = [("", Unpickler(archive.open(f"{root}/data.pkl")).load())]
+    while todo:
+        prefix, module = todo.pop()
         for name, value in vars(module).items():
             if torch.is_tensor(value):
                 tensors[prefix + name] = value
             elif isinstance(value, Module):
-                collect(value, f"{prefix}{name}.")
-
-    collect(Unpickler(archive.open(f"{root}/data.pkl")).load(), "")
+                todo.append((f"{prefix}{name}.", value))
+        vars(module).clear()            # a module in itself would take for ever
     return tensors

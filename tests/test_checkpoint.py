@@ -1,5 +1,6 @@
 """Checkpoints: a round trip, atomic writing, every released format in and two out, and refusal of everything that is not exactly right."""
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -23,10 +24,13 @@ from PIL import Image
 from test_model import RESNET, VIT, batch, build
 
 import checkpoint
+import train
 from model import CLIP, CONFIGS
 from support.formats import SKIPPED, layout_of
 from support.images import Transform
+from support.run import Run
 from support.system import BadInput
+from support.weight_files import open_file
 from support.weights import FORMAT
 from tokenizer import Tokenizer
 
@@ -94,9 +98,12 @@ def test_code_in_a_file_is_never_run(tmp_path, monkeypatch):
     torch.save({"format": FORMAT, "model": Code()}, "a.pt")
     (tmp_path / "b.pt").write_bytes(pickle.dumps(Code(), protocol=2))
     (tmp_path / "c.pt").write_bytes(pickle.dumps(Code()))
-    for name, message in (("a.pt", "could run code: refused"), ("b.pt", "could run code: refused"), ("c.pt", "not a readable checkpoint")):
-        with pytest.raises(BadInput, match=message):
-            checkpoint.load(name)
+    (tmp_path / "d.pt").write_bytes(pickle.dumps({"a": 1}))
+    torch.save(build(VIT), "e.pt")
+    torch.save(build(VIT), "f.pt", _use_new_zipfile_serialization=False)
+    for name, what in (("a", "[a-z]+.open"), ("b", "a pickle"), ("c", "a pickle"), ("d", "a pickle"), ("e", "model.CLIP"), ("f", "model.CLIP")):
+        with pytest.raises(BadInput, match=rf"{name}.pt: not only tensors \({what}\); it could run code: refused$"):
+            checkpoint.load(f"{name}.pt")
     assert not (tmp_path / "written-by-a-checkpoint").exists()
 
 
@@ -157,7 +164,7 @@ def test_a_config_may_lack_a_size_that_has_a_default(tmp_path):
 
 
 def test_compressed_files_are_read(tmp_path):
-    """torch itself maps their compressed bytes as numbers."""
+    """torch itself would map their compressed bytes as numbers."""
     checkpoint.save(tmp_path / "a.pt", model := build(VIT))
     with zipfile.ZipFile(tmp_path / "a.pt") as plain, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in plain.namelist():
@@ -165,6 +172,124 @@ def test_compressed_files_are_read(tmp_path):
     with contextlib.suppress(BadInput):                                         # torch may refuse them, but must not misread them
         loaded, _ = checkpoint.load(tmp_path / "b.pt")
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
+
+
+def pickled(*code):
+    """A file of torch whose table of contents is this pickle."""
+    def write(path):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/version", "3")
+            archive.writestr("a/data.pkl", b"\x80\x02" + b"".join(code) + b".")
+    return write
+
+
+def deflated(path):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("a/data/0", bytes(2**26 + 2**20))
+
+
+def named_twice(path):
+    with zipfile.ZipFile(path, "w") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+        archive.writestr("a/data.pkl", b"\x80\x02}.")
+
+
+def torchscript(path):
+    """A thousand names for one megabyte."""
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n((X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\x000X\3\0\0\0cpuJ\0\0\4\0tQK\0J\0\0\4\0\x85K\1\x85\x89Nt"
+    names = b"".join(b"X\4\0\0\0%04d" % i + tensor + b"R" for i in range(1000))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/constants.pkl", b"")
+        archive.writestr("a/data.pkl", b"\x80\x02c__torch__\nM\n)\x81}(" + names + b"ub.")
+        archive.writestr("a/data/0", bytes(2**20))
+
+
+def announced(header, length=None):
+    """A safetensors file that is a header alone."""
+    text = json.dumps(header).encode()
+    return lambda path: path.write_bytes((length or len(text)).to_bytes(8, "little") + text)
+
+
+TERABYTE = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
+
+
+@pytest.mark.parametrize("write, message", [
+    (lambda path: torch.save({"a": torch.zeros(()).expand(2**34)}, path), "a is no plain tensor: .*expanded"),
+    (lambda path: torch.save({"optimizer": [torch.zeros(1).expand(2**40)]}, path), "optimizer is no plain tensor"),
+    (lambda path: torch.save(dict.fromkeys(range(100), torch.zeros(2**18)), path), "would take 104,857,600 bytes"),
+    (deflated, "unpacks to far more"), (named_twice, "two entries of a name"), (torchscript, "would take 1,048,576,000 bytes"),
+    (pickled(b"}K\1cbuiltins\nbytearray\n\x8a\6\0\0\0\0\0\1\x85Rs"), r"\(builtins.bytearray\); it could run code"),
+    (pickled(b"}r\xff\xff\xff\x7f"), "a pickle"), (pickled(b"}X\0\0\0\1" + bytes(2**24) + b"K\1s"), "not a readable checkpoint"),
+    (announced({"a": TERABYTE}), "a does not lie where the header says"), (announced({"a": TERABYTE | {"shape": [0, 2**70]}}), "not a readable"),
+    (announced({}, 2**60), "longer than the 100 MB"), (announced([1]), "it holds a list"), (announced("a"), "it holds a str"), (announced({"a": 3}), "not a readable"),
+    (announced({"a": TERABYTE | {"dtype": ["F32"]}}), "not a readable"), (announced({"a" * 10**6: TERABYTE}), "a does not lie where"),
+    (lambda path: path.write_bytes(b""), "no file of weights"), (lambda path: path.write_text("<html>404"), "no file of weights"), (lambda path: path.mkdir(), "a folder without"),
+])
+def test_a_small_file_cannot_ask_for_much_memory_or_time(write, message, tmp_path):
+    path = tmp_path / ("a.safetensors" if "announced" in write.__qualname__ else "a.pt")
+    write(path)
+    with pytest.raises(BadInput, match=message) as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_an_attribute_of_a_tensor_hides_nothing(tmp_path):
+    checkpoint.save(tmp_path / "a.pt", build(VIT))
+    state = torch.load(tmp_path / "a.pt")
+    state["model"]["text.norm.weight"] = torch.nn.Parameter(torch.full((48,), float("nan")))
+    state["model"]["text.norm.weight"].isfinite = torch.Tensor              # torch.Tensor().all() is true
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="_rebuild_parameter_with_state.* refused"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_a_checksum_beside_a_file_is_verified(tmp_path, recwarn):
+    path = peers.old_bare_file({"a": torch.ones(1000)}, tmp_path)
+    open_file(path)
+    assert "pytorch_model.bin: this old format has no checksum; compare its SHA-256" in str(recwarn.pop(UserWarning).message)
+    line = f"{hashlib.sha256(path.read_bytes()).hexdigest()}  pytorch_model.bin\n"
+    for told in (line, "\\" + line):
+        (tmp_path / "pytorch_model.bin.sha256").write_text(told)
+        open_file(path)
+    assert not [w for w in recwarn if "checksum" in str(w.message)]
+    whole = bytearray(path.read_bytes())
+    whole[-1000] ^= 1
+    for content, told in ((whole, line), (path.read_bytes(), "no checksum")):
+        path.write_bytes(content)
+        (tmp_path / "pytorch_model.bin.sha256").write_text(told)
+        with pytest.raises(BadInput, match="its SHA-256 is not that in pytorch_model.bin.sha256"):
+            open_file(path)
+
+
+@pytest.mark.parametrize("harm, fits", [
+    (lambda a, b: a.update(exp_avg=a["exp_avg"].double()), True), (lambda a, b: a.update(exp_avg=a["exp_avg"].T.contiguous().T), True),
+    (lambda a, b: a.update(exp_avg=a["exp_avg_sq"]), True), (lambda a, b: a.update(step=b["step"]), True), (lambda a, b: a.update(step=2), True),
+    (lambda a, b: a.update(exp_avg=torch.zeros(2)), False), (lambda a, b: a.update(exp_avg=a["exp_avg"] / 0), False), (lambda a, b: a.update(step=torch.ones(3)), False),
+    (lambda a, b: a.update(step=torch.tensor(float("nan"))), False), (lambda a, b: a.update(step=torch.tensor(9.0)), False), (lambda a, b: a.pop("step"), False), (lambda a, b: a.clear(), False),
+])
+def test_moments_of_a_stranger_get_memory_of_their_own(harm, fits, tmp_path):
+    model = build(VIT)
+    optimizer = train.make_optimizer(model, 0.1)
+    for p in model.parameters():
+        p.grad = torch.rand_like(p)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    harm(saved["state"][0], saved["state"][1])
+    saved["param_groups"][0]["betas"] = "of the file"
+    settings = dict(total_steps=5, micro_batch=2, processes=1, patch_dropout=0, average=False)
+    run = Run(tmp_path, settings, 0, 10, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    state = dict(settings=settings, optimizer=saved, scaler={}, best=-1.0, best_step=0, averaged=False, skipped_steps=0, losses=[], step=2)
+    if not fits:
+        with pytest.raises(BadInput, match="last.pt is damaged or no training snapshot"):
+            run.resume(state)
+        return
+    assert run.resume(state) == 2 and optimizer.param_groups[0]["betas"] == (0.9, 0.98)
+    memory = [x.data_ptr() for moments in optimizer.state.values() for x in moments.values()]
+    assert len(set(memory)) == len(memory)
+    assert all(x.stride() == p.stride() and x.dtype == p.dtype for p, moments in optimizer.state.items() for x in (moments["exp_avg"], moments["exp_avg_sq"]))
+    optimizer.step()
+    assert {moments["step"].item() for moments in optimizer.state.values()} <= {2.0, 3.0}
 
 
 def test_pipes_are_refused(tmp_path):
@@ -179,7 +304,7 @@ def test_loaded_tensors_share_no_memory(tmp_path):
     checkpoint.save(tmp_path / "a.pt", build(VIT))
     state = torch.load(tmp_path / "a.pt")
     state["model"]["text.norm.bias"] = state["model"]["text.norm.weight"]
-    state["model"]["vision.norm_pre.bias"] = torch.ones(1).expand(48)
+    state["model"]["vision.norm_pre.bias"] = torch.ones(48, 2)[:, 0]
     torch.save(state, tmp_path / "a.pt")
     before = (tmp_path / "a.pt").read_bytes()
     model, _ = checkpoint.load(tmp_path / "a.pt")
@@ -328,10 +453,11 @@ def test_half_precision_becomes_float32(tmp_path, small_sizes):
 @pytest.mark.filterwarnings("ignore")                                           # torch's, that its rarer tensors are not finished
 def test_weights_that_are_no_floating_point_numbers_are_refused(tmp_path, small_sizes):
     tensors = peers.cn_clip_model(peers.VIT).state_dict()
-    for odd, what in ((torch.zeros(192, dtype=torch.int8), "int8"), (torch.zeros(1, 192).to_sparse_csr(), "csr"),
+    for odd, what in ((torch.zeros(192, dtype=torch.int8), "int8"), (torch.zeros(1, 192).to_sparse_csr(), "sparse"),
                       (torch.zeros(192, dtype=torch.complex64), "complex64"), (torch.zeros(192).to(torch.float8_e4m3fn), "float8"), (torch.zeros(192, device="meta"), "meta"),
-                      (torch.full((192,), 1e300, dtype=torch.float64), "float64"), (torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)]), "nested")):
-        with pytest.raises(BadInput, match=f"visual.ln_pre.weight (is|has) .*{what}"):
+                      (torch.full((192,), 1e300, dtype=torch.float64), "float64"), (torch.nested.nested_tensor([torch.zeros(3), torch.zeros(4)]), "nested"),
+                      (torch._neg_view(torch.ones(192)), "negated"), (torch.ones(192, dtype=torch.complex64).conj().imag, "negated"), (torch.ones(()).expand(192), "expanded")):
+        with pytest.raises(BadInput, match=f"visual.ln_pre.weight is .*{what}"):
             checkpoint.load(peers.cn_clip_file(tensors | {"visual.ln_pre.weight": odd}, tmp_path))
 
 
@@ -423,7 +549,7 @@ def test_a_torchscript_archive_in_a_circle_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("a/constants.pkl", b"")
         archive.writestr("a/data.pkl", b"\x80\x02c__torch__\nM\n)\x81q\x00}q\x01X\x01\x00\x00\x00sh\x00sb.")      # M().s = that M
-    with pytest.raises(BadInput, match="a.pt: not a readable checkpoint.*contained twice"):
+    with pytest.raises(BadInput, match="a.pt: its tensors are not those of"):
         checkpoint.read(tmp_path / "a.pt", "vision")
 
 
