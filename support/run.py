@@ -101,7 +101,8 @@ class Run:
                 taken = float(moments["step"])
                 for name in ("exp_avg", "exp_avg_sq"):
                     x = moments[name]                           # AdamW writes past a moment's end
-                    if x.shape != p.shape or not x.isfinite().all() or not 0 <= taken <= state["step"]:
+                    fits = x.shape == p.shape and x.isfinite().all()
+                    if not fits or not 0 <= taken <= state["step"]:
                         raise ValueError("the optimizer's moments do not fit the parameters")
                     moments[name] = torch.empty_like(p).copy_(x)        # in memory of its own
                 moments["step"] = torch.tensor(taken, device=p.device)
