@@ -216,10 +216,10 @@ class TsvSplit(Split):
 class FolderSplit(Split):
     """A folder of images with captions.csv or captions.jsonl: the layout for your own images."""
 
-    def __init__(self, folder, split, context_length):
+    def __init__(self, folder, split, context_length, allow_outside=False):
         self.folder = folder
         index_of, described, present = {}, {}, set()  # path -> image; text -> {image: None}
-        for path, text, its_split in caption_rows(caption_file(folder)):
+        for path, text, its_split in caption_rows(caption_file(folder), allow_outside):
             present.add(its_split)
             if its_split == split:
                 i = index_of.setdefault(path, len(index_of))
@@ -246,16 +246,17 @@ class FolderSplit(Split):
 # ---- finding a data set
 
 
-def open_split(data, split, data_root="data", context_length=52):
+def open_split(data, split, data_root="data", context_length=52, allow_outside=False):
     """A split of the data set that `data` names: one of NAMES, a folder, or a pattern of shards.
 
-    Raises BadInput when it is not there.
+    allow_outside: a captions file may name images outside its folder. Raises BadInput when the
+    split is not there.
     """
     if is_pattern(data):
         return ShardSplit(shards_of(str(data)), str(data), context_length)
     folder = find(data, data_root)
     if caption_file(folder):
-        return FolderSplit(folder, split, context_length)
+        return FolderSplit(folder, split, context_length, allow_outside)
     names = split_names(folder)
     if split not in names:
         raise BadInput(f"{folder}: no split {split!r} ({split}_imgs.tsv or {split}-000000.tar, …); "
@@ -292,7 +293,7 @@ def find(data, data_root="data"):
 def split_names(folder):
     """The splits that a folder holds, in any layout. Raises BadInput when it holds none."""
     if captions := caption_file(folder):
-        names = {split for _, _, split in caption_rows(captions)}
+        names = {split for _, _, split in caption_rows(captions, allow_outside=True)}
     else:
         paths = [path for path in folder.glob("[!.]*_imgs.tsv") if path.is_file()]
         names = {path.name.removesuffix("_imgs.tsv") for path in paths}

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from support import report, system                  # before torch: see support/__init__.py
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
@@ -38,7 +39,7 @@ from support.images import normalize, reader_loader, to_uint8
 from support.processes import all_gather_rows, own_batches, precision_of, start_processes
 from support.shards import is_pattern
 from support.system import BadInput, write_json
-from support.tables import KS, add_intervals, chance_recall, table
+from support.tables import KS, add_intervals, table
 from tokenizer import Tokenizer
 
 
@@ -202,6 +203,18 @@ class Ranking(NamedTuple):
         return result | {"queries": len(ranks), "without_answer": len(self.ranks) - len(ranks)}
 
 
+def chance_recall(correct, candidates):
+    """Recall of a random order of the candidates -> {K: percent}.
+
+    correct: a list of correct candidates for each query; candidates: their number C.
+    All of K different guesses are wrong with probability Π_{k<K} (wrong - k) / (C - k).
+    """
+    wrong = np.array([candidates - len(right) for right in correct if right])               # (A,)
+    factors = [(wrong - k).clip(0) / max(1, candidates - k) for k in range(max(KS))]
+    all_wrong = np.cumprod(factors, axis=0).mean(axis=1).tolist()       # [K - 1], mean of queries
+    return {k: 100 * (1 - all_wrong[k - 1]) for k in KS}
+
+
 def rank_both_ways(image_embed, text_embed, positives, chunk=None):
     """-> {"text_to_image": Ranking, "image_to_text": Ranking}.
 
@@ -269,7 +282,8 @@ def main():
 
     @functools.cache
     def open_split(context_length):                             # once for each context length
-        return data.open_split(args.data, split_name, args.data_root, context_length)
+        return data.open_split(args.data, split_name, args.data_root, context_length,
+                               args.allow_outside)
 
     records, rankings = [], []                                  # of each checkpoint
     for source in args.ckpt:
@@ -352,6 +366,8 @@ def parse_args():
                         help=f"{', '.join(data.NAMES)}, a folder, or a pattern of tar shards")
     parser.add_argument("--data-root", default="data",
                         help="the folder of the named data sets (default: data)")
+    parser.add_argument("--allow-outside", action="store_true",
+                        help="let a captions file name images outside its folder")
     parser.add_argument("--features", metavar="DIR",
                         help="keep the embeddings there and use them the next time")
     args = parser.parse_args()

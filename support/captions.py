@@ -1,11 +1,13 @@
 """Caption files: captions.csv, captions.jsonl and the .jsonl files of the Chinese-CLIP layout."""
 import csv
+import functools
 import hashlib
 import json
 import os
 import posixpath
 
 from support import system
+from support.images import leads_out
 from support.system import BadInput
 
 
@@ -23,9 +25,14 @@ def caption_file(folder):
     return present[0] if present else None
 
 
-def caption_rows(path):
-    """(image, caption, split) of each row. BadInput names the line of the first wrong one."""
+def caption_rows(path, allow_outside=False):
+    """(image, caption, split) of each row. BadInput names the line of the first wrong one.
+
+    Without allow_outside also of an image outside the folder: shards and pages publish images.
+    """
     split_of, has_splits = {}, None                         # image -> split; whether rows have one
+    folder = str(path.parent)
+    is_out = functools.cache(functools.partial(leads_out, os.path.realpath(folder)))
     for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
         image, caption, split = row.get("image"), row.get("caption"), row.get("split") or ""
         line = f"{path}, line {number}"
@@ -41,8 +48,13 @@ def caption_rows(path):
             raise BadInput(f"{line}: give a `split` in every row or in none")
         has_splits = bool(split)
         split = split or hashed_split(image)
-        if image not in split_of and not os.path.isfile(path.parent / image):
-            raise BadInput(f"{line}: there is no image {path.parent / image}")
+        if image not in split_of:
+            place = os.path.join(folder, image)
+            if not os.path.isfile(place):
+                raise BadInput(f"{line}: there is no image {place}")
+            at = place if os.path.islink(place) else os.path.dirname(place)
+            if not allow_outside and is_out(at):
+                raise BadInput(f"{line}: {image} is outside the folder; --allow-outside reads it")
         if split_of.setdefault(image, split) != split:
             raise BadInput(f"{line}: image {image} is in the split {split} here and in "
                            f"{split_of[image]} above; an image belongs to one split")

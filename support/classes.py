@@ -30,10 +30,7 @@ def class_root(folder, split=None):
 
 
 def open_classes(root):
-    """-> (names of C classes, paths of I images, I class numbers).
-
-    The folders have the names of the classes: root/猫/1.jpg; or see class_numbers.
-    """
+    """-> (names of C classes, paths of I images, I class numbers). See also class_numbers."""
     folders = folders_in(root)
     names, numbers = [composed(name) for name in folders], list(range(len(folders)))
     label_files = [folder / "label_cn.txt" for folder in (root, root.absolute().parent)]
@@ -48,7 +45,6 @@ def open_classes(root):
     if len(set(numbers)) < len(folders) or not all(name and is_text(name) for name in names):
         raise BadInput(f"{root}: two folders with one number, or a name that is empty or not UTF-8 "
                        f"({listed(names)})")
-
     paths, labels = [], []
     for folder, number in zip(folders, numbers):
         files, unread = image_files(root / folder)

@@ -17,10 +17,14 @@ from support import system
 from support.system import BadInput
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-
 # Endings of image files. Pillow cannot read heic and heif: they are reported.
 ENDINGS = {f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm", "ico",
                                    "tga", "heic", "heif")}
+# Pillow's names of the formats that are read. It knows others, some of which start a program: EPS
+# is PostScript, whatever the file is called. TGA has no mark, so it comes last.
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "TGA"]
+if importlib.util.find_spec("PIL.AvifImagePlugin"):         # from Pillow 11.3 on
+    FORMATS.insert(-1, "AVIF")
 ORIENTATION = 0x0112                                        # the EXIF tag; 1: upright
 
 # CLIP's statistics of its training images, per RGB channel, of values in 0..1
@@ -32,30 +36,34 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def refused_as(name):
     """Any error while something is read, decoded or resized becomes BadInput with its name."""
     try:
-        yield
-    except Exception as error:                              # some forty decoders have their own
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")     # thousands, none names the file
+            # From 89 million pixels on: a small file can ask for all the memory there is.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except Exception as error:                              # a dozen decoders have their own
         reason = str(error)
         if isinstance(error, UnidentifiedImageError):
-            reason = "not an image in a format that Pillow reads"
-        raise BadInput(f"{name} cannot be read ({reason}); replace or remove it") from None
+            reason = "not an image in a format that is read: JPEG, PNG, WebP, GIF, BMP, TIFF, …"
+        remedy = "" if isinstance(error, FileNotFoundError) else "; replace or remove it"
+        raise BadInput(f"{name} cannot be read ({reason}){remedy}") from None
 
 
 def open_image(encoded):
     """The bytes of an image file -> a PIL image of which only the header is read."""
     if not encoded:
         raise ValueError("it is empty")
-    with warnings.catch_warnings():
-        # From 89 million pixels on: a small file can ask for all the memory there is.
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        return Image.open(io.BytesIO(encoded))
+    # A scan of a JPEG may take 10 bytes, and passes over all pixels. Usual are 1 to 13 of them.
+    x = np.frombuffer(encoded, np.uint8)
+    if np.count_nonzero((x[:-2] == 0xFF) & (x[1:-1] == 0xDA) & (x[2:] == 0)) > 200:
+        raise ValueError("a JPEG with more than 200 scans")
+    return Image.open(io.BytesIO(encoded), formats=FORMATS)
 
 
 def decoded(read, name):
     """read() -> the bytes of an image file; -> the image, RGB. Raises BadInput with its name."""
     with refused_as(name):
-        image = open_image(read())
-        image.load()
-        return to_rgb(image)
+        return to_rgb(open_image(read()))
 
 
 def image_at(paths, i, folder=""):
@@ -65,14 +73,18 @@ def image_at(paths, i, folder=""):
 
 def to_rgb(image):
     """Any PIL image -> RGB, turned as its EXIF tag says; transparent parts become white."""
+    image.load()
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                          # 16-bit grey
-        grey = np.asarray(image, dtype=np.int64).clip(0, 65535) // 257
+        grey = np.clip(np.asarray(image), 0, 65535)         # uint16, or int32 of mode I
+        grey //= 257                                        # in place: an image may be large
         image = Image.fromarray(grey.astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        paper = Image.new("RGB", image.size, "white")
+        paper.paste(image, mask=image)
+        return paper
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -126,7 +138,6 @@ def training_pixels(encoded, size, name):
         upright = image.getexif().get(ORIENTATION, 1) == 1
         pixels = jpeg_pixels(encoded) if plain and upright else None
         if pixels is None:
-            image.load()
             pixels = torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)     # (3, H, W)
         return resized(pixels, size)
 
@@ -160,24 +171,25 @@ def jpeg_decoder():
 # ---- reading many
 
 
+def leads_out(root, path):
+    """Whether a path leads out of the folder `root` (an os.path.realpath), by `..` or links."""
+    return os.path.commonpath([root, os.path.realpath(path)]) != root
+
+
 def image_files(folder):
     """The images under a folder, at any depth -> sorted relative paths, {unreadable: reason}.
 
     Hidden files and folders (.trash, ._cat.jpg) are left out, and so are folders that are links.
     """
-    found, unread = [], {}
-
-    def note(error):
-        unread[os.path.relpath(error.filename, folder)] = error.strerror
-
-    for where, folders, files in os.walk(folder, onerror=note):
+    found, errors = [], []
+    for where, folders, files in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if not name.startswith(".")]     # os.walk obeys this
         for name in files:
             path = os.path.join(where, name)
             is_image = os.path.splitext(name)[1].lower() in ENDINGS
             if is_image and not name.startswith(".") and os.path.isfile(path):      # not a pipe
                 found.append(os.path.relpath(path, folder))
-    return sorted(found), unread
+    return sorted(found), {os.path.relpath(e.filename, folder): e.strerror for e in errors}
 
 
 def reader_loader(dataset, workers, timeout=900, **options):

@@ -44,7 +44,7 @@ KINDS = (CLOSED, BROKEN, LEAKED, EMPTY, SIMILAR, TWICE, SHARED, LONG, UNKNOWN, S
 WRONG = KINDS[:4]                           # … of which these make a data set not sound
 
 
-def check(source, data_root, processes, json_file):
+def check(source, data_root, processes, json_file, allow_outside=False):
     """Look at all of a data set and print what is found -> whether it is sound.
 
     json_file: the file for all findings, or None.
@@ -54,7 +54,7 @@ def check(source, data_root, processes, json_file):
     for name in data.all_names(source, data_root):
         title = "all" if is_pattern(source) else name
         try:
-            split = data.open_split(source, name, data_root)
+            split = data.open_split(source, name, data_root, allow_outside=allow_outside)
             look_over = in_shards if isinstance(split, ShardSplit) else in_memory
             images, texts = look_over(split, title, found)
             its_keys = check_captions(title, texts, found)

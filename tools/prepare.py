@@ -49,20 +49,22 @@ def main():
         fetch(args.name, args.data_root)
     elif args.command == "convert":
         convert(args.source, Path(args.dest), args.images, args.shards, args.skip_missing,
-                args.data_root)
+                args.data_root, args.allow_outside)
     elif args.command == "check":
         system.check_place("--json", args.json)
-        if not check(args.data, args.data_root, args.processes, args.json):
+        if not check(args.data, args.data_root, args.processes, args.json, args.allow_outside):
             sys.exit(1)
     elif args.command == "counts":
-        print("\n".join(counts(args.data, args.data_root)))
+        print("\n".join(counts(args.data, args.data_root, None, args.allow_outside)))
     elif args.command == "shards":
         for name in [args.split] if args.split else data.all_names(args.data, args.data_root):
-            split = open_split(args.data, name, args.data_root)
+            split = open_split(args.data, name, args.data_root, allow_outside=args.allow_outside)
             write_shards(split, args.dest, name, processes=args.processes)
-        print(f"Train on them with --data {args.dest}")
+        print(f"No image was decoded; python -m tools.prepare check {args.dest} looks at all. "
+              f"Train on them with --data {args.dest}")
     elif args.command == "sheet":
-        draw_sheet(open_split(args.data, args.split, args.data_root), args.file)
+        draw_sheet(open_split(args.data, args.split, args.data_root,
+                              allow_outside=args.allow_outside), args.file)
     elif args.command == "paint":
         folder = args.folder or Path(args.data_root) / data.NAMES[args.name]
         sets = {"demo": painter.DEMO, **landscapes.SETS}
@@ -77,7 +79,10 @@ def parse_args():
     root = argparse.ArgumentParser(add_help=False)
     root.add_argument("--data-root", default="data",
                       help="the folder of the known data sets (default: data)")
-    known = argparse.ArgumentParser(add_help=False, parents=[root])
+    outside = argparse.ArgumentParser(add_help=False, parents=[root])
+    outside.add_argument("--allow-outside", action="store_true",
+                         help="read images outside the data's folder, too: paths, links")
+    known = argparse.ArgumentParser(add_help=False, parents=[outside])
     known.add_argument("data", metavar="DATA",
                        help=f"{', '.join(data.NAMES)}, a folder, or a pattern of tar shards")
 
@@ -87,7 +92,7 @@ def parse_args():
     one = add("fetch", "download a published data set and unpack it", root)
     one.add_argument("name", choices=FETCHED)
     one = add("convert", "write an original release, or any layout, as Chinese-CLIP's layout or "
-              "tar shards", root)
+              "tar shards", outside)
     one.add_argument("source", help="DATA as for the other commands; or, with --images, an "
                      "original release: a folder, .zip, .tar, .tar.gz or .tgz")
     one.add_argument("dest", help="the folder to make")
@@ -153,13 +158,14 @@ def fetch(name, data_root):
 # ---- convert
 
 
-def convert(source, dest, images, shards, skip_missing, data_root):
+def convert(source, dest, images, shards, skip_missing, data_root, allow_outside):
     """Write a data set in the Chinese-CLIP layout, or as tar shards, to the new folder `dest`.
 
     `images`: of an original release, the folder of its images; `skip_missing` leaves out those that
     it lacks. The bytes of images do not change. Raises BadInput, and then nothing is at `dest`.
     """
-    if dest.is_symlink() or dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+    taken = dest.exists() and (not dest.is_dir() or any(dest.iterdir()))
+    if taken or dest.is_symlink() or dest.is_mount():       # the folder comes by renaming
         raise BadInput(f"{dest} is there already; name a new folder")
     if images is None and source.endswith((".zip", ".tgz", ".gz")):
         raise BadInput(f"{source}: without images; name their folder with --images")
@@ -168,9 +174,9 @@ def convert(source, dest, images, shards, skip_missing, data_root):
         new.mkdir()
         if images is not None:
             name, captions = open_release(Path(source), part / "unpacked")
-            splits = with_images(captions, Path(images), skip_missing)
+            splits = with_images(captions, Path(images), skip_missing, allow_outside)
         else:
-            splits = ((one, open_split(source, one, data_root))
+            splits = ((one, open_split(source, one, data_root, allow_outside=allow_outside))
                       for one in data.all_names(source, data_root))
         for split_name, split in splits:
             if shards:
@@ -216,14 +222,14 @@ def numeric_ids(names):
 # ---- counts, sheet
 
 
-def counts(source, data_root="data", name=None):
+def counts(source, data_root="data", name=None, allow_outside=False):
     """A line for each split of a data set: what it holds, beside the paper's table 1.
 
     `name`: the name of the set in that table, if not that of the source.
     """
     lines = []
     for split_name in data.all_names(source, data_root):
-        split = open_split(source, split_name, data_root)
+        split = open_split(source, split_name, data_root, allow_outside=allow_outside)
         if isinstance(split, ShardSplit):
             line = (f"{len(split.shards):8,} shards   {len(split):8,} pairs, "
                     f"{split.incomplete():,} of them without image or caption")
