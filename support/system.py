@@ -82,7 +82,7 @@ def write(path, fill, shown=None, part=".part"):
             part.unlink()
         if "DataLoader" in str(error):                  # a reader was killed in this moment
             raise
-        why = error.__context__ or error
+        why = error if isinstance(error, OSError) else f"is the disk full? {error}"
         raise BadInput(f"{shown}: cannot be written ({why}); nothing there was changed") from None
 
 

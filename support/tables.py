@@ -1,4 +1,4 @@
-"""The paper's tables, with measured rows; their intervals, and the recall of a random order.
+"""The paper's tables, with measured rows and their intervals.
 
 A record is the dict of figures of one checkpoint, as --json writes it.
 In the shapes, A is the number of queries that have a correct candidate.
@@ -26,18 +26,6 @@ def against_paper(name, split_name, pairs):
     if published == pairs:
         return ", as in the paper's table 1"
     return f"; the paper's table 1 has {published:,}" if published else ""
-
-
-def chance_recall(correct, candidates):
-    """Recall of a random order of the candidates -> {K: percent}.
-
-    correct: a list of correct candidates for each query; candidates: their number C.
-    All of K different guesses are wrong with probability Π_{k<K} (wrong - k) / (C - k).
-    """
-    wrong = np.array([candidates - len(right) for right in correct if right])               # (A,)
-    factors = [(wrong - k).clip(0) / max(1, candidates - k) for k in range(max(KS))]
-    all_wrong = np.cumprod(factors, axis=0).mean(axis=1).tolist()       # [K - 1], mean of queries
-    return {k: 100 * (1 - all_wrong[k - 1]) for k in KS}
 
 
 def bootstrap_interval(values, groups):
