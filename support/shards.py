@@ -83,9 +83,10 @@ class ShardSplit:
         """-> the number of pair k's caption among those of its image, and these."""
         path, (image, image_size, text, size, is_json, which) = self.row(k)
         with refused_as(f"{self.location(k)}: the caption"):
-            texts = captions_in(read_at(path, text, size, MOST_BYTES), is_json)
-            other = image_size >= 0 and stem_at(path, image) != stem_at(path, text)
-            if other or which >= len(texts):
+            both = min(image_size, size) >= 0
+            other = both and stem_at(path, image) != stem_at(path, text)
+            texts = [] if other else captions_in(read_at(path, text, size, MOST_BYTES), is_json)
+            if which >= len(texts):
                 raise ValueError(f"{path}.index has another one; delete that file")
         return which, texts
 

@@ -129,7 +129,9 @@ def cache_folder():
 def utf8_lines(path):
     """(number from 1, text) of every line. Raises BadInput for one that is not UTF-8."""
     with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
+        for number, line in enumerate(iter(lambda: f.readline(2**26), b""), 1):
+            if len(line) == 2**26:
+                raise BadInput(f"{path}, line {number}: longer than 64 MiB; is it a text file?")
             try:                                        # -sig: without a byte-order mark
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
@@ -348,6 +350,7 @@ HINTS = {
     "out of memory|can't allocate memory": "there is not enough memory; in training a smaller "
                                            "--micro-batch or --grad-checkpointing needs less",
     r"torch\._(dynamo|inductor)": "torch.compile failed; run it without --compile",
+    "recursion depth": "folders or brackets are nested too deeply",
     "EADDRINUSE": "another program uses this port; name another one (MASTER_PORT)",
     "[Cc]onnection": "the connection to another process of this run broke; its error says why"}
 

@@ -50,7 +50,7 @@ def unpack(path, folder, remedy):
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EEXIST,
                                                               errno.ENOTDIR):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].replace(f"{folder}/", "")
         raise BadInput(f"{path}: damaged, encrypted or not safe ({reason}). {remedy}") from None
     os.sync()                                   # the files are on the disk before their folder
 
