@@ -70,6 +70,8 @@ def reserve(folder, name, plan):
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or "
                            f"delete them and {marker.name}")
         system.write_text(marker, plan)
+        for part in folder.glob(f"{name}-*.part"):          # of a killed process
+            part.unlink()
         return lock
     except OSError as error:
         raise BadInput(f"{folder}: shards cannot be written there ({error}); make room or name "

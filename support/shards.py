@@ -328,11 +328,25 @@ def scan(path):
 
     The files of a sample follow each other and have the same name up to the first dot.
     """
-    members, damaged = tar_members(path)
-    rows, size = [], os.path.getsize(path)
+    members, rows, is_whole, size = [], [], False, os.path.getsize(path)
+    senseless = tarfile.TarError, ValueError, OverflowError, RecursionError
+    try:
+        tar = tarfile.open(path, "r:", tarinfo=TarEntry)
+    except senseless as error:
+        raise BadInput(f"{path}: not an uncompressed tar archive ({error}); images are read from "
+                       "anywhere in it, so unpack .gz and the like first") from None
+    with tar, contextlib.suppress(*senseless):
+        for entry in tar_entries(tar):
+            folder, name = posixpath.split(entry.name)
+            stem, _, kind = name.partition(".")
+            if entry.isreg() and stem:                      # macOS puts ._name beside name
+                place = entry.offset_data, entry.size
+                members.append((posixpath.join(folder, stem), kind.lower(), place))
+        is_whole = True
+    damaged = -1 if is_whole else min(tar.offset, size)
     for _, group in itertools.groupby(members, key=lambda member: member[0]):
         group = list(group)
-        files = {kind: (offset, length) for _, kind, offset, length in group}
+        files = {kind: place for _, kind, place in group}
         image = next((files[kind] for kind in IMAGE_TYPES if kind in files), (0, -1))
         text = files.get("txt", files.get("json", (0, -1)))
         is_json, captions = "json" in files and "txt" not in files, 1
@@ -345,28 +359,6 @@ def scan(path):
                 captions = len(captions_in(read_at(path, *text, MOST_BYTES), True))
         rows += [(*image, *text, is_json, which) for which in range(captions)]
     return rows, damaged
-
-
-def tar_members(path):
-    """-> [(name up to the first dot, the rest of it, offset, size) of each file], the damage."""
-    members, damaged = [], -1
-    senseless = tarfile.TarError, ValueError, OverflowError, RecursionError
-    try:
-        tar = tarfile.open(path, "r:", tarinfo=TarEntry)
-    except senseless as error:
-        raise BadInput(f"{path}: not an uncompressed tar archive ({error}); images are read from "
-                       "anywhere in it, so unpack .gz and the like first") from None
-    with tar:
-        try:
-            for entry in tar_entries(tar):
-                folder, name = posixpath.split(entry.name)
-                stem, _, kind = name.partition(".")
-                if entry.isreg() and stem:                  # macOS puts ._name beside name
-                    stem = posixpath.join(folder, stem)
-                    members.append((stem, kind.lower(), entry.offset_data, entry.size))
-        except senseless:
-            damaged = min(tar.offset, os.path.getsize(path))
-    return members, damaged
 
 
 # ---- tar files of strangers

@@ -25,7 +25,7 @@ from PIL import Image
 
 import data
 from data import open_split
-from support import painter
+from support import painter, system
 from support.shard_writer import write_shards
 from support.system import BadInput, filled_beside
 from support.tables import TABLE_1
@@ -250,6 +250,26 @@ def test_headers_that_are_odd_and_sound(tmp_path):
         assert contents(tmp_path / kind) == {"长" * 60 + "/" + "b" * 150: b"abc"}
 
 
+def test_a_text_file_of_one_line_without_an_end(tmp_path):
+    with open(tmp_path / "a.txt", "wb") as f:
+        f.write(b"short\n")
+        f.truncate(2**26 + 6)
+    with pytest.raises(BadInput, match="a.txt, line 2: longer than 64 MiB"):
+        list(system.utf8_lines(tmp_path / "a.txt"))
+
+
+def test_folders_nested_by_the_thousand_are_one_line(tmp_path, image_folder, called):
+    for depth in range(100, 1101, 100):
+        os.makedirs(tmp_path / "release" / ("a/" * depth), exist_ok=True)
+    try:
+        called(prepare, "convert", tmp_path / "release", tmp_path / "out", "--images", image_folder)
+    except BadInput as error:                                                   # from Python 3.13 on rglob does not recurse
+        assert "neither the original COCO-CN" in str(error)
+    except RecursionError as error:
+        assert system.error_line(error).startswith("folders or brackets are nested too deeply")
+    assert left(tmp_path) == ["images", "release"]
+
+
 def test_what_was_left_is_removed_however_deep_it_is(tmp_path, published, called):
     """1,100 folders in one another, as an archive could once make them; a folder without permission; a link, whose target stays."""
     part = published.root / "COCO-CN.ce-clip-part"
@@ -421,6 +441,7 @@ def test_original_releases(release, files, how, tmp_path, image_folder, called):
 
 def test_releases_become_shards(tmp_path, image_folder, called):
     called(prepare, "convert", packed(tmp_path, COCO, "folder"), tmp_path / "out", "--images", image_folder, "--shards")
+    assert not list((tmp_path / "out").glob("*.part"))
     for name, expected in SAID["coco"].items():
         assert sorted(relation(open_split(tmp_path / "out", name))) == sorted((text, [jpeg(number)]) for text, number in expected)
 
@@ -495,7 +516,7 @@ def test_captions_of_no_list_are_said(tmp_path, image_folder, called):
     assert open_split(tmp_path / "out", "train").image_ids == [11, 12] and len(open_split(tmp_path / "out", "train")) == 2
 
 
-def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
+def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called, monkeypatch):
     release = packed(tmp_path, COCO, "folder")
     assert "nor *_imgs.tsv" in stopped(prepare, "convert", release, tmp_path / "out")
     assert "release.tgz: without images; name their folder with --images" in stopped(prepare, "convert", packed(tmp_path, COCO, "tgz"), tmp_path / "out")
@@ -512,7 +533,10 @@ def test_convert_refuses(tmp_path, tsv_folder, image_folder, stopped, called):
     damaged = content[:at] + b"\xff" * 512 + content[at + 512 :]
     (tmp_path / "header.tgz").write_bytes(gzip.compress(damaged))
     assert "after its end there is more" in stopped(prepare, "convert", tmp_path / "header.tgz", tmp_path / "out", "--images", image_folder)
-    (tmp_path / "out").mkdir()                                                  # an empty folder may be there
+    (tmp_path / "out").mkdir()                                                  # an empty folder may be there, unless another disk is
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "is_mount", lambda path: path.name == "out")
+        assert "is there already" in stopped(prepare, "convert", tsv_folder, tmp_path / "out")
     called(prepare, "convert", tsv_folder, tmp_path / "out")
     assert len(contents(tmp_path / "out")) == 6
 
@@ -670,7 +694,7 @@ def test_a_sheet_of_images(called, stopped, tsv_folder, tmp_path):
 
 def test_shards_and_their_counts(called, tsv_folder, tmp_path):
     said = called(prepare, "shards", tsv_folder, tmp_path / "shards", "--split", "valid")
-    assert said.endswith(f"Train on them with --data {tmp_path / 'shards'}\n")
+    assert said.endswith(f"No image was decoded; python -m tools.prepare check {tmp_path / 'shards'} looks at all. Train on them with --data {tmp_path / 'shards'}\n")
     expected = "       1 shards         12 pairs, 0 of them without image or caption\n"
     assert called(prepare, "counts", tmp_path / "shards") == "valid   " + " " + expected
     assert called(prepare, "counts", tmp_path / "shards/valid-*.tar") == "all     " + " " + expected
