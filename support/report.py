@@ -240,14 +240,14 @@ def write_retrieval(path, name, split_name, records, rankings, split, image_embe
     write_page(path, title, parts)
 
 
-def write_classification(path, title, notes, records, names, paths, labels, probabilities):
+def write_classification(path, title, rows, notes, records, names, paths, labels, probabilities):
     """The page of tools/classify.py --report: tables, a sample of images, the worst misses.
 
-    names: of C classes; paths: of I images; labels: I class numbers; probabilities(i) -> (C,) of
-    image i, by the last checkpoint.
+    rows: of the table; names: of C classes; paths: of I images; labels: I class numbers;
+    probabilities(i) -> (C,) of image i, by the last checkpoint.
     """
     last = records[-1]
-    parts = [html_table([list(map(text, row)) for row in tables.class_rows(records)]),
+    parts = [html_table([list(map(text, row)) for row in rows]),
              *paragraphs([*notes, f"Below are results of {last['ckpt']}."])]
     if last["confused"]:
         rows = [["class", "taken for", "images"]]

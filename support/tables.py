@@ -156,33 +156,3 @@ def gain_in_words(change):
     low, high = change["interval"]
     chance = ", which may be chance" if low <= 0 <= high else ""
     return f"{change['mean']:+.1f} ({low:+.1f} to {high:+.1f}{chance})"
-
-
-def class_rows(records):
-    """The table that tools/classify.py prints: the names of its columns, and rows of cells."""
-    rows = [["model", "top-1", "top-5", "mean per class"]]
-    for record in records:
-        top_1 = f"{record['top-1']:5.1f} {plus_minus(record['top-1_interval'])}"
-        rows.append([f"> {record['model']} ({record['ckpt']})", top_1,
-                     f"{record['top-5']:5.1f}", f"{record['mean_per_class']:5.1f}"])
-    return rows
-
-
-def class_notes(records, templates):
-    """How to read class_rows: lines. templates: the number of prompts of a class."""
-    first, *others = records
-    lines = [
-        f"> measured here, towers in {first['precision']}: {first['images']:,} images, "
-        f"{first['classes']:,} classes, {templates} prompt{'s' * (templates > 1)} each. "
-        f"A random guess gives top-1 of {first['chance_top-1']:.1f}.",
-        "±: half of the 95 % interval when the images are resampled (bootstrap, 1,000 draws).",
-    ]
-    for record in others:
-        lines.append(f"top-1 of {record['ckpt']} less that of {first['ckpt']}, with 95 % interval: "
-                     f"{gain_in_words(record['change_of_top-1'])}.")
-    for record in records:
-        pairs = [f"{c['class']} taken for {c['taken_for']}, {c['times']} of {c['of']}"
-                 for c in record["confused"][:5]]
-        if pairs:
-            lines.append(f"most often confused by {record['ckpt']}: {'; '.join(pairs)}")
-    return lines

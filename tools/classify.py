@@ -21,7 +21,8 @@ from support.classes import class_root, listed, open_classes
 from support.images import image_at
 from support.processes import precision_of, start_processes
 from support.system import BadInput, write_json
-from support.tables import align_columns, bootstrap_interval, change_of, class_notes, class_rows
+from support.tables import (align_columns, bootstrap_interval, change_of, gain_in_words,
+                            plus_minus)
 
 # One prompt a line; they vary what is said of the image. A class's embedding is their mean.
 TEMPLATES = Path(__file__).with_name("templates.txt")
@@ -88,6 +89,36 @@ def classify(source, args, device, names, paths, labels, templates):
     return record, right, lambda i: class_probabilities(image_embed[i], class_embed, scale)
 
 
+def class_rows(records):
+    """The table: the names of its columns, and rows of cells."""
+    rows = [["model", "top-1", "top-5", "mean per class"]]
+    for record in records:
+        top_1 = f"{record['top-1']:5.1f} {plus_minus(record['top-1_interval'])}"
+        rows.append([f"> {record['model']} ({record['ckpt']})", top_1,
+                     f"{record['top-5']:5.1f}", f"{record['mean_per_class']:5.1f}"])
+    return rows
+
+
+def class_notes(records, templates):
+    """How to read class_rows: lines. templates: the number of prompts of a class."""
+    first, *others = records
+    lines = [
+        f"> measured here, towers in {first['precision']}: {first['images']:,} images, "
+        f"{first['classes']:,} classes, {templates} prompt{'s' * (templates > 1)} each. "
+        f"A random guess gives top-1 of {first['chance_top-1']:.1f}.",
+        "±: half of the 95 % interval when the images are resampled (bootstrap, 1,000 draws).",
+    ]
+    for record in others:
+        lines.append(f"top-1 of {record['ckpt']} less that of {first['ckpt']}, with 95 % interval: "
+                     f"{gain_in_words(record['change_of_top-1'])}.")
+    for record in records:
+        pairs = [f"{c['class']} taken for {c['taken_for']}, {c['times']} of {c['of']}"
+                 for c in record["confused"][:5]]
+        if pairs:
+            lines.append(f"most often confused by {record['ckpt']}: {'; '.join(pairs)}")
+    return lines
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m tools.classify", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,14 +143,15 @@ def main():
         return
     title = f"{root}: zero-shot classification (%)"
     notes = class_notes(records, len(templates))
-    print("\n".join([title, *align_columns(class_rows(records)), *notes]))
+    rows = class_rows(records)
+    print("\n".join([title, *align_columns(rows), *notes]))
     if args.json is not None:
         write_json(args.json, {"data": str(root), "templates": templates, "results": records})
         print(f"wrote {args.json}")
     if args.report is not None:
         notes.append(f"prompts: {' '.join(templates)}")
         report.write_classification(
-            args.report, title, notes, records, names, paths, labels, probabilities)
+            args.report, title, rows, notes, records, names, paths, labels, probabilities)
         print(f"wrote {args.report}")
 
 
