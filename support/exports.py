@@ -48,7 +48,7 @@ def export(model, path, format="cn-clip"):
 def check_free(path):
     """BadInput unless nothing is at the path and its folder exists."""
     path = Path(path)
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         raise BadInput(f"{path}: is there already; choose another place")
     if not path.absolute().parent.is_dir():
         raise BadInput(f"{path}: its folder {path.absolute().parent} does not exist")

@@ -6,6 +6,7 @@ is refused with the tensor's name. Reading and exporting use the same tables, in
     names             for each layout: our name -> the name there; see class Layout
     transposed        a Linear's (D, C) in transformers; matrices (C, D) in ours, as in CLIP
     skipped           beginnings of keys that are left out; for one tower, also the other's
+    sizes             the fields of Config that describe each tower
     config.json       Config's fields -> keys in config.json of transformers
     required          the values in config.json that our model needs
     files, cn_clip    what is exported for transformers; cn_clip's names of our sizes

@@ -97,11 +97,12 @@ class Run:
             self._check_settings(state["settings"])
             groups = self.optimizer.state_dict()["param_groups"]        # not those of the file
             self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
+            state["optimizer"]["state"].clear()             # a moment is freed when it is copied
             for p, moments in self.optimizer.state.items():
                 taken = float(moments["step"])
-                for name in ("exp_avg", "exp_avg_sq"):
+                for name, least in (("exp_avg", -math.inf), ("exp_avg_sq", 0)):
                     x = moments[name]                           # AdamW writes past a moment's end
-                    fits = x.shape == p.shape and x.isfinite().all()
+                    fits = x.shape == p.shape and x.isfinite().all() and x.min() >= least
                     if not fits or not 0 <= taken <= state["step"]:
                         raise ValueError("the optimizer's moments do not fit the parameters")
                     moments[name] = torch.empty_like(p).copy_(x)        # in memory of its own

@@ -1,13 +1,11 @@
 """Checkpoints: our own format, written and read, and every released format, read.
 
-    ours                  {"format", "config", "model"}; a snapshot adds what the run resumes from
-    Chinese-CLIP          {"state_dict": {"module.visual…", "module.bert…"}}, or the inner table
-    Hugging Face          a folder of ChineseCLIPModel: config.json with .safetensors or .bin files
-    OpenAI CLIP           for stage 1, the vision tower alone: TorchScript, .pt, Hugging Face
-    BERT, RoBERTa, RBT3   for stage 1, the text tower alone: .safetensors or .bin of Hugging Face
+    ours                {"format", "config", "model"}; a snapshot adds what the run resumes from
+    Chinese-CLIP        {"state_dict": {"module.visual…", "module.bert…"}}, or the inner table
+    Hugging Face        a folder of ChineseCLIPModel: config.json with .safetensors or .bin files
+    OpenAI CLIP, BERT   for stage 1, a vision or a text tower alone
 
-The content tells the format, and the tensors' shapes the sizes. Each tensor of a file is used, or
-it is on a short list, or the file is refused with the tensor's name. No code of a file ever runs.
+The content tells the format, and the tensors' shapes the sizes.
 """
 import argparse
 import dataclasses
@@ -29,12 +27,7 @@ from support.weight_files import open_file, open_folder
 
 FORMAT = "ce-clip 1"
 NAMES = TABLES["released"]              # name -> repository and file on the Hugging Face hub
-
-# The fields of Config that describe each tower.
-TOWER_SIZES = {
-    "vision": "embed_dim image_size vision_layers vision_width vision_heads patch_size".split(),
-    "text": "text_layers text_width text_heads text_dropout vocab_size text_positions".split(),
-}
+TOWER_SIZES = TABLES["sizes"]           # the fields of Config that describe each tower
 
 # ---- a file and a model
 
@@ -183,12 +176,12 @@ def read_towers(vision, text, config=None):
     sources = {"vision": vision, "text": text}
     states = {tower: read(source, tower) for tower, source in sources.items() if source is not None}
     config = config or closest_config(states["vision"]["config"])
-    sizes, tensors, skipped = dataclasses.asdict(config), {}, []
-    for tower, state in states.items():
+    sizes, tensors = dataclasses.asdict(config), {}
+    for state in states.values():
         sizes |= state["config"]
         tensors |= state["model"]
-        if state.get("skipped"):
-            skipped.append(f"{state['skipped']} of {sources[tower]}")
+    skipped = [f"{state['skipped']} of {sources[tower]}" for tower, state in states.items()
+               if state.get("skipped")]
     try:
         empty_model(Config(**sizes))
     except ValueError as error:
@@ -223,11 +216,12 @@ def resized(state, image_size):
 def trained_on(state):
     """What `read` gives -> [(value of --data, stage), …]: the training of these weights so far."""
     settings = state.get("settings")
-    if not isinstance(settings, dict):
+    try:
+        runs = [(str(data), str(stage)) for data, stage in settings.get("seen") or []]  # earlier
+        if state.get("step"):
+            runs.append((str(settings.get("data")), settings.get("stage")))
+    except (AttributeError, RuntimeError, TypeError, ValueError):       # no settings of ours
         return []
-    runs = [tuple(map(str, run)) for run in settings.get("seen") or []]         # earlier ones
-    if state.get("step"):
-        runs.append((str(settings.get("data")), settings.get("stage")))
     return runs
 
 
@@ -250,7 +244,7 @@ def main():
     count, side = sum(p.numel() for p in model.parameters()), model.cfg.image_size
     print(f"{args.source}: {state.get('layout', 'CE-CLIP')}, {name_of(model.cfg)}, "
           f"{count:,} parameters, images of {side} x {side}, "
-          f"temperature {1 / model.logit_scale.exp().item():.4f}")
+          f"temperature {(-model.logit_scale).exp().item():.4f}")
     if state.get("skipped"):
         print(f"left out: {state['skipped']}")
     if args.export is not None:

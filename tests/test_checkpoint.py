@@ -1,4 +1,5 @@
 """Checkpoints: a round trip, atomic writing, every released format in and two out, and refusal of everything that is not exactly right."""
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -215,14 +216,14 @@ TERABYTE = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
 
 
 @pytest.mark.parametrize("write, message", [
-    (lambda path: torch.save({"a": torch.zeros(()).expand(2**34)}, path), "a is no plain tensor: .*expanded"),
-    (lambda path: torch.save({"optimizer": [torch.zeros(1).expand(2**40)]}, path), "optimizer is no plain tensor"),
+    (lambda path: torch.save({"a": torch.zeros(()).expand(2**34)}, path), "a is sparse, .*expanded"),
+    (lambda path: torch.save({"optimizer": [torch.zeros(1).expand(2**40)]}, path), "optimizer is sparse, "),
     (lambda path: torch.save(dict.fromkeys(range(100), torch.zeros(2**18)), path), "would take 104,857,600 bytes"),
     (deflated, "unpacks to far more"), (named_twice, "two entries of a name"), (torchscript, "would take 1,048,576,000 bytes"),
-    (pickled(b"}K\1cbuiltins\nbytearray\n\x8a\6\0\0\0\0\0\1\x85Rs"), r"\(builtins.bytearray\); it could run code"),
+    (pickled(b"}K\1cbuiltins\nbytearray\n\x8a\6\0\0\0\0\0\1\x85Rs"), r"\(bytearray\); it could run code"),
     (pickled(b"}r\xff\xff\xff\x7f"), "a pickle"), (pickled(b"}X\0\0\0\1" + bytes(2**24) + b"K\1s"), "not a readable checkpoint"),
     (announced({"a": TERABYTE}), "a does not lie where the header says"), (announced({"a": TERABYTE | {"shape": [0, 2**70]}}), "not a readable"),
-    (announced({}, 2**60), "longer than the 100 MB"), (announced([1]), "it holds a list"), (announced("a"), "it holds a str"), (announced({"a": 3}), "not a readable"),
+    (announced({}, 2**60), "over 8,388,608 bytes"), (announced([1]), "no object"), (announced("a"), "no object"), (announced({"a": 3}), "not a readable"),
     (announced({"a": TERABYTE | {"dtype": ["F32"]}}), "not a readable"), (announced({"a" * 10**6: TERABYTE}), "a does not lie where"),
     (lambda path: path.write_bytes(b""), "no file of weights"), (lambda path: path.write_text("<html>404"), "no file of weights"), (lambda path: path.mkdir(), "a folder without"),
 ])
@@ -234,13 +235,18 @@ def test_a_small_file_cannot_ask_for_much_memory_or_time(write, message, tmp_pat
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
-def test_an_attribute_of_a_tensor_hides_nothing(tmp_path):
+def test_an_attribute_of_a_tensor_or_table_hides_nothing(tmp_path):
     checkpoint.save(tmp_path / "a.pt", build(VIT))
     state = torch.load(tmp_path / "a.pt")
     state["model"]["text.norm.weight"] = torch.nn.Parameter(torch.full((48,), float("nan")))
     state["model"]["text.norm.weight"].isfinite = torch.Tensor              # torch.Tensor().all() is true
     torch.save(state, tmp_path / "a.pt")
-    with pytest.raises(BadInput, match="_rebuild_parameter_with_state.* refused"):
+    with pytest.raises(BadInput, match="text.norm.weight holds NaN"):
+        checkpoint.load(tmp_path / "a.pt")
+    state["model"] = collections.OrderedDict(state["model"], extra=torch.ones(1))
+    state["model"].keys = torch.Size
+    torch.save(state, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="extra is unknown"):
         checkpoint.load(tmp_path / "a.pt")
 
 
@@ -265,7 +271,7 @@ def test_a_checksum_beside_a_file_is_verified(tmp_path, recwarn):
 @pytest.mark.parametrize("harm, fits", [
     (lambda a, b: a.update(exp_avg=a["exp_avg"].double()), True), (lambda a, b: a.update(exp_avg=a["exp_avg"].T.contiguous().T), True),
     (lambda a, b: a.update(exp_avg=a["exp_avg_sq"]), True), (lambda a, b: a.update(step=b["step"]), True), (lambda a, b: a.update(step=2), True),
-    (lambda a, b: a.update(exp_avg=torch.zeros(2)), False), (lambda a, b: a.update(exp_avg=a["exp_avg"] / 0), False), (lambda a, b: a.update(step=torch.ones(3)), False),
+    (lambda a, b: a.update(exp_avg=torch.zeros(2)), False), (lambda a, b: a.update(exp_avg=a["exp_avg"] / 0), False), (lambda a, b: a.update(exp_avg_sq=-a["exp_avg_sq"]), False), (lambda a, b: a.update(step=torch.ones(3)), False),
     (lambda a, b: a.update(step=torch.tensor(float("nan"))), False), (lambda a, b: a.update(step=torch.tensor(9.0)), False), (lambda a, b: a.pop("step"), False), (lambda a, b: a.clear(), False),
 ])
 def test_moments_of_a_stranger_get_memory_of_their_own(harm, fits, tmp_path):
@@ -679,6 +685,7 @@ def test_export_refuses_what_others_could_not_read(tmp_path, small_sizes):
         (CLIP(peers.VIT), "there.pt", "cn-clip", "is there already"),
         (CLIP(peers.VIT), "", "huggingface", "is there already"),
         (CLIP(peers.VIT), "no/where.pt", "cn-clip", "does not exist"),
+        (CLIP(peers.VIT), "x" * 300, "cn-clip", "x: cannot be written .*too long"),
         (CLIP(peers.VIT), "there.pt/a.pt", "cn-clip", "does not exist"),
         (CLIP(peers.RESNET), "a", "huggingface", "transformers has no ChineseCLIPModel with a ResNet"),
         (CLIP(dataclasses.replace(peers.VIT, vision_heads=6)), "a.pt", "cn-clip", "its readers take 3 for the vision tower; this model has 6"),
