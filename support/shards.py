@@ -368,11 +368,11 @@ class TarEntry(tarfile.TarInfo):
     """An entry of a tar whose headers are not trusted. Raises ValueError for senseless ones."""
 
     def _proc_member(self, tar):                            # tarfile calls it for each header
-        if self.type == tarfile.XGLTYPE:                    # about the whole archive: not used
-            return self._proc_builtin(tar)
-        most = 2**20 if self.type in b"LKxX" else 2**50     # a long name, or pax, of the next
+        most = 2**20 if self.type in b"LKxXg" else 2**50    # a long name, or more, of what follows
         if self.type == tarfile.GNUTYPE_SPARSE or not 0 <= self.size <= most:
             raise ValueError(f"a header is of a sparse file, or of {self.size:,} bytes")
+        if self.type == tarfile.XGLTYPE:                    # about the whole archive: not used
+            return self._proc_builtin(tar)
         return super()._proc_member(tar)
 
     def _proc_pax(self, tar):

@@ -213,7 +213,7 @@ def tar_header(kind, size, name="x"):
 
 
 PAX = lambda record: tar_header(b"x", len(record)) + record.ljust(512, b"\0")
-HEADERS = {**{f"{name} of {size:,}": tar_header(kind, size) for name, kind in (("long name", b"L"), ("long link", b"K"), ("pax", b"x"), ("Solaris", b"X")) for size in (2**31, -512)},
+HEADERS = {**{f"{name} of {size:,}": tar_header(kind, size) for name, kind in (("long name", b"L"), ("long link", b"K"), ("pax", b"x"), ("Solaris", b"X"), ("global", b"g")) for size in (2**31, -512)},
            "file of -512": tar_header(b"0", -512), "file of 2^60": tar_header(b"0", 2**60), "pax size of -1536": PAX(b"14 size=-1536\n") + tar_header(b"0", 0), "pax size of 2^60": PAX(b"28 size=1152921504606846976\n") + tar_header(b"0", 0),
            "chain": (tar_header(b"L", 2) + b"a\0".ljust(512, b"\0")) * 2000, "pax of no length": PAX(b"0 a=b\n"), "sparse in pax": PAX(b"22 GNU.sparse.major=1\n") + tar_header(b"0", 0)}
 
