@@ -27,7 +27,7 @@ import data
 from data import open_split
 from support import painter, system
 from support.shard_writer import write_shards
-from support.system import BadInput, filled_beside
+from support.system import BadInput, filled_beside, remove_folder
 from support.tables import TABLE_1
 from tools import check, landscapes, prepare, releases
 from tools.check import BLIND, BROKEN, CLOSED, EMPTY, LEAKED, LONG, SHARED, SILENT, SIMILAR, TWICE, UNKNOWN
@@ -258,9 +258,23 @@ def test_a_text_file_of_one_line_without_an_end(tmp_path):
         list(system.utf8_lines(tmp_path / "a.txt"))
 
 
-def test_folders_nested_by_the_thousand_are_one_line(tmp_path, image_folder, called):
-    for depth in range(100, 1101, 100):
-        os.makedirs(tmp_path / "release" / ("a/" * depth), exist_ok=True)
+@pytest.fixture
+def nested():
+    """A function that makes a folder with 1,100 folders in one another. They are removed, because pytest cannot."""
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        for depth in range(100, 1101, 100):
+            os.makedirs(folder / ("a/" * depth), exist_ok=True)
+    yield make
+    for folder in made:
+        if folder.exists():
+            remove_folder(folder)
+
+
+def test_folders_nested_by_the_thousand_are_one_line(nested, tmp_path, image_folder, called):
+    nested(tmp_path / "release")
     try:
         called(prepare, "convert", tmp_path / "release", tmp_path / "out", "--images", image_folder)
     except BadInput as error:                                                   # from Python 3.13 on rglob does not recurse
@@ -270,11 +284,10 @@ def test_folders_nested_by_the_thousand_are_one_line(tmp_path, image_folder, cal
     assert left(tmp_path) == ["images", "release"]
 
 
-def test_what_was_left_is_removed_however_deep_it_is(tmp_path, published, called):
+def test_what_was_left_is_removed_however_deep_it_is(nested, tmp_path, published, called):
     """1,100 folders in one another, as an archive could once make them; a folder without permission; a link, whose target stays."""
     part = published.root / "COCO-CN.ce-clip-part"
-    for depth in range(100, 1101, 100):
-        os.makedirs(part / ("a/" * depth), exist_ok=True)
+    nested(part)
     (part / "b/c").mkdir(parents=True)
     (part / "link").symlink_to(tmp_path / "made")
     os.chmod(part / "b", 0)
