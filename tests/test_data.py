@@ -363,13 +363,17 @@ def test_killed_at_any_moment_shards_are_whole_and_the_next_call_goes_on(tsv_fol
         time.sleep(0.01)
     with pytest.raises(BadInput, match="out: another process is writing shards there"):
         write_shards(split, out, "train", per_shard=2)
+    with pytest.raises(BadInput, match="out: another process is writing shards there"):
+        write_shards(split, out, "train", per_shard=3)                          # it looks at what is there when it has the lock
     parent.kill()
     parent.join()
     time.sleep(0.3)                                                             # its workers would write on
+    (out / "train-000009.tar.index.123.part").touch()
     done = {path.name: path.read_bytes() for path in out.glob("*.tar")}
     assert 0 < len(done) < 6 and done.items() <= whole.items()
     write_shards(split, out, "train", per_shard=2, processes=2)
     assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == whole
+    assert not list(out.glob("*.part"))
 
 
 def test_an_index_is_made_once_for_each_state_of_a_shard(tmp_path, monkeypatch):
