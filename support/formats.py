@@ -225,8 +225,7 @@ def named_tensors(content, path):
         raise BadInput(f"{path}: not a checkpoint: it holds no table of named tensors")
     renamed = {}
     for key in list(tensors):
-        name = key.removeprefix("module.")
-        name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        name = key.removeprefix("module.").replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name in renamed:
             raise BadInput(f"{path}: two of its tensors have the name {name[:100]}")
@@ -318,9 +317,8 @@ def config_json_sizes(path, layout, towers):
     words = folder / "vocab.txt"
     if "text" in towers and words.is_file():
         with open(words, encoding="utf-8", errors="replace") as f:
-            same = f.read(2**20).split() == VOCAB.read_text(encoding="utf-8").split()
-        if not same:
-            raise BadInput("its vocab.txt holds other tokens than tokenizer/vocab.txt")
+            if f.read(2**20).split() != VOCAB.read_text(encoding="utf-8").split():
+                raise BadInput("its vocab.txt holds other tokens than tokenizer/vocab.txt")
     if not (folder / "config.json").is_file():
         return sizes
     config = read_json(folder / "config.json")

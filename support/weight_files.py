@@ -64,12 +64,13 @@ def read_any(path, mapped, most, has_checksum):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries, names = archive.infolist(), archive.namelist()
-            if sum(entry.file_size for entry in entries) > most or len(set(names)) < len(names):
+            different = {name.lower() for name in names}        # torch does not know a from A
+            if sum(entry.file_size for entry in entries) > most or len(different) < len(names):
                 raise zipfile.BadZipFile("it unpacks to far more, or has two entries of a name")
             if archive.testzip():                       # torch.load does not verify checksums
                 raise zipfile.BadZipFile("a checksum is wrong")
             for name in names:
-                if name.endswith("/data.pkl"):
+                if name.lower().endswith("/data.pkl"):
                     check_pickles(archive.open(name).read(MOST_TEXT), 1)
             if any(name.endswith("/constants.pkl") for name in names):
                 return read_torchscript(archive)

@@ -175,12 +175,12 @@ def test_compressed_files_are_read(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values()))
 
 
-def pickled(*code):
+def pickled(*code, name="a/data.pkl"):
     """A file of torch whose table of contents is this pickle."""
     def write(path):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a/version", "3")
-            archive.writestr("a/data.pkl", b"\x80\x02" + b"".join(code) + b".")
+            archive.writestr(name, b"\x80\x02" + b"".join(code) + b".")
     return write
 
 
@@ -221,6 +221,7 @@ TERABYTE = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
     (lambda path: torch.save(dict.fromkeys(range(100), torch.zeros(2**18)), path), "would take 104,857,600 bytes"),
     (deflated, "unpacks to far more"), (named_twice, "two entries of a name"), (torchscript, "would take 1,048,576,000 bytes"),
     (pickled(b"}K\1cbuiltins\nbytearray\n\x8a\6\0\0\0\0\0\1\x85Rs"), r"\(bytearray\); it could run code"),
+    (pickled(b"}K\1cbuiltins\nbytearray\n\x8a\6\0\0\0\0\0\1\x85Rs", name="a/DATA.PKL"), r"\(bytearray\); it could run code"),
     (pickled(b"}r\xff\xff\xff\x7f"), "a pickle"), (pickled(b"}X\0\0\0\1" + bytes(2**24) + b"K\1s"), "not a readable checkpoint"),
     (announced({"a": TERABYTE}), "a does not lie where the header says"), (announced({"a": TERABYTE | {"shape": [0, 2**70]}}), "not a readable"),
     (announced({}, 2**60), "over 8,388,608 bytes"), (announced([1]), "no object"), (announced("a"), "no object"), (announced({"a": 3}), "not a readable"),
