@@ -36,7 +36,8 @@ import data
 from data import data_name
 from support.features import Store
 from support.images import normalize, reader_loader, to_uint8
-from support.processes import all_gather_rows, own_batches, precision_of, start_processes
+from support.processes import (all_gather_objects, precision_of, rank_and_world,
+                               start_processes)
 from support.shards import is_pattern
 from support.system import BadInput, write_json
 from support.tables import KS, add_intervals, table
@@ -130,6 +131,27 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0, image
     text_embed = embed_texts(model, split.ids, autocast, batch_size)
     model.train(was_training)
     return image_embed, text_embed
+
+
+def own_batches(count, batch_size):
+    """This process's batches of 0 … count - 1, as ranges.
+
+    The batches do not depend on the number of processes, so neither does the rounding of results.
+    """
+    rank, world_size = rank_and_world()
+    starts = range(0, count, batch_size)[rank::world_size]
+    return [range(start, min(start + batch_size, count)) for start in starts]
+
+
+def all_gather_rows(batches, rows, whole):
+    """Fill `whole` with the rows that all processes have computed -> whole, the same on each.
+
+    batches: ranges of own_batches. rows: for each batch its rows of `whole`.
+    """
+    for some_batches, some_rows in all_gather_objects((batches, rows)):
+        for batch, x in zip(some_batches, some_rows):
+            whole[batch.start : batch.stop] = x
+    return whole
 
 
 # ---- recall

@@ -2,8 +2,7 @@
 
     device, rank, world_size = start_processes()                # under torchrun: joins the others
     autocast, name = precision_of("auto", device)
-    for batch in own_batches(len(split), 128): …                # this process's share of the work
-    whole = all_gather_rows(batches, rows, whole)               # the results of all processes
+    everything = all_gather_objects(mine)                       # what each process passes
 
 loss.py shows what the loss exchanges, train.py (`GradientSum`) how gradients are summed.
 """
@@ -104,27 +103,6 @@ def barrier():
     """Return when every process has called it."""
     if dist.is_initialized():
         dist.barrier()
-
-
-def own_batches(count, batch_size):
-    """This process's batches of 0 … count - 1, as ranges.
-
-    The batches do not depend on the number of processes, so neither does the rounding of results.
-    """
-    rank, world_size = rank_and_world()
-    starts = range(0, count, batch_size)[rank::world_size]
-    return [range(start, min(start + batch_size, count)) for start in starts]
-
-
-def all_gather_rows(batches, rows, whole):
-    """Fill `whole` with the rows that all processes have computed -> whole, the same on each.
-
-    batches: ranges of own_batches. rows: for each batch its rows of `whole`.
-    """
-    for some_batches, some_rows in all_gather_objects((batches, rows)):
-        for batch, x in zip(some_batches, some_rows):
-            whole[batch.start : batch.stop] = x
-    return whole
 
 
 # ---- precision

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 
 import checkpoint
-from evaluate import embed_images, embed_texts, encode_images
+from evaluate import embed_images, embed_texts, encode_images, own_batches
 from support.captions import is_text
 from support.images import decoded, image_at, image_files
-from support.processes import own_batches, precision_of
+from support.processes import precision_of
 from support.system import BadInput
 from tokenizer import Tokenizer
 
