@@ -103,7 +103,7 @@ class Run:
                 for name, least in (("exp_avg", -math.inf), ("exp_avg_sq", 0)):
                     x = moments[name]                           # AdamW writes past a moment's end
                     fits = x.shape == p.shape and x.isfinite().all() and x.min() >= least
-                    if not fits or not 0 <= taken <= state["step"]:
+                    if not fits or not 0 <= taken <= self.settings["total_steps"]:
                         raise ValueError("the optimizer's moments do not fit the parameters")
                     moments[name] = torch.empty_like(p).copy_(x)        # in memory of its own
                 moments["step"] = torch.tensor(taken, device=p.device)
