@@ -7,27 +7,35 @@ import multiprocessing
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 import tarfile
 import time
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, bomb, jpeg, png, write_tar, write_tsv_split
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torch.utils.data import DataLoader
 
+import checkpoint
 import data
+import evaluate
 from data import Batches, open_split, training_loader
-from support import images as support_images, shards
+from model import CLIP, CONFIGS
+from support import images as support_images, run, shards
 from support.captions import sentence_key
 from support.images import decoded, jpeg_decoder, jpeg_pixels, resized, to_rgb, to_uint8, training_pixels
 from support.shard_writer import write_shards
+from support.settings import parse_args
 from support.shards import ShardOrder, opened_index, scan, shards_of
 from support.system import BadInput
+from tools import classify, prepare, search
+from tools.check import check
 
 
 # ---------------------------------------------------------------------------------------------------------------- layouts
@@ -183,6 +191,84 @@ def test_damaged_caption_files(tmp_path, rows, message):
     with pytest.raises(BadInput) as caught:
         open_split(tmp_path, "train")
     assert message in str(caught.value)
+
+
+OUTSIDE = {
+    "absolute": ("{tmp}/private/secret.png", None), "..": ("../private/secret.png", None), "a detour": ("sub/../../private/secret.png", None),
+    "Windows": ("sub\\..\\..\\private\\secret.png", None), "a link": ("l.png", "../private/secret.png"), "a link to a folder": ("l/secret.png", "../private"),
+    "a link of a link": ("l.png", "sub/m.png"),
+}
+
+
+@pytest.mark.parametrize("image, link", OUTSIDE.values(), ids=OUTSIDE)
+def test_captions_do_not_read_outside_their_folder(tmp_path, called, stopped, image, link):
+    own, secret = tmp_path / "own", tmp_path / "private/secret.png"
+    write_folder(own, [("a.png", "猫", "test")], columns="image,caption,split")
+    secret.parent.mkdir()
+    secret.write_bytes(png(seed=99))
+    (own / "sub").mkdir()
+    (own / "sub/m.png").symlink_to(secret)
+    if link:
+        (own / image.split("/")[0]).symlink_to(link)
+    image = image.format(tmp=tmp_path)
+    with open(own / "captions.csv", "a") as f:
+        f.write(f'\n"{image}",外面,test')
+    line = stopped(prepare, "shards", own, tmp_path / "shards")
+    shown = image.replace("\\", "/").replace("sub/../", "")
+    assert line == f"{own}/captions.csv, line 3: {shown} is outside the folder; --allow-outside reads it"
+    with pytest.raises(BadInput, match="line 3: .* is outside the folder"):
+        open_split(own, "test")
+    assert "2 images" in called(prepare, "counts", own, "--allow-outside")
+    assert open_split(own, "test", allow_outside=True).image_bytes(1) == png(seed=99)
+
+
+def test_every_program_that_reads_captions_refuses_images_outside_and_has_the_flag(tmp_path, called, stopped, stops, capsys):
+    own = tmp_path / "own"
+    rows = [("a.png", "猫", "train"), ("bb.png", "狗", "valid"), ("ccc.png", "鸟", "test")]
+    write_folder(own, rows, columns="image,caption,split")
+    (own / "captions.csv").write_text("image,caption,split\na.png,猫,train\nbb.png,狗,valid\n../ccc.png,鸟,test\n")
+    (own / "ccc.png").rename(tmp_path / "ccc.png")
+    word = "captions.csv, line 4: ../ccc.png is outside the folder; --allow-outside reads it"
+    checkpoint.save(tmp_path / "tiny.pt", CLIP(CONFIGS["tiny"]))
+    assert word in stops("train.py", "--stage", 2, "--data", own, "--out", tmp_path / "run")
+    args = evaluate, "--ckpt", tmp_path / "tiny.pt", "--data", own, "--workers", 0
+    assert word in stopped(*args)
+    assert "own" in called(*args, "--allow-outside")
+    for command in (["counts", own], ["shards", own, tmp_path / "s"], ["convert", own, tmp_path / "c"], ["sheet", own, tmp_path / "s.png"]):
+        assert word in stopped(prepare, *command)
+        called(prepare, *command, "--allow-outside")
+    assert not check(str(own), "data", 1, None) and word in capsys.readouterr().out
+    assert check(str(own), "data", 1, None, allow_outside=True)
+    assert parse_args(["--stage", "2", "--allow-outside"]).allow_outside and "allow_outside" in run.MAY_CHANGE_ON_RESUME
+
+
+def test_paths_and_links_that_stay_in_the_folder_are_read(tmp_path):
+    own = tmp_path / "own"
+    write_folder(own, [("a.png", "猫", "test"), ("sub/b.png", "狗", "test")], columns="image,caption,split")
+    (own / "l.png").symlink_to("sub/b.png")
+    (own / "l").symlink_to("sub")
+    (tmp_path / "root").symlink_to(own)                                         # the folder itself may be a link
+    text = f"image,caption,split\nsub/../a.png,甲,test\n.//a.png,乙,test\nl.png,丙,test\nl/b.png,丁,test\n{own}/sub/b.png,戊,test\n"
+    (own / "captions.csv").write_text(text, encoding="utf-8")
+    split = open_split(tmp_path / "root", "test")
+    assert split.image_ids == ["a.png", "l.png", "l/b.png", f"{own}/sub/b.png"] and split.positives == [[0], [0], [1], [2], [3]]
+
+
+@pytest.mark.parametrize("image", ["a\0b.png", "x" * 5000 + ".png", "x/" * 2400 + "a.png", "sub", ".", "pipe.png", "zero.png", "loop.png", "a.png\nerror: b"],
+                         ids=["NUL", "5,000 letters", "2,400 folders", "a folder", "itself", "a pipe", "a device", "a link to itself", "a line end"])
+def test_a_name_that_is_no_image_is_one_line_and_does_not_hang(tmp_path, image):
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    (tmp_path / "captions.jsonl").write_text(json.dumps({"image": image, "caption": "猫"}))
+    with pytest.raises(BadInput, match="captions.jsonl, line 1: there is no image") as caught:
+        open_split(tmp_path, "train")
+    assert "\n" not in str(caught.value)
+    os.mkfifo(tmp_path / "captions.csv")                                        # is no captions file
+    (tmp_path / "captions.jsonl").unlink()
+    with pytest.raises(BadInput, match="no captions.csv or captions.jsonl with rows"):
+        open_split(tmp_path, "train")
 
 
 def test_unknown_places(tmp_path):
@@ -631,6 +717,124 @@ def test_images_are_seen_as_a_person_sees_them():
 def test_palette_images_become_rgb_before_they_are_resized():
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).convert("P")
     assert torch.equal(to_uint8(colours, 24), to_uint8(colours.convert("RGB"), 24))
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_postscript_program_is_no_image_and_is_run_by_no_reader(tmp_path, monkeypatch, called, stopped):
+    """A `gs` on PATH that leaves a mark stands for Ghostscript, which Pillow starts for EPS."""
+    mark, word = tmp_path / "mark", "not an image in a format that is read"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/gs").write_text(f"#!/bin/sh\ntouch {mark}\n")
+    (tmp_path / "bin/gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("CE_CLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)                      # it remembers a search
+    with pytest.raises(OSError):
+        Image.open(io.BytesIO(EPS)).load()
+    mark.unlink()                                                               # so the mark works
+    checkpoint.save(tmp_path / "tiny.pt", CLIP(CONFIGS["tiny"]))
+    rows = [(f"{split}{name}", f"{split}，{name}", split) for split in ("train", "test") for name in ("a.png", "b.png", "x.jpg", "x.png", "x.tif")]
+    own = tmp_path / "own"
+    write_folder(own, rows, columns="image,caption,split")
+    for path in own.glob("*x.*"):
+        path.write_bytes(EPS)
+    ckpt = "--ckpt", tmp_path / "tiny.pt", "--workers", 0
+
+    assert word in stopped(evaluate, "--data", own, *ckpt)
+    assert not check(str(own), "data", 1, None) and not check(str(own), "data", 2, None)
+    called(search, "猫", "--images", own, *ckpt)
+    assert word in stopped(search, "--image", own / "trainx.jpg", "--images", own, *ckpt)
+    split = open_split(own, "train")
+    for data_set in (split, write_shards(split, tmp_path / "shards", "train") or open_split(tmp_path / "shards", "train")):
+        for workers in (0, 1):
+            *_, bad = next(iter(training_loader(data_set, 32, [range(5)], workers)))
+            assert len({report["pair"] for report in bad}) == 3 and all(word in report["reason"] for report in bad)
+    assert word in stopped(evaluate, "--data", tmp_path / "shards/train-000000.tar", *ckpt)
+    for path in own.glob("test*"):
+        for name in "猫狗":
+            (tmp_path / "classes" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "classes" / name / path.name).write_bytes(path.read_bytes())
+    assert word in stopped(classify, tmp_path / "classes", *ckpt)
+    called(prepare, "convert", own, tmp_path / "converted")                     # bytes that it does not open
+    with pytest.raises(SystemExit):
+        called(prepare, "check", tmp_path / "converted")
+    for name in ("a", "b"):
+        (own / f"test{name}.png").write_bytes(EPS)
+    assert word in stopped(prepare, "sheet", own, tmp_path / "sheet.png")
+    assert not mark.exists()
+
+
+def test_the_formats_that_are_read_are_named():
+    for kind in support_images.FORMATS:                                         # Image.open takes names that it knows alone
+        assert kind in (Image.init(), Image.OPEN)[1]
+        assert decoded(lambda: saved(PLAIN, kind), "it").mode == "RGB"
+    assert decoded(lambda: saved(PLAIN, "MPO", save_all=True, append_images=[PLAIN]), "it").size == (70, 50)
+    for kind in ("EPS", "ICNS", "PCX", "SGI", "IM", "SPIDER", "PDF"):
+        with pytest.raises(BadInput, match="not an image in a format that is read: JPEG, PNG, WebP"):
+            decoded(lambda: saved(PLAIN.convert("F") if kind == "SPIDER" else PLAIN, kind), "it")
+
+
+def test_large_greys_and_transparent_images_are_converted_with_little_memory_to_the_same_pixels():
+    """All 16-bit values, those of mode I that are cut off, every colour with every opacity: against what needs several times as much memory."""
+    values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    wide = np.array([[-(2**31), -1, 0, 256, 257, 65535, 65536, 2**31 - 1], range(1000, 65536, 8192)], dtype=np.int32)
+    for image, grey in ((Image.fromarray(values), values), (Image.frombytes("I;16B", (256, 256), values.astype(">u2").tobytes()), values),
+                        (Image.frombytes("I;16L", (256, 256), values.astype("<u2").tobytes()), values), (Image.fromarray(wide), wide)):
+        assert image.mode.startswith("I") and np.array_equal(np.array(to_rgb(image))[..., 0], grey.astype(np.int64).clip(0, 65535) // 257)
+    colour, alpha = np.mgrid[:256, :256].astype(np.uint8)
+    image = Image.fromarray(np.stack([colour, 255 - colour, colour ^ alpha, alpha], axis=2))
+    for image in (image, image.convert("LA"), image.convert("P")):
+        exact = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+        assert np.array_equal(np.array(to_rgb(image)), np.array(exact))
+
+
+def chunks_added(encoded, kind, content):
+    """A PNG with one more chunk, after its header."""
+    return encoded[:33] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)) + encoded[33:]
+
+
+def test_what_takes_far_more_time_or_words_than_its_size_is_refused_or_silent():
+    """A JPEG of 244 kB whose scans pass over its pixels 20,000 times (12 s); EXIF with 40,000 tags, for each of which Pillow warns."""
+    image = saved(photo(64, 48), progressive=True)
+    last = image[image.rindex(b"\xff\xda") : -2]
+    colours = saved(Image.new("RGB", (64, 48)))
+    empty = b"".join(b"\xff\xda\0\x08\1" + bytes([1 + k % 3, 17 * (k % 3 > 0), 0, 63, 0]) for k in range(300))
+    for encoded in (image[:-2] + 300 * last + image[-2:], colours[: colours.index(b"\xff\xda")] + empty + b"\xff\xd9"):
+        for read in (lambda: decoded(lambda: encoded, "a.jpg"), lambda: training_pixels(encoded, 16, "a.jpg")):
+            with pytest.raises(BadInput, match="a.jpg cannot be read .a JPEG with more than 200 scans.; replace"):
+                read()
+    assert decoded(lambda: image[:-2] + 20 * last + image[-2:], "a.jpg").size == (64, 48)
+    tags = b"".join(struct.pack("<HHII", 1000 + n, 7, 500, 8) for n in range(100))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert decoded(lambda: chunks_added(png(), b"eXIf", b"II*\0" + struct.pack("<IH", 8, 100) + tags + bytes(4)), "it").size == (20, 12)
+    assert seen == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth, colours, most", [(16, 0, 800), (8, 6, 1000), (8, 3, 1000)], ids=["16-bit grey", "transparent", "palette"])
+def test_an_image_of_88_million_pixels_needs_at_most_12_bytes_for_each(tmp_path, depth, colours, most):
+    """Its file has some 100 kB. Before: 1,523, 1,349 and 1,096 MiB."""
+    side, row = 9400, 1 + 9400 * {0: 2, 6: 4, 3: 1}[colours]
+    encoded = bomb().replace(bomb()[8:33], b"")[:8]
+    palette = b"" if colours != 3 else bytes(768)
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", side, side, depth, colours, 0, 0, 0)), (b"PLTE", palette), (b"tRNS", palette[:256]),
+             (b"IDAT", zlib.compress(bytes(row * side))), (b"IEND", b"")]
+    for kind, content in parts:
+        if content or kind == b"IEND":
+            encoded += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    (tmp_path / "a.png").write_bytes(encoded)
+    code = """if True:
+        import sys
+        from support.images import decoded
+        peak = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+        before = peak()
+        decoded(open(sys.argv[1], "rb").read, "it")
+        print((peak() - before) // 1024)"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.png"], cwd=ROOT, capture_output=True, text=True)
+    assert int(done.stdout) < most, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------- pixels of training
