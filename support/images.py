@@ -18,10 +18,9 @@ from support.system import BadInput
 
 IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 # Endings of image files. Pillow cannot read heic and heif: they are reported.
-ENDINGS = {f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm", "ico",
-                                   "tga", "heic", "heif")}
-# Pillow's names of the formats that are read. It knows others, some of which start a program: EPS
-# is PostScript, whatever the file is called. TGA has no mark, so it comes last.
+ENDINGS = tuple(f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm",
+                                        "ico", "tga", "heic", "heif"))
+# What is read, in Pillow's names. It knows more formats; EPS (PostScript) starts a program.
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "TGA"]
 if importlib.util.find_spec("PIL.AvifImagePlugin"):         # from Pillow 11.3 on
     FORMATS.insert(-1, "AVIF")
@@ -181,15 +180,17 @@ def image_files(folder):
 
     Hidden files and folders (.trash, ._cat.jpg) are left out, and so are folders that are links.
     """
-    found, errors = [], []
-    for where, folders, files in os.walk(folder, onerror=errors.append):
-        folders[:] = [name for name in folders if not name.startswith(".")]     # os.walk obeys this
-        for name in files:
-            path = os.path.join(where, name)
-            is_image = os.path.splitext(name)[1].lower() in ENDINGS
-            if is_image and not name.startswith(".") and os.path.isfile(path):      # not a pipe
-                found.append(os.path.relpath(path, folder))
-    return sorted(found), {os.path.relpath(e.filename, folder): e.strerror for e in errors}
+    found, unread, todo = [], {}, [folder]
+    for where in todo:                                      # it grows; os.walk recurses
+        try:
+            entries = [e for e in os.scandir(where) if not e.name.startswith(".")]
+        except OSError as error:
+            unread[os.path.relpath(where, folder)], entries = error.strerror, []
+        todo += [e.path for e in entries if e.is_dir(follow_symlinks=False)]
+        for e in entries:
+            if e.name.lower().endswith(ENDINGS) and os.path.isfile(e.path):     # not a pipe
+                found.append(os.path.relpath(e.path, folder))
+    return sorted(found), unread
 
 
 def reader_loader(dataset, workers, timeout=900, **options):

@@ -33,7 +33,7 @@ from support.images import decoded, jpeg_decoder, jpeg_pixels, resized, to_rgb, 
 from support.shard_writer import write_shards
 from support.settings import parse_args
 from support.shards import ShardOrder, opened_index, scan, shards_of
-from support.system import BadInput
+from support.system import BadInput, remove_folder
 from tools import classify, prepare, search
 from tools.check import check
 
@@ -788,6 +788,20 @@ def test_large_greys_and_transparent_images_are_converted_with_little_memory_to_
     for image in (image, image.convert("LA"), image.convert("P")):
         exact = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
         assert np.array_equal(np.array(to_rgb(image)), np.array(exact))
+
+
+def test_folders_may_be_nested_deeper_than_python_recurses(tmp_path):
+    where = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("x", dir_fd=where)
+        deeper = os.open("x", os.O_RDONLY, dir_fd=where)
+        os.close(where)
+        where = deeper
+    with os.fdopen(os.open("a.png", os.O_CREAT | os.O_WRONLY, dir_fd=where), "wb") as f:
+        f.write(png())
+    os.close(where)
+    assert support_images.image_files(tmp_path) == (["x/" * 1500 + "a.png"], {})
+    remove_folder(tmp_path / "x")                                               # pytest would recurse
 
 
 def chunks_added(encoded, kind, content):
