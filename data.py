@@ -32,6 +32,7 @@ import base64
 import hashlib
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -159,9 +160,11 @@ class TsvSplit(Split):
         size = self.path.stat().st_size / 2**20
         with open(self.path, "rb") as f, \
                 system.progress(f"{self.path.name}: MiB indexed", size) as progress:
-            for number, line in enumerate(f, 1):
+            for number, line in enumerate(iter(partial(f.readline, 2**28), b""), 1):
                 start, end = end, end + len(line)
                 progress.update(len(line) / 2**20)
+                if len(line) == 2**28:
+                    raise BadInput(f"{self.path}, line {number}: longer than 256 MiB")
                 if not line[:64].strip():  # a blank line
                     continue
                 id_, tab, _ = line[:64].partition(b"\t")

@@ -59,17 +59,14 @@ def main():
     config = checkpoint.config_of(state) if state else CONFIGS["tiny"]
     if args.model:
         config = CONFIGS[args.model]
-    train_split = data.open_split(args.data, "train", args.data_root, config.context_length,
-                                  args.allow_outside)
+    options = args.data_root, config.context_length, args.allow_outside
+    train_split = data.open_split(args.data, "train", *options)
     valid_data = args.valid_data or (None if is_pattern(args.data) else args.data)
-    valid_split = None
-    if valid_data:
-        valid_split = data.open_split(valid_data, "valid", args.data_root, config.context_length,
-                                      args.allow_outside)
+    valid_split = data.open_split(valid_data, "valid", *options) if valid_data else None
     autocast, precision = precision_of(args.precision, device)
     settings = resolve(args, config, train_split, valid_split, precision, world_size)
-    before = state | {"step": 0} if resuming else state  # without the steps of this run
-    settings.seen = checkpoint.trained_on(before)
+    before = {"step": 0} if resuming else {}  # without the steps of this run
+    settings.seen = checkpoint.trained_on(state | before)
 
     model = build_model(config, settings).to(device).train()
     optimizer = make_optimizer(model, settings.weight_decay)
