@@ -21,9 +21,9 @@ IMAGE_TYPES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 ENDINGS = tuple(f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp2", "ppm", "pgm",
                                         "ico", "tga", "heic", "heif"))
 # What is read, in Pillow's names. It knows more formats; EPS (PostScript) starts a program.
-FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", "TGA"]
-if importlib.util.find_spec("PIL.AvifImagePlugin"):         # from Pillow 11.3 on
-    FORMATS.insert(-1, "AVIF")
+AVIF = ["AVIF"] if importlib.util.find_spec("PIL.AvifImagePlugin") else []      # Pillow 11.3
+FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", *AVIF,
+           "TGA"]
 ORIENTATION = 0x0112                                        # the EXIF tag; 1: upright
 
 # CLIP's statistics of its training images, per RGB channel, of values in 0..1
