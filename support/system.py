@@ -1,14 +1,5 @@
-"""What every program needs of the system.
-
-    run(main)                        run a program; an error that the user can mend is one line
-    raise BadInput("a.csv, line 3: …; do this")      such a line
-    write, write_text, write_json    a file is the old one or the whole new one, at every moment
-    lock(path)                       keeps a second process out
-    filled_beside(folder)            a folder is there whole or not at all
-    download(repo, name, …)          a file of the Hugging Face hub
-    progress(what, total)            a bar with the time left, in a terminal
-    end_with(pid)                    a helper process ends with the process that it works for
-    keep_freed_memory()              makes a training step on a CPU faster
+"""What every program needs of the system: run(main) runs one, and an error that the user can mend
+(BadInput) is one line; files are whole or not written; locks, the hub, signals, helper processes.
 """
 import contextlib
 import ctypes
