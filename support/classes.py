@@ -81,7 +81,7 @@ def class_numbers(folders, names, label_file):
 
 
 def composed(name):
-    return unicodedata.normalize("NFC", name.strip())       # a Mac writes é as two characters
+    return unicodedata.normalize("NFC", " ".join(name.split()))     # a Mac writes é as two letters
 
 
 def listed(names):

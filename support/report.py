@@ -71,7 +71,7 @@ def html_table(rows, above=""):
 
 
 def paragraphs(lines):
-    return [f'<p class="soft">{html.escape(line)}</p>' for line in lines]
+    return [f'<p class="soft">{html.escape(system.printable(line))}</p>' for line in lines]
 
 
 # ---- charts

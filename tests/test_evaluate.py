@@ -405,6 +405,11 @@ def test_class_folders_in_both_layouts(elevater, tmp_path):
     assert {path.parent.name: label for _, images, labels in [open_classes(class_root(imagenet, "test"))] for path, label in zip(images, labels)} == {"n01": 0, "n02": 1}
 
 
+def test_the_name_of_a_class_is_one_line(tmp_path):
+    root = write_classes(tmp_path / "k", ["x\nerror: forged", "猫 \u2028\t狗"])
+    assert sorted(open_classes(root)[0]) == ["x error: forged", "猫 狗"]
+
+
 def test_a_class_may_be_called_test(tmp_path):
     assert open_classes(class_root(write_classes(tmp_path / "k", ["test", "狗"])))[0] == ["test", "狗"]
 

@@ -96,6 +96,10 @@ def test_largest_page_is_under_5_megabytes(monkeypatch, tmp_path):
     assert most * (len(report.card(image, [])) + 6 * 3 * report.LONGEST) + 4 * 2 * report.SAMPLE * report.LONGEST * 18 < 4e6
 
 
+def test_notes_hold_no_markup_and_no_control_characters():
+    assert report.paragraphs(["猫 taken for <b>\x1b[31m\u202e"]) == ['<p class="soft">猫 taken for &lt;b&gt;\\x1b[31m\\u202e</p>']
+
+
 def test_top_candidates_are_five_and_the_best_correct_one():
     scores = torch.tensor([0.9, 0.8, 0.7, 0.7, 0.6, 0.5, 0.4, 0.3])
     found = report.top_candidates(scores, [7, 6])
