@@ -3,7 +3,6 @@
 open_file reads .pt, .bin, .safetensors and TorchScript; open_folder a folder of Hugging Face.
 A small file can ask for much memory, so what it announces is compared with its size.
 """
-import hashlib
 import io
 import json
 import os
@@ -12,10 +11,11 @@ import pickletools
 import re
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import torch
 
-from support.system import BadInput
+from support.system import BadInput, sha256_of
 
 MOST_TEXT = 2**23                                       # bytes of a pickle, of JSON
 LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)        # so files of torch before 1.6 begin
@@ -24,14 +24,20 @@ LEGACY = pickle.dumps(0x1950A86A20F9469CFC6C, 2)        # so files of torch befo
 def open_file(path, mapped=True):
     """The dictionary in a file, whatever wrote it. BadInput when it is damaged or no dictionary.
 
-    `mapped`: the tensors of a .pt file stay in its pages (mmap). FILE.sha256 is verified.
+    `mapped`: the tensors of a .pt file stay in its pages (mmap). FILE.sha256, a line of sha256sum
+    beside the file, is verified.
     """
     if not os.path.isfile(path):
         raise BadInput(f"{path}: missing, or not a file")       # reading a pipe would wait
     most = 4 * path.stat().st_size + 2**26              # bytes; tensors may share their numbers
-    has_checksum = verify_checksum(path)
+    sums = path.with_name(f"{path.name}.sha256")
+    if sums.is_file():
+        with open(sums, errors="replace") as f:
+            told = f.read(100).lower()
+        if sha256_of(path) not in told:
+            raise BadInput(f"{path}: its SHA-256 is not that in {sums.name}; get the file again")
     try:
-        content = read_any(path, mapped, most, has_checksum)
+        content = read_any(path, mapped, most, sums)
         check_memory(content, most)
     except pickle.UnpicklingError as error:             # of torch's weights-only unpickler or ours
         name = re.search(r"GLOBAL ([\w.]{1,80})|$", str(error))[1] or "a pickle"
@@ -45,21 +51,7 @@ def open_file(path, mapped=True):
     return content
 
 
-def verify_checksum(path):
-    """Whether FILE.sha256, a line of sha256sum, lies beside a file. BadInput when it differs."""
-    sums = path.with_name(f"{path.name}.sha256")
-    if not sums.is_file():
-        return False
-    digest = hashlib.sha256()
-    with open(path, "rb") as f, open(sums, errors="replace") as told:
-        while block := f.read(2**20):
-            digest.update(block)
-        if digest.hexdigest() not in told.read(100).lower():
-            raise BadInput(f"{path}: its SHA-256 is not that in {sums.name}; get the file again")
-    return True
-
-
-def read_any(path, mapped, most, has_checksum):
+def read_any(path, mapped, most, sums):
     """What a file holds; its content tells its format. Raises anything for a damaged one."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -72,8 +64,9 @@ def read_any(path, mapped, most, has_checksum):
             for name in names:
                 if name.lower().endswith("/data.pkl"):
                     check_pickles(archive.open(name).read(MOST_TEXT), 1)
-            if any(name.endswith("/constants.pkl") for name in names):
-                return read_torchscript(archive)
+            for name in names:
+                if name.endswith("/constants.pkl"):
+                    return read_torchscript(archive, name.removesuffix("constants.pkl"))
             # compressed bytes cannot be used in place
             stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and stored)
@@ -86,9 +79,9 @@ def read_any(path, mapped, most, has_checksum):
         raise kind("no file of weights begins like this")
     check_pickles(start, 5)
     content = torch.load(path, map_location="cpu", weights_only=True)
-    if not has_checksum:
+    if not sums.is_file():
         warnings.warn(f"{path}: this old format has no checksum; compare its SHA-256 with that of "
-                      f"the source, and keep that as {path.name}.sha256, which is verified")
+                      f"the source, and keep that as {sums.name}, which is verified")
     return content
 
 
@@ -97,9 +90,10 @@ def check_pickles(content, count):
     f = io.BytesIO(content)
     for _ in range(count):
         for code, value, place in pickletools.genops(f):
-            # bytearray(10**10) and PUT 10**9 take that memory
-            if (code.name == "GLOBAL" and value.endswith(" bytearray") or code.proto > 2
-                    or "PUT" in code.name and int(value) > place):
+            newer = code.proto > 2                      # torch writes protocol 2
+            buffer = code.name == "GLOBAL" and value.endswith(" bytearray")     # bytearray(10**10)
+            table = "PUT" in code.name and int(value) > place       # PUT 10**9 makes one as long
+            if newer or buffer or table:
                 raise pickle.UnpicklingError(f"{code.name} {str(value)[-9:]}")
 
 
@@ -109,13 +103,15 @@ def check_memory(content, most):
     while todo:
         name, x = todo.pop()
         count += 1
-        if count > 2**22:                               # a list can hold itself, or another twice
+        if count + len(todo) > 2**22:                   # a list can hold itself, or another twice
             raise ValueError("it holds millions of values")
-        if isinstance(x, (dict, torch.Tensor)):
-            getattr(x, "__dict__", {}).clear()          # attributes would stand before methods
-        if isinstance(x, (dict, list, tuple)):
-            todo += dict.items(x) if isinstance(x, dict) else [(name, y) for y in x]
+        if isinstance(x, dict):
+            getattr(x, "__dict__", {}).clear()          # an attribute would hide a method: keys
+            todo += dict.items(x)
+        elif isinstance(x, (list, tuple)):
+            todo += [(name, y) for y in x]
         elif torch.is_tensor(x):
+            vars(x).clear()                             # isfinite
             odd = x.layout != torch.strided or x.is_nested or x.is_meta or x.is_neg() or x.is_conj()
             if odd or x.untyped_storage().nbytes() < x.nbytes:
                 raise ValueError(f"{str(name)[:99]} is sparse, nested, meta, negated or expanded")
@@ -125,27 +121,24 @@ def check_memory(content, most):
 
 
 def open_folder(path):
-    """The tensors of a Hugging Face folder: one file, or shards that an index lists.
-
-    Not mapped: its queries, keys and values are joined later, and would take memory twice.
-    """
+    """The tensors of a Hugging Face folder: one file, or shards that an index lists."""
     names = ("model.safetensors", "model.safetensors.index.json",
              "pytorch_model.bin", "pytorch_model.bin.index.json")
     file = next((path / name for name in names if (path / name).exists()), None)
     if file is None:
         hint = f", perhaps {path / 'best.pt'}" if (path / "best.pt").exists() else ""
         raise BadInput(f"{path}: a folder without {names[0]} or {names[2]}; name the file{hint}")
+    # Not mapped: to_ours joins queries, keys and values, which would take memory twice.
     if file.suffix != ".json":
         return open_file(file, mapped=False)
     shard_of = read_json(file).get("weight_map")        # {name of a tensor: name of a file}
     if not isinstance(shard_of, dict) or any("/" in str(name) for name in shard_of.values()):
         raise BadInput(f"{file}: its weight_map does not map tensors to files of the folder")
-    tensors, listed = {}, {}
-    for key, name in shard_of.items():
-        listed.setdefault(str(name), set()).add(key)
-    for name, keys in sorted(listed.items()):
+    tensors = {}
+    for name in sorted({str(name) for name in shard_of.values()}):
         shard = open_file(path / name, mapped=False)
-        wrong = min(map(str, shard.keys() ^ keys), default="")[:100]
+        listed = {key for key, file_name in shard_of.items() if str(file_name) == name}
+        wrong = min(map(str, shard.keys() ^ listed), default="")[:100]
         if wrong:
             raise BadInput(f"{path / name}: not the tensors that {file.name} lists: {wrong}")
         tensors |= shard
@@ -213,25 +206,15 @@ def write_safetensors(f, tensors):
         f.write(x.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-# ---- TorchScript
-
-
-def read_torchscript(archive):
+def read_torchscript(archive, root):
     """The tensors of a TorchScript archive, without the code in it -> {name: tensor}.
 
-    data.pkl describes nested modules; the numbers lie in data/0, data/1, …
+    In the folder `root`, data.pkl describes nested modules; the numbers lie in data/0, data/1, …
     """
-    names = [name for name in archive.namelist() if name.endswith("/constants.pkl")]
-    root = names[0].removesuffix("/constants.pkl")
-
-    # These classes are local, so that a pickle cannot change what the next file is read with.
-    class Module:
-        """Stands for every module, whose class would come from the archive's own code."""
-
     class Unpickler(pickle.Unpickler):
         def find_class(self, module, name):
             if module.startswith("__torch__"):
-                return Module
+                return SimpleNamespace                  # for a class in the archive's own code
             kind = getattr(torch, name.removesuffix("Storage").lower(), None)   # torch.half, …
             if module == "torch" and isinstance(kind, torch.dtype):
                 return kind
@@ -248,18 +231,18 @@ def read_torchscript(archive):
             if not count:
                 return torch.empty(0, dtype=dtype)
             if (name, dtype) not in storages:
-                content = bytearray(archive.read(f"{root}/data/{name}"))
+                content = bytearray(archive.read(f"{root}data/{name}"))
                 storages[name, dtype] = torch.frombuffer(content, dtype=dtype)
             return storages[name, dtype]
 
     tensors, storages = {}, {}
-    todo = [("", Unpickler(archive.open(f"{root}/data.pkl")).load())]
+    todo = [("", Unpickler(archive.open(f"{root}data.pkl")).load())]
     while todo:
         prefix, module = todo.pop()
         for name, value in vars(module).items():
             if torch.is_tensor(value):
                 tensors[prefix + name] = value
-            elif isinstance(value, Module):
+            elif isinstance(value, SimpleNamespace):
                 todo.append((f"{prefix}{name}.", value))
         vars(module).clear()            # a module in itself would take for ever
     return tensors

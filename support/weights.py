@@ -134,15 +134,12 @@ def read(source, tower=None, mapped=True):
 
 def find(source):
     """A path, or a name of NAMES, whose file is downloaded once -> path. Raises BadInput."""
-    path = Path(source)
-    if str(source) and os.path.exists(path):
-        return path
+    if os.path.exists(source):
+        return Path(source)
     if str(source) not in NAMES:
         raise BadInput(f"{source}: there is no such checkpoint. Name a file, a folder, "
                        f"or one of {', '.join(NAMES)}")
-    repo, name = NAMES[str(source)]
-    kept = system.cache_folder() / name                 # an older version downloaded it to here
-    return kept if kept.is_file() else system.download(repo, name, "pass its path")
+    return system.download(*NAMES[str(source)], "pass its path")
 
 
 def read_own(state, path):

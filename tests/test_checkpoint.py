@@ -222,6 +222,7 @@ TERABYTE = {"dtype": "F32", "shape": [2**38], "data_offsets": [0, 2**40]}
     (deflated, "unpacks to far more"), (named_twice, "two entries of a name"), (torchscript, "would take 1,048,576,000 bytes"),
     (pickled(b"}K\1cbuiltins\nbytearray\n\x8a\6\0\0\0\0\0\1\x85Rs"), r"\(bytearray\); it could run code"),
     (pickled(b"}K\1cbuiltins\nbytearray\n\x8a\6\0\0\0\0\0\1\x85Rs", name="a/DATA.PKL"), r"\(bytearray\); it could run code"),
+    (pickled(b"}K\1]q\0(" + b"h\0" * 10**5 + b"es"), "millions of values"),         # a list that holds itself 100,000 times
     (pickled(b"}r\xff\xff\xff\x7f"), "a pickle"), (pickled(b"}X\0\0\0\1" + bytes(2**24) + b"K\1s"), "not a readable checkpoint"),
     (announced({"a": TERABYTE}), "a does not lie where the header says"), (announced({"a": TERABYTE | {"shape": [0, 2**70]}}), "not a readable"),
     (announced({}, 2**60), "over 8,388,608 bytes"), (announced([1]), "no object"), (announced("a"), "no object"), (announced({"a": 3}), "not a readable"),
