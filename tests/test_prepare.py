@@ -490,14 +490,14 @@ def edited(files, name, change):
 
 
 @pytest.mark.parametrize("files, message", [
-    (edited(COCO, "coco-cn_val.txt", lambda t: t + "两 个\n"), "release/deep/coco-cn_val.txt, line 2: expected an image id"),
+    (edited(COCO, "coco-cn_val.txt", lambda t: t + "两 个\n"), "release/deep/coco-cn_val.txt, line 2: expected a line like COCO_val2014_000000043734, found 两 个"),
     (edited(COCO, "coco-cn_test.txt", lambda t: t + "\nCOCO_val2014_000000000021\n"), "coco-cn_test.txt, line 3: COCO_val2014_000000000021 stands in the valid split already"),
-    (edited(COCO, "imageid.human-written-caption.txt", lambda t: "COCO_x 无\n" + t), "caption.txt, line 1: expected `ID#number<TAB>caption`"),
-    (edited(COCO, "imageid.human-written-caption.txt", lambda t: t + "COCO_val2014_000000000031#1\t \n"), "caption.txt, line 6: expected `ID#number<TAB>caption`"),
+    (edited(COCO, "imageid.human-written-caption.txt", lambda t: "COCO_x 无\n" + t), "caption.txt, line 1: expected a line like ID#0<TAB>caption"),
+    (edited(COCO, "imageid.human-written-caption.txt", lambda t: t + "COCO_val2014_000000000031#1\t \n"), "caption.txt, line 6: expected a line like ID#0<TAB>caption"),
     (edited(COCO, "imageid.human-written-caption.txt", lambda t: t + "COCO_val2014_000000000031#0\t又\n"), "caption.txt, line 6: COCO_val2014_000000000031#0 stands above already"),
     (edited(COCO, "imageid.human-written-caption.txt", lambda t: t.encode() + b"COCO_val2014_000000000031#1\t\xff\n"), "caption.txt, line 6: not UTF-8"),
-    ({name: text for name, text in COCO.items() if name != "coco-cn_val.txt"}, "no coco-cn_val.txt; the original COCO-CN has one of each"),
-    ({**COCO, "copy/coco-cn_val.txt": ""}, "more than one coco-cn_val.txt"),
+    ({name: text for name, text in COCO.items() if name != "coco-cn_val.txt"}, "0 files are called coco-cn_val.txt; the original COCO-CN has one of each"),
+    ({**COCO, "copy/coco-cn_val.txt": ""}, "2 files are called coco-cn_val.txt"),
     (edited(FLICKR, "kn_train/seg.train.txt", lambda t: t + "13#zhb#0\n"), "seg.train.txt, line 4: expected a line like 1009692167#zhm#1"),
     (edited(FLICKR, "kn_train/seg.train.txt", lambda t: t + "11#zhb#0 又:d\n"), "seg.train.txt, line 4: 11#zhb#0 stands above already"),
     ({**FLICKR, "kn_val/zhm.txt": "21#zhm#0 海:n\n"}, "another text of the valid split"),
@@ -514,9 +514,9 @@ def test_what_is_wrong_with_a_release_is_named_with_its_line(files, message, how
 def test_missing_images_are_counted_and_left_out_only_when_told_to(tmp_path, image_folder, called, stopped):
     (image_folder / "val2014/COCO_val2014_000000000012.jpg").unlink()
     command = prepare, "convert", packed(tmp_path, COCO, "tgz"), tmp_path / "out", "--images", image_folder
-    assert re.search(r"1 of 4 images are not under .*, the first COCO_val2014_000000000012.jpg. .*--skip-missing", stopped(*command))
+    assert re.search(r"1 of 4 images are not in .*: COCO_val2014_000000000012.jpg, … .*--skip-missing", stopped(*command))
     assert not (tmp_path / "out").exists()
-    assert re.search("left out: 1 of 4 images .*, and their captions", called(*command, "--skip-missing"))
+    assert re.search("left out, with their captions: 1 of 4 images are not in ", called(*command, "--skip-missing"))
     assert open_split(tmp_path / "out", "train").image_ids == [11]
 
 

@@ -45,12 +45,11 @@ def unpack(path, folder, remedy):
             with opened(entry) as source, open(place, "xb") as f:
                 shutil.copyfileobj(source, f)
     except Exception as error:                  # damage raises errors of many classes
-        # gzip's OSErrors have no number, an absurd offset has EINVAL, two entries of one name have
-        # the next two; others are of the disk
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.EEXIST,
-                                                              errno.ENOTDIR):
+        # gzip's OSErrors, those of an absurd offset, of two entries of one name; not of the disk
+        of_archive = None, errno.EINVAL, errno.EEXIST, errno.ENOTDIR
+        if isinstance(error, OSError) and error.errno not in of_archive:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0].replace(f"{folder}/", "")
+        reason = (str(error) or type(error).__name__).replace(f"{folder}/", "")
         raise BadInput(f"{path}: damaged, encrypted or not safe ({reason}). {remedy}") from None
     os.sync()                                   # the files are on the disk before their folder
 
@@ -81,9 +80,6 @@ def entries(path):
                 yield name, size, entry, archive.open if is_zip else archive.extractfile
 
 
-# ---- captions
-
-
 def open_release(source, temporary):
     """A release -> ("coco-cn" or "flickr30k-cn", {split: {image id: captions}}).
 
@@ -91,9 +87,8 @@ def open_release(source, temporary):
     """
     if not source.exists():
         raise BadInput(f"{source}: there is no such file or folder")
-    folder = source
-    if not source.is_dir():
-        folder = temporary
+    folder = source if source.is_dir() else temporary
+    if folder == temporary:
         folder.mkdir()
         unpack(source, folder, "Get it again")
     files = sorted(path for path in folder.rglob("[!.]*.txt") if path.is_file())    # no ._name
@@ -105,48 +100,43 @@ def open_release(source, temporary):
         raise BadInput(str(error).replace(f"{folder}/", f"{source}/")) from None
 
 
-def rows_of(path, pattern, expected):
+def rows_of(path, pattern, example):
     """(match, "file, line n") of every line that is not blank.
 
-    All groups but the last name a line. Raises BadInput where the pattern does not match, or when
-    a name repeats.
+    Raises BadInput where the pattern does not match, or when all groups but the last repeat.
     """
     seen = set()
     for number, line in system.utf8_lines(path):
         place, line = f"{path}, line {number}", line.strip()
-        if not line:
-            continue
-        match = re.fullmatch(pattern, line)
-        if not match:
-            raise BadInput(f"{place}: expected {expected}, found {line[:60]}")
-        name = match.groups()[:-1]
-        if name in seen:
-            raise BadInput(f"{place}: {'#'.join(name)} stands above already; names must be unique")
-        seen.add(name)
-        yield match, place
+        if line:
+            match = re.fullmatch(pattern, line)
+            if not match:
+                raise BadInput(f"{place}: expected a line like {example}, found {line[:60]}")
+            name = "#".join(match.groups()[:-1])
+            if name in seen:
+                raise BadInput(f"{place}: {name} stands above already; names must be unique")
+            seen.add(name)
+            yield match, place
 
 
 def read_coco_cn(folder, files):
     """{split: {image id: captions}}. The lists name the images of each split."""
-    paths = {}
+    names = [path.name for path in files]
     for name in (*LISTS, CAPTIONS):
-        same = [path for path in files if path.name == name]
-        if len(same) != 1:
-            raise BadInput(f"{folder}/: {'more than one' if same else 'no'} {name}; the original "
+        if names.count(name) != 1:
+            raise BadInput(f"{folder}/: {names.count(name)} files are called {name}; the original "
                            f"COCO-CN has one of each: {', '.join([*LISTS, CAPTIONS])}")
-        paths[name] = same[0]
+    paths = dict(zip(names, files))
     captions, split_of = {split: {} for split in LISTS.values()}, {}
     for name, split in LISTS.items():
-        expected = "an image id such as COCO_val2014_000000043734"
-        for match, place in rows_of(paths[name], r"([\w.-]+)()", expected):
+        for match, place in rows_of(paths[name], r"([\w.-]+)()", "COCO_val2014_000000043734"):
             other = split_of.setdefault(match[1], split)
             if other != split:
                 raise BadInput(f"{place}: {match[1]} stands in the {other} split already; "
                                "an image belongs to one split")
             captions[split][match[1]] = []
     unlisted = []
-    pattern, expected = r"([^#\s]+)#(\d+)\t\s*(\S.*)", "`ID#number<TAB>caption`"
-    for match, place in rows_of(paths[CAPTIONS], pattern, expected):
+    for match, place in rows_of(paths[CAPTIONS], r"([^#\s]+)#(\d+)\t\s*(\S.*)", "ID#0<TAB>caption"):
         if match[1] in split_of:
             captions[split_of[match[1]]][match[1]].append(match[3])
         else:
@@ -174,10 +164,9 @@ def read_flickr(folder, files):
                                "Let the name of the file or of its folder say one of these")
             texts[said[-1].replace("val", "valid")].append((first[2], path))
     if not any(texts.values()):
-        raise BadInput(f"{folder}/: neither the original COCO-CN ({', '.join(LISTS)}, {CAPTIONS}) "
-                       "nor Flickr30K-CN (lines like 1009692167#zhm#1 在:p 警车:n). Archives in an "
-                       "archive are not unpacked; other data sets hold their own images, so leave "
-                       "out --images")
+        raise BadInput(f"{folder}/: neither the original COCO-CN ({CAPTIONS}, …) nor Flickr30K-CN "
+                       "(lines like 1009692167#zhm#1 在:p 警车:n). Archives in an archive are not "
+                       "unpacked; other data sets hold their own images, so leave out --images")
     captions = {}
     for split, found in texts.items():
         manual = [(kind, path) for kind, path in found if kind == "zhm"]
@@ -189,14 +178,10 @@ def read_flickr(folder, files):
                            f"{found[1][1]}; leave only the one that is meant in the folder")
         for _, path in found:
             captions[split] = {}
-            for match, _ in rows_of(path, FLICKR, "a line like 1009692167#zhm#1 在:p 警车:n"):
-                # the tag stands after the last colon
-                words = [re.sub(r"(?<=.):[A-Za-z][A-Za-z0-9]*$", "", w) for w in match[4].split()]
-                captions[split].setdefault(match[1], []).append("".join(words))
+            for match, _ in rows_of(path, FLICKR, "1009692167#zhm#1 在:p 警车:n"):
+                words = re.sub(r"(?<=\S):[A-Za-z][A-Za-z0-9]*(?!\S)", "", match[4])    # no tags
+                captions[split].setdefault(match[1], []).append("".join(words.split()))
     return captions
-
-
-# ---- with their images
 
 
 class Release(data.Split):
@@ -222,23 +207,20 @@ def with_images(captions, folder, skip_missing, allow_outside):
     files, unread = image_files(folder)
     for path, error in unread.items():
         raise BadInput(f"{folder / path}: cannot be read ({error})")
-    root = os.path.realpath(folder)
     for path in (folder / file for file in files):
         id_ = path.stem
         if id_ in paths and path.suffix.lower() in (".jpg", ".jpeg"):
-            if not allow_outside and leads_out(root, path):
+            if not allow_outside and leads_out(os.path.realpath(folder), path):
                 raise BadInput(f"{path}: it leads out of {folder}; --allow-outside takes it")
             if paths[id_]:
                 raise BadInput(f"{path}: {paths[id_]} has the same name; remove one of them")
             paths[id_] = path
-    missing = [id_ for id_, path in paths.items() if path is None]
-    if missing:
-        line = (f"{len(missing):,} of {len(paths):,} images are not under {folder}, "
-                f"the first {missing[0]}.jpg")
+    if missing := [id_ for id_ in paths if not paths[id_]]:
+        line = f"{len(missing):,} of {len(paths):,} images are not in {folder}: {missing[0]}.jpg, …"
         if not skip_missing:
-            raise BadInput(f"{line}. Folders that are links are not looked into. "
+            raise BadInput(f"{line} Folders that are links are not looked into. "
                            "--skip-missing leaves them and their captions out")
-        print(f"left out: {line}, and their captions")
+        print(f"left out, with their captions: {line}")
     for split, images in captions.items():
         present = {id_: some for id_, some in images.items() if paths[id_]}
         yield split, Release(split, present, paths)
