@@ -47,19 +47,15 @@ def card(image, lines, classes="card", side=176):
     file, small = io.BytesIO(), image.copy()
     small.thumbnail((side, side))
     small.save(file, "JPEG", quality=80)
-    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
-    caption = "<br>".join(lines)
-    return (f'<figure class="{classes}"><img src="{source}" alt="">'
-            f'<figcaption>{caption}</figcaption></figure>')
+    encoded = base64.b64encode(file.getvalue()).decode()
+    return (f'<figure class="{classes}"><img src="data:image/jpeg;base64,{encoded}" alt="">'
+            f'<figcaption>{"<br>".join(lines)}</figcaption></figure>')
 
 
 def html_table(rows, above=""):
-    """rows: lists of HTML cells, the names of the columns first; above: a row of <th> above them.
-
-    Columns of numbers are set to the right. Rows with a cell that begins with "> " stand out.
-    """
+    """rows: lists of HTML cells, the names of columns first; above: a row of <th> above them."""
     names, *rows = rows
-    kinds = [' class="n"' if cell.strip()[:1].isdigit() else "" for cell in rows[0]]
+    kinds = [' class="n"' if cell.strip()[:1].isdigit() else "" for cell in rows[0]]    # numbers
     head = "".join(f"<th{kind}>{name.strip()}</th>" for kind, name in zip(kinds, names))
     body = ""
     for row in rows:
@@ -86,10 +82,7 @@ def ticks(low, high):
 
 
 def chart(title, curves, x_name, log_x=False, high=None):
-    """A line chart, inline SVG. curves: {name: [(x, y), …]}; y goes from 0 to `high`.
-
-    Each two curves have one colour; the second of them is dashed.
-    """
+    """A line chart, inline SVG. curves: {name: [(x, y), …]}; y goes from 0 to `high`."""
     xs, ys = zip(*(point for curve in curves.values() for point in curve))
     x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
     high = high or 1.05 * max(ys) or 1
@@ -113,7 +106,7 @@ def chart(title, curves, x_name, log_x=False, high=None):
                        f'text-anchor="middle">{x:g}</text>')
     svg.append(f'<text x="{(W + left) / 2}" y="{H - 4}" text-anchor="middle">{x_name}</text>')
     for n, (name, curve) in enumerate(curves.items()):
-        style = f'class="curve{n % 2}" style="color: var(--c{n // 2 % 6})"'
+        style = f'class="curve{n % 2}" style="color: var(--c{n // 2 % 6})"'      # 1 is dashed
         shown = curve[: -1 : max(1, len(curve) // 400)] + curve[-1:]        # enough for a screen
         points = " ".join(f"{across(x)},{down(y)}" for x, y in shown)
         svg.append(f'<polyline {style} points="{points}"><title>{text(name)}</title></polyline>')
@@ -264,8 +257,7 @@ def write_classification(path, title, rows, notes, records, names, paths, labels
         lines = [chinese(names[labels[i]]), text(Path(paths[i]).name)]
         return image_and_texts(image_at(paths, i), lines, found, names, "{:.1f} %")
 
-    parts += paragraphs([f"The {BEST} most probable classes of some images. The correct one is "
-                         "framed, whatever its rank."])
+    parts += paragraphs([f"The {BEST} most probable classes of images; the correct one is framed."])
     of_correct = [probabilities(i)[label].item() for i, label in enumerate(labels)]
     worst_first = np.argsort(of_correct, kind="stable").tolist()
     misses = [i for i in worst_first if probabilities(i).argmax() != labels[i]]
@@ -274,10 +266,7 @@ def write_classification(path, title, rows, notes, records, names, paths, labels
 
 
 def write_sheet(path, query, note, folder, found, query_image=None):
-    """The contact sheet of a search.
-
-    found: [(file in the folder, similarity), …], best first; query_image: if that was the query.
-    """
+    """The contact sheet of a search. found: [(file in the folder, similarity), …], best first."""
     cards = ""
     if query_image:
         cards += card(query_image, ["<b>the query</b>"], "card right", side=256)
