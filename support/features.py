@@ -191,24 +191,23 @@ class Features(Store):
 
     def compute(self, parts, encode, stop):
         """Compute and write this process's share of the parts."""
-        batches = {}                                    # of each part
+        batches = []
         for n in parts:
             images = self.images(n)
-            batches[n] = [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
-        everything = sum(batches.values(), [])
-        most, embedded = all_reduce_max(len(everything)), encode(everything)
+            batches += [images[start : start + BATCH] for start in range(0, len(images), BATCH)]
+        most, embedded = all_reduce_max(len(batches)), zip(batches, encode(batches))
         for n in parts:
             rows = np.full((len(self.images(n)), self.dim), np.nan, np.float16)
-            for batch in batches[n]:
+            for _ in range(0, len(rows), BATCH):
                 stop()
-                numbers, embed, _ = next(embedded)                              # embed: (b, D)
+                batch, (numbers, embed, _) = next(embedded)                     # embed: (b, D)
                 if not are_unit(embed.numpy()).all():
                     raise BadInput(f"{self.folder}: the embeddings of images {batch[0]} to "
                                    f"{batch[-1]} are not finite; check the weights or try "
                                    "--precision fp32")
                 rows[[i % ROWS for i in numbers]] = embed.numpy()
             system.write(self.path(n), lambda f: np.save(f, rows), part=self.unfinished)
-        for _ in range(len(everything), most):          # all processes call stop() equally often
+        for _ in range(len(batches), most):          # all processes call stop() equally often
             stop()
 
 
