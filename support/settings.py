@@ -130,9 +130,8 @@ def resolve(args, config, train_split, valid_split, precision, world_size):
         raise BadInput(f"--batch-size {settings.batch_size}: more than 1,000 times the {pairs:,} "
                        f"pairs of {train_split.name}")
     settings.model, settings.precision = name_of(config), precision
-    settings.total_steps = args.max_steps
     if args.max_steps:
-        settings.epochs = None
+        settings.total_steps, settings.epochs = args.max_steps, None
     else:
         settings.total_steps = math.ceil(settings.epochs * pairs / settings.batch_size)
     if settings.lr is None:
@@ -173,10 +172,8 @@ def often_enough(settings, valid_split):
     three images of the valid split.
     """
     share = settings.total_steps // (20 if settings.stage == "finetune" else 10)
-    affordable = 0
-    if valid_split:
-        affordable = len(valid_split.image_ids) * 10 // (3 * settings.batch_size)
-    return max(1, share, affordable)
+    images = len(valid_split.image_ids) if valid_split else 0
+    return max(1, share, 10 * images // (3 * settings.batch_size))
 
 
 def features_folder(args, settings, train_split):
@@ -245,14 +242,12 @@ def remarks(settings, config, train_split, valid_split, source):
         lines.append("note: the frozen vision tower has random weights; start from trained ones "
                      "(--vision-weights or --init)")
     if batch > pairs:
-        lines.append(f"warning: --batch-size {batch} is more than the {pairs} training pairs, so "
-                     "every step repeats pairs")
+        lines.append(f"warning: --batch-size {batch} repeats some of the {pairs} pairs in a step")
     if valid_split and len(valid_split.image_ids) < 50:
         lines.append(f"warning: {len(valid_split.image_ids)} images in {valid_split.name} are too "
                      "few to choose a checkpoint well; 100 or more are better")
     if settings.stage == "finetune" and source == "random weights":
-        lines.append("note: random weights leave nothing to fine-tune; name a checkpoint, for "
-                     "example --init cn-clip-vit-b-16")
+        lines.append("note: random weights leave nothing to fine-tune; try --init cn-clip-vit-b-16")
     fitting = fitting_lr(batch, config)
     if settings.stage == "finetune" and not fitting / 10 <= settings.lr <= 3 * fitting:
         too = "large: it may destroy what the start knows"
@@ -265,6 +260,5 @@ def remarks(settings, config, train_split, valid_split, source):
                      "time (--micro-batch x processes), not the whole batch")
     share = batch // settings.processes
     if not settings.micro_batch and share > 1024:
-        lines.append(f"note: {share:,} pairs at a time need much memory; --micro-batch 256 needs "
-                     "less and takes the same steps")
+        lines.append(f"note: --micro-batch 256 takes the same steps in less memory ({share:,} now)")
     return lines
