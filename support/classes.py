@@ -55,9 +55,8 @@ def open_classes(root):
     if len(names) < 2 or not paths:
         raise BadInput(f"{root}: {len(names)} classes and {len(paths)} images; expected a folder "
                        "for each of two or more classes: 猫/1.jpg, 狗/1.jpg, …")
-    loose = [path.name for path in root.iterdir() if path.suffix.lower() in ENDINGS]
-    if loose:
-        warnings.warn(f"{root}: images in no class folder are left out: {listed(sorted(loose))}")
+    if loose := sorted(path.name for path in root.iterdir() if path.suffix.lower() in ENDINGS):
+        warnings.warn(f"{root}: images in no class folder are left out: {listed(loose)}")
     if empty := [names[c] for c in sorted(set(range(len(names))) - set(labels))]:
         warnings.warn(f"{root}: classes without an image: {len(empty):,} ({listed(empty)})")
     return names, paths, labels

@@ -28,7 +28,6 @@ Painted = namedtuple("Painted", "sizes draw scene describe paint split_of")
 
 def write_folder(folder, name, painted):
     """Paint a data set into a folder, once. Raises BadInput when something else is there."""
-    folder = Path(folder)
     with filled_beside(folder) as part:
         if (folder / "captions.csv").exists():              # of an earlier call, or another process
             return

@@ -13,10 +13,9 @@ KS = (1, 5, 10)                                                 # the K of Recal
 
 # The paper's tables. pairs: table 1, of each split. results: tables 4 to 6, (title, rows of
 # [size group (its column "Scale"), model, setting, text-to-image R@1, R@5, R@10 in percent,
-# image-to-text R@1, R@5, R@10]).
+# image-to-text R@1, R@5, R@10]). size groups: of our models.
 PAPER = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-TABLE_1, PUBLISHED = PAPER["pairs"], PAPER["results"]
-SIZE_GROUP = PAPER["size groups"]                               # our models -> their size group
+TABLE_1, PUBLISHED, SIZE_GROUP = PAPER["pairs"], PAPER["results"], PAPER["size groups"]
 SIZE_GROUPS = ("base-size", "large-size", "tiny", "custom")     # in the order of the rows
 
 

@@ -66,7 +66,7 @@ def main():
         draw_sheet(open_split(args.data, args.split, args.data_root,
                               allow_outside=args.allow_outside), args.file)
     elif args.command == "paint":
-        folder = args.folder or Path(args.data_root) / data.NAMES[args.name]
+        folder = Path(args.folder or Path(args.data_root) / data.NAMES[args.name])
         sets = {"demo": painter.DEMO, **landscapes.SETS}
         painter.write_folder(folder, args.name, sets[args.name])
         print("\n".join([f"{folder}:", *counts(folder)]))
@@ -153,9 +153,6 @@ def fetch(name, data_root):
     root = "" if data_root == "data" else f" --data-root {data_root}"
     print(f"Next: python -m tools.prepare check {name}{root}; "
           f"then python train.py --recipe {name}-base --micro-batch 256{root}")
-
-
-# ---- convert
 
 
 def convert(source, dest, images, shards, skip_missing, data_root, allow_outside):
