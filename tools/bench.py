@@ -17,8 +17,6 @@ up, then in rounds, ours and the peer's in turn; figures are medians over the ro
     tokenizer, loading  captions -> token ids; JPEG files -> training pixels, on one core
     evaluation          recall in both directions, from embeddings
     memory              peak memory of processes that only take steps of stage 2, and their rate
-
-Only in the row `memory` do our steps keep freed memory (system.keep_freed_memory), as in train.py.
 """
 import argparse
 import concurrent.futures
@@ -238,9 +236,6 @@ class Bench:
         return Row("recall of 1,000 images, 5,000 captions", 5000, recall)
 
 
-# ---- the peer
-
-
 class Peer:
     """cn_clip 1.6.0: its model with our weights. On one device its loss is contrastive_loss."""
 
@@ -332,7 +327,7 @@ def main():
     if not 2 <= args.micro_batches <= batch_size or args.rounds < 1:
         raise BadInput(f"--batch-size {batch_size} --micro-batches {args.micro_batches} --rounds "
                        f"{args.rounds}: at least 2, 2 to the batch size, and 1")
-    system.keep_freed_memory(False)
+    system.keep_freed_memory(False)             # only the row `memory` keeps it, as train.py does
     threads, default = torch.get_num_threads(), precision_of("auto", device)[1]
     hardware = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {threads} threads"
     hardware = torch.cuda.get_device_name() if device.type == "cuda" else hardware

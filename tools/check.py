@@ -93,9 +93,8 @@ def check(source, data_root, processes, json_file, allow_outside=False):
 def in_memory(split, title, found):
     """-> the numbers of a split's images, (name, text) of each caption. Notes what stands alone."""
     described = {i for images in split.positives for i in images}
-    for i in range(len(split.image_ids)):
-        if i not in described:
-            found[SILENT].append(f"{title}: image {image_name(split, i)}")
+    for i in sorted(set(range(len(split.image_ids))) - described):
+        found[SILENT].append(f"{title}: image {image_name(split, i)}")
     captions = [(f"caption {t}", text) for t, text in enumerate(split.texts, 1)]
     for (name, text), images in zip(captions, split.positives):
         if not images:
