@@ -33,9 +33,8 @@ def export(model, path, format="cn-clip"):
     for key, x in model.state_dict().items():
         ours[key] = x.detach().cpu().float() if x.is_floating_point() else x.cpu()
     check_tensors(ours, ours, path, cfg)
-    parent = path.absolute().parent
     try:
-        with tempfile.TemporaryDirectory(dir=parent, prefix=f"{path.name}.part-") as folder:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.part-") as folder:
             whole = Path(folder) / "whole"
             line = writers[format](ours, whole, path, cfg)
             check_free(path)                            # still

@@ -34,8 +34,6 @@ SKIPPED = {tower: tuple(prefixes) for tower, prefixes in TABLES["skipped"].items
 # The beginnings of each tower's keys. The text projection belongs to neither: a BERT has none.
 TOWER_KEYS = {"vision": ("vision.", "logit_scale"), "text": ("text.",)}
 
-# ---- models and their tensors
-
 
 def config_of(state):
     """The Config of a checkpoint, as `read` gives it."""
@@ -90,9 +88,6 @@ def describe(x):
     if torch.is_tensor(x):
         return f"{tuple(x.shape)} {x.dtype}".replace("torch.", "")
     return f"a {type(x).__name__}"
-
-
-# ---- names
 
 
 class Layout:
@@ -174,9 +169,6 @@ def count_blocks(keys, prefix):
     return mode(Counter(inner).values()) if inner else 0
 
 
-# ---- reading
-
-
 def read_foreign(content, path, tower):
     """Another project's tensors -> {"config", "model": under our names, "layout", "skipped"}.
 
@@ -216,10 +208,7 @@ def read_foreign(content, path, tower):
 
 
 def named_tensors(content, path):
-    """A file's tensors, half precision as float32, without "module." and the names of old BERTs.
-
-    They are moved, so that `content` does not keep alive what to_ours has used.
-    """
+    """A file's tensors, half precision as float32, without "module." and the names of old BERTs."""
     tensors = content.get("state_dict", content)
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise BadInput(f"{path}: not a checkpoint: it holds no table of named tensors")
@@ -229,17 +218,14 @@ def named_tensors(content, path):
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if name in renamed:
             raise BadInput(f"{path}: two of its tensors have the name {name[:100]}")
-        x = tensors.pop(key)
+        x = tensors.pop(key)                            # so that to_ours can free it
         half = torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16)
         renamed[name] = x.float() if half else x
     return renamed
 
 
 def sizes_of(tensors, layout, path, towers):
-    """Config's fields for `towers`, read off the shapes; a config.json beside them must agree.
-
-    Shapes do not tell the heads: config.json does, or the row of CONFIGS with that width.
-    """
+    """Config's fields for `towers`, read off the shapes; a config.json beside them must agree."""
     def shape(key, dims):
         """The shape of our tensor `key`, which has `dims` dimensions, as it is there."""
         name = layout.names(key)[0]
@@ -279,7 +265,7 @@ def sizes_of(tensors, layout, path, towers):
     for field, value in told.items():
         if sizes.setdefault(field, value) != value:
             raise BadInput(f"its config.json says {field} {value}, its tensors say {sizes[field]}")
-    for tower in towers:
+    for tower in towers:                # config.json tells the heads, or CONFIGS by the width
         width = sizes[f"{tower}_width"]
         heads = sizes.setdefault(f"{tower}_heads", known_heads(tower, width, layout.resnet))
         if heads is None:
@@ -326,7 +312,7 @@ def config_json_sizes(path, layout, towers):
     if len(towers) == 2 and kind != "chinese_clip":
         raise BadInput(f"its config.json says model_type {kind}, not chinese_clip; "
                        "stage 1 takes the vision tower of a clip as --vision-weights")
-    if layout == "Hugging Face" and "vision" in towers and "projection_dim" in config:
+    if "vision" in towers and "projection_dim" in config:
         sizes["embed_dim"] = config["projection_dim"]
     for tower in towers:
         part = config if layout == "BERT" else config.get(f"{tower}_config")

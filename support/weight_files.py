@@ -56,9 +56,10 @@ def read_any(path, mapped, most, sums):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries, names = archive.infolist(), archive.namelist()
-            different = {name.lower() for name in names}        # torch does not know a from A
-            if sum(entry.file_size for entry in entries) > most or len(different) < len(names):
-                raise zipfile.BadZipFile("it unpacks to far more, or has two entries of a name")
+            if sum(entry.file_size for entry in entries) > most:
+                raise zipfile.BadZipFile("it unpacks to far more than its size")
+            if len({name.lower() for name in names}) < len(names):      # torch takes A for a
+                raise zipfile.BadZipFile("it has two entries of a name")
             if archive.testzip():                       # torch.load does not verify checksums
                 raise zipfile.BadZipFile("a checksum is wrong")
             for name in names:
@@ -106,12 +107,12 @@ def check_memory(content, most):
         if count + len(todo) > 2**22:                   # a list can hold itself, or another twice
             raise ValueError("it holds millions of values")
         if isinstance(x, dict):
-            getattr(x, "__dict__", {}).clear()          # an attribute would hide a method: keys
+            getattr(x, "__dict__", {}).clear()          # an attribute could hide a method, keys
             todo += dict.items(x)
         elif isinstance(x, (list, tuple)):
             todo += [(name, y) for y in x]
         elif torch.is_tensor(x):
-            vars(x).clear()                             # isfinite
+            vars(x).clear()                             # or isfinite
             odd = x.layout != torch.strided or x.is_nested or x.is_meta or x.is_neg() or x.is_conj()
             if odd or x.untyped_storage().nbytes() < x.nbytes:
                 raise ValueError(f"{str(name)[:99]} is sparse, nested, meta, negated or expanded")

@@ -52,14 +52,11 @@ def load(source, device="cpu", image_size=None):
 
 
 def model_of(state):
-    """What `read` gives -> the model, in evaluation mode and float32.
-
-    Views of another tensor are copied: training one tensor must not change another.
-    """
+    """What `read` gives -> the model, in evaluation mode and float32."""
     model, tensors, seen = empty_model(config_of(state)), {}, set()
     for key, x in state["model"].items():
         memory = x.untyped_storage().data_ptr()
-        view = memory in seen or not x.is_contiguous()
+        view = memory in seen or not x.is_contiguous()  # training one must not change another
         tensors[key] = x.clone(memory_format=torch.contiguous_format) if view else x
         seen.add(memory)
     model.load_state_dict(tensors, assign=True)
@@ -173,12 +170,12 @@ def read_towers(vision, text, config=None):
     sources = {"vision": vision, "text": text}
     states = {tower: read(source, tower) for tower, source in sources.items() if source is not None}
     config = config or closest_config(states["vision"]["config"])
-    sizes, tensors = dataclasses.asdict(config), {}
-    for state in states.values():
+    sizes, tensors, skipped = dataclasses.asdict(config), {}, []
+    for tower, state in states.items():
         sizes |= state["config"]
         tensors |= state["model"]
-    skipped = [f"{state['skipped']} of {sources[tower]}" for tower, state in states.items()
-               if state.get("skipped")]
+        if state.get("skipped"):
+            skipped.append(f"{state['skipped']} of {sources[tower]}")
     try:
         empty_model(Config(**sizes))
     except ValueError as error:
@@ -220,9 +217,6 @@ def trained_on(state):
     except (AttributeError, RuntimeError, TypeError, ValueError):       # no settings of ours
         return []
     return runs
-
-
-# ---- command line
 
 
 def main():
