@@ -167,9 +167,6 @@ def jpeg_decoder():
         return None
 
 
-# ---- reading many
-
-
 def leads_out(root, path):
     """Whether a path leads out of the folder `root` (an os.path.realpath), by `..` or links."""
     return os.path.commonpath([root, os.path.realpath(path)]) != root

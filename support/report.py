@@ -23,9 +23,6 @@ LONGEST = 160                                                   # characters sho
 WAYS = {"text_to_image": "Text-to-Image", "image_to_text": "Image-to-Text"}
 
 
-# ---- parts of a page
-
-
 def text(x):
     """Any text as HTML, cut to LONGEST characters."""
     x = system.printable(x)                                     # a file name may not be UTF-8

@@ -24,9 +24,6 @@ FLAGS, RANGES = TABLES["groups"], TABLES["ranges"]
 MAY_CHANGE_ON_RESUME = set(TABLES["may change on resume"])
 
 
-# ---- flags
-
-
 def parse_args(argv=None, usage="", data_names=(), augmentations=None):
     """The flags of train.py, checked as far as they can be without data and weights.
 
