@@ -39,43 +39,32 @@ def write_shards(split, folder, name, per_shard=10_000, processes=1, whole=False
         path = folder / f"{name}-{len(shards):06}.tar"
         shards.append((path, images[start : start + per_shard]))
     plan = {"data": split.fingerprint(), "pictures": len(images), "per_shard": per_shard}  # as ever
-
-    with reserve(folder, name, json.dumps(plan)):
-        missing = [(path, some) for path, some in shards if not path.exists()]
-        workers = min(processes, len(missing)) if processes > 1 else 0
-        loader = reader_loader(missing, workers, timeout=0, batch_size=None,
-                               collate_fn=functools.partial(write_shard, split, texts_of, whole))
-        total = sum(len(some) for _, some in missing)
-        with system.progress(f"{folder}: images written", total) as progress:
-            for path, count in loader:
-                print(f"{path}: {count:,} images", flush=True)
-                progress.update(count)
-    print(f"{folder}: {name}: {len(images):,} images with {sum(map(len, texts_of)):,} captions in "
-          f"{len(shards):,} shard{'s' * (len(shards) > 1)}")
-
-
-def reserve(folder, name, plan):
-    """Note in folder/name.json what its shards are made of -> a lock on the folder, an open file.
-
-    Raises BadInput when other shards are there, or another process writes some.
-    """
-    marker = folder / f"{name}.json"
+    plan, marker = json.dumps(plan), folder / f"{name}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = system.lock(folder / ".lock")                # the file stays: others may wait for it
-        if lock is None:
-            raise BadInput(f"{folder}: another process is writing shards there")
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error}); name another folder") from None
+    if lock is None:
+        raise BadInput(f"{folder}: another process is writing shards there")
+    with lock:
         is_ours = marker.exists() and marker.read_bytes() == plan.encode()
-        if (marker.exists() or name in split_shards(folder)) and not is_ours:
+        if not is_ours and (marker.exists() or name in split_shards(folder)):
             raise BadInput(f"{folder}: it holds other shards of {name!r}; name another folder, or "
                            f"delete them and {marker.name}")
         system.write_text(marker, plan)
         for part in folder.glob(f"{name}-*.part"):          # of a killed process
             part.unlink()
-        return lock
-    except OSError as error:
-        raise BadInput(f"{folder}: shards cannot be written there ({error}); make room or name "
-                       "another folder") from None
+        missing = [(path, some) for path, some in shards if not path.exists()]
+        workers = min(processes, len(missing)) if processes > 1 else 0
+        loader = reader_loader(missing, workers, timeout=0, batch_size=None,
+                               collate_fn=functools.partial(write_shard, split, texts_of, whole))
+        with system.progress(f"{folder}: shards written", len(missing)) as progress:
+            for path, count in loader:
+                print(f"{path}: {count:,} images", flush=True)
+                progress.update()
+    print(f"{folder}: {name}: {len(images):,} images with {sum(map(len, texts_of)):,} captions in "
+          f"{len(shards):,} shard{'s' * (len(shards) > 1)}")
 
 
 def write_shard(split, texts_of, whole, shard):
