@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import posixpath
 import re
 import tarfile
 import warnings
@@ -75,7 +74,6 @@ class ShardSplit:
         return ids, [sentence_key(text) for text in texts], sentence_key(texts[which])
 
     def pair_bytes(self, k):
-        """The bytes of pair k's image."""
         path, (image, size, *_) = self.row(k)
         return read_at(path, image, size)
 
@@ -83,8 +81,7 @@ class ShardSplit:
         """-> the number of pair k's caption among those of its image, and these."""
         path, (image, image_size, text, size, is_json, which) = self.row(k)
         with refused_as(f"{self.location(k)}: the caption"):
-            both = min(image_size, size) >= 0
-            other = both and stem_at(path, image) != stem_at(path, text)
+            other = min(image_size, size) >= 0 and stem_at(path, image) != stem_at(path, text)
             texts = [] if other else captions_in(read_at(path, text, size, MOST_BYTES), is_json)
             if which >= len(texts):
                 raise ValueError(f"{path}.index has another one; delete that file")
@@ -95,8 +92,7 @@ class ShardSplit:
         s = int(np.searchsorted(self.starts, k, side="right")) - 1
         index = opened_index(self.shards[s])
         if len(index) - 1 != self.starts[s + 1] - self.starts[s]:
-            raise OSError(f"{self.shards[s]}: it was changed while it was being read; run the same "
-                          "command again")
+            raise OSError(f"{self.shards[s]}: it was changed meanwhile; run the same command again")
         return self.shards[s], index[k - self.starts[s] + 1].tolist()
 
     def fingerprint(self):
@@ -115,7 +111,6 @@ class ShardSplit:
     def where(self, k):
         path, (image, image_size, text, *_) = self.row(k)
         offset = image if image_size >= 0 else text
-        # A file's name is the first field of the header before it.
         name = os.pread(opened_shard(path).fileno(), 100, offset - 512).rstrip(b"\0")
         return {"file": str(path), "offset": offset, "member": name.decode(errors="replace")}
 
@@ -156,8 +151,7 @@ class ShardSplit:
     def described(self):
         """{caption: {image: None, …}}, in the order of the pairs."""
         if self.damaged:
-            raise BadInput(f"{self.damaged[0]}: damaged or cut short, so recall would be that of "
-                           "a part; replace it")
+            raise BadInput(f"{self.damaged[0]}: damaged, so recall would be of a part; replace it")
         described = {}
         for k in range(len(self)):
             _, (_, image_size, *_) = self.row(k)
@@ -199,16 +193,14 @@ class ShardOrder:
         self.seed, self.epoch = seed, epoch
         starts = np.cumsum(counts) - counts                 # the first pair of each shard
         shuffled = np.random.default_rng([seed, epoch]).permutation(len(counts))
-        self.windows, sizes = [], []
+        self.windows = []                                   # (first pairs, their ends) in 16 shards
         for g in range(0, len(counts), self.TOGETHER):
             group = shuffled[g : g + self.TOGETHER]
             firsts, some = starts[group], counts[group]
             windows = max(1, round(some.sum() / self.WINDOW))
-            for w in range(windows):
-                begins, ends = w * some // windows, (w + 1) * some // windows   # in each shard
-                self.windows.append((firsts + begins, firsts + ends))
-                sizes.append((ends - begins).sum())
-        self.ends = np.cumsum(sizes)                        # window w has the places before ends[w]
+            cuts = [firsts + w * some // windows for w in range(windows + 1)]
+            self.windows += zip(cuts, cuts[1:])
+        self.ends = np.cumsum([(b - a).sum() for a, b in self.windows])     # w: places < ends[w]
         self.at, self.pairs = None, None                    # one window, its pairs in their order
 
     def __getitem__(self, place):
@@ -248,8 +240,7 @@ def stem_at(path, offset):
 def read_at(path, offset, size, most=2**28):
     """`size` bytes of a shard from `offset` on. Raises ValueError or OSError."""
     if not 0 <= size <= most:
-        too_many = f"it has {size:,} bytes, more than {most // 2**20} MiB"
-        raise ValueError("it is missing" if size < 0 else too_many)
+        raise ValueError("it is missing" if size < 0 else f"it has more than {most // 2**20} MiB")
     content = os.pread(opened_shard(path).fileno(), size, offset)
     if len(content) < size:
         raise ValueError("it is cut short")
@@ -257,10 +248,7 @@ def read_at(path, offset, size, most=2**28):
 
 
 def captions_in(content, is_json):
-    """The captions in the bytes of a .txt (one) or a .json ("texts": […], "text" or "caption").
-
-    Raises ValueError.
-    """
+    """The captions of a .txt (one) or a .json ("texts": […], "text", "caption"), or ValueError."""
     if is_json:
         record = json.loads(content)
         record = record if isinstance(record, dict) else {}
@@ -293,15 +281,13 @@ def shard_index(path, thorough=False):
     status = os.stat(path)
     head = [INDEX_VERSION, status.st_size, status.st_mtime_ns]
     digest = hashlib.md5(str(path.resolve()).encode()).hexdigest()
-    files = [path.with_name(path.name + ".index"),
-             system.cache_folder() / "index" / f"{digest}.index"]
+    files = [Path(f"{path}.index"), system.cache_folder() / f"index/{digest}.index"]
     for file in filter(Path.is_file, files):                # a pipe would be waited for
         with contextlib.suppress(Exception):                # it is missing, or damaged
             index = np.load(file, mmap_mode="r")            # reads the first row alone
             sound = index.dtype == np.int64 and index.shape[1:] == (COLUMNS,)
-            if sound and index[0, :3].tolist() == head:
-                if not (thorough and points_outside(index, status.st_size)):
-                    return index
+            if sound and index[0, :3].tolist() == head and (not thorough or all_inside(index)):
+                return index
     rows, damaged = scan(path)
     index = np.array([[*head, damaged, 0, 0], *rows], dtype=np.int64)
     for file in files:
@@ -309,18 +295,17 @@ def shard_index(path, thorough=False):
             continue
         with contextlib.suppress(BadInput, OSError):
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Several processes may write the same file, each its own part.
             system.write(file, lambda f: np.save(f, index), part=f".{os.getpid()}.part")
             return index
     raise BadInput(f"{files[0]}: cannot be written, nor can {files[1]}; set CE_CLIP_CACHE to a "
                    "folder with room")
 
 
-def points_outside(index, size):
-    """Whether a row of an index means bytes that a shard of this size does not have."""
-    offsets, sizes = index[1:, [0, 2]], index[1:, [1, 3]]           # (pairs, 2): image, caption
+def all_inside(index):
+    """Whether all rows of an index mean bytes that its shard, of the size in row 0, has."""
+    size, offsets, sizes = index[0, 1], index[1:, [0, 2]], index[1:, [1, 3]]    # image, caption
     inside = (offsets >= 512) & (offsets <= size) & (sizes <= size - offsets) | (sizes < 0)
-    return not (inside.all() and (sizes >= 0).any(axis=1).all() and (index[1:, 5] >= 0).all())
+    return inside.all() and (sizes >= 0).any(axis=1).all() and (index[1:, 5] >= 0).all()
 
 
 def scan(path):
@@ -337,11 +322,11 @@ def scan(path):
                        "anywhere in it, so unpack .gz and the like first") from None
     with tar, contextlib.suppress(*senseless):
         for entry in tar_entries(tar):
-            folder, name = posixpath.split(entry.name)
+            folder, _, name = entry.name.rpartition("/")
             stem, _, kind = name.partition(".")
             if entry.isreg() and stem:                      # macOS puts ._name beside name
                 place = entry.offset_data, entry.size
-                members.append((posixpath.join(folder, stem), kind.lower(), place))
+                members.append(((folder, stem), kind.lower(), place))
         is_whole = True
     damaged = -1 if is_whole else min(tar.offset, size)
     for _, group in itertools.groupby(members, key=lambda member: member[0]):
@@ -350,10 +335,10 @@ def scan(path):
         image = next((files[kind] for kind in IMAGE_TYPES if kind in files), (0, -1))
         text = files.get("txt", files.get("json", (0, -1)))
         is_json, captions = "json" in files and "txt" not in files, 1
-        if max(sum(image), sum(text)) > size or max(image[1], text[1]) < 0:
-            continue                                        # cut, or files of other kinds
         if len(files) < len(group):                         # a name twice: which two belong?
             text, is_json = (0, -1), False
+        if max(sum(image), sum(text)) > size or max(image[1], text[1]) < 0:
+            continue                                        # cut, or files of other kinds
         if is_json:
             with contextlib.suppress(Exception):            # then one row: training reports it
                 captions = len(captions_in(read_at(path, *text, MOST_BYTES), True))
@@ -424,10 +409,8 @@ def shards_of(pattern):
         names = [name + number + text for name in names for number in numbers]
     paths = []
     for name in names:
-        is_plain = os.path.exists(name) or not re.search(r"[*?[]", name)    # a name may have a [
-        paths += map(Path, [name] if is_plain else sorted(glob.glob(name)))
-    if not paths:
-        raise BadInput(f"{pattern}: no such shards")
+        found = [] if os.path.exists(name) else sorted(glob.glob(name))     # a name may have a [
+        paths += map(Path, found or [name])
     missing = [path for path in paths if not path.is_file()]
     if missing:
         raise BadInput(f"{pattern}: {len(missing):,} of {len(paths):,} shards are missing, the "

@@ -404,8 +404,8 @@ def test_patterns_of_shards(tmp_path):
         open_split(f"{tmp_path}/{{0..99999999999}}.tar", "train")
     with pytest.raises(BadInput, match="2 of 4 shards are missing, the first .*s-011.tar"):
         open_split(f"{tmp_path}/s-{{009..012}}.tar", "train")
-    for pattern in ("t-*.tar", "s-{010..008}.tar"):
-        with pytest.raises(BadInput, match="no such shards"):
+    for pattern, message in (("t-*.tar", r"1 of 1 shards are missing, the first .*/t-\*.tar"), ("s-{010..008}.tar", "no images with captions in 0 shards")):
+        with pytest.raises(BadInput, match=message):
             open_split(f"{tmp_path}/{pattern}", "train")
 
 
@@ -565,7 +565,7 @@ def test_an_index_is_never_written_through_a_link_or_into_a_pipe(tmp_path, monke
 
 def test_a_sample_that_has_a_name_twice_is_not_guessed_at(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, content in (("1.png", png(seed=1)), ("1.txt", "第1张".encode()), ("1.png", png(seed=9)), ("2.png", png(seed=2)), ("2.txt", "第2张".encode())):
+        for name, content in (("1.png", png(seed=1)), ("1.txt", "第1张".encode()), ("1.png", png(seed=9)), ("2.png", png(seed=2)), ("2.txt", "第2张".encode()), ("3.txt", b"a"), ("3.txt", b"b")):
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
@@ -606,7 +606,7 @@ def test_damaged_shards_are_named_and_what_is_whole_is_used(tmp_path):
             with pytest.warns(UserWarning, match=rf"{name}.tar: damaged or cut short at byte [\d,]+; what comes after is lost \({left} pairs"):
                 split = open_split(tmp_path / f"{name}.tar", "train")
         assert len(split) == left
-        with pytest.raises(BadInput, match="damaged or cut short, so recall would be that of a part"):
+        with pytest.raises(BadInput, match="damaged, so recall would be of a part; replace it"):
             split.texts                                                         # evaluation asks for them
     (tmp_path / "b.tar").write_bytes(gzip.compress(whole))
     write_tar(tmp_path / "c.tar", {"a.cls": b"1"})
@@ -631,7 +631,7 @@ BAD_SAMPLES = {
     "JSON that is no object": ({"b.jpg": jpeg(), "b.json": b"[1]"}, "the caption cannot be read (it needs \"text\", \"caption\" or a list \"texts\")"),
     "deep JSON": ({"b.jpg": jpeg(), "b.json": b"[" * 10**5}, "the caption cannot be read (maximum recursion depth"),
     "too many captions": ({"b.jpg": jpeg(), "b.json": json.dumps({"texts": ["好"] * 10_001}).encode()}, "the caption cannot be read (it has 10,001 captions, more than 10,000"),
-    "a huge caption": ({"b.jpg": jpeg(), "b.txt": b"a" * (2**22 + 1)}, "the caption cannot be read (it has 4,194,305 bytes, more than 4 MiB"),
+    "a huge caption": ({"b.jpg": jpeg(), "b.txt": b"a" * (2**22 + 1)}, "the caption cannot be read (it has more than 4 MiB"),
     "half a character": ({"b.jpg": jpeg(), "b.json": b'{"text": "\\ud800"}'}, "the caption cannot be read ('utf-8' codec can't encode"),
     "decompression bomb": ({"b.png": bomb(), "b.txt": "坏".encode()}, "the image cannot be read (Image size (100000000 pixels) exceeds limit"),
     "larger bomb": ({"b.png": bomb(100_000), "b.txt": "坏".encode()}, "the image cannot be read (Image size (10000000000 pixels) exceeds limit"),
