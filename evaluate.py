@@ -95,8 +95,8 @@ def embed_images(model, read, count, device, autocast, batch_size=128, workers=0
     batches = own_batches(count, batch_size)
     rows = []
     for _, embed, unreadable in encode_images(model, read, batches, device, autocast, workers):
-        for reason in unreadable.values():
-            raise BadInput(reason)
+        if unreadable:
+            raise BadInput(next(iter(unreadable.values())))
         rows.append(embed)
     return all_gather_rows(batches, rows, torch.empty(count, model.cfg.embed_dim))
 
@@ -126,8 +126,8 @@ def embed_split(model, split, device, autocast, batch_size=128, workers=0, image
     was_training = model.training
     model.eval()
     if image_embed is None:
-        count = len(split.image_ids)
-        image_embed = embed_images(model, split.image, count, device, autocast, batch_size, workers)
+        image_embed = embed_images(model, split.image, split.image_count(), device, autocast,
+                                   batch_size, workers)
     text_embed = embed_texts(model, split.ids, autocast, batch_size)
     model.train(was_training)
     return image_embed, text_embed

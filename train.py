@@ -127,7 +127,7 @@ def train(run, settings, split, features, first_step, autocast, validate):
 
     step = first_step
     while not run.ended(step):
-        first = run.signals.next_of(loader)
+        head = run.signals.next_of(loader)  # its first micro-batch; None: a signal came
         if run.asked_to_stop():
             run.snapshot(step)
             run.stop_if_asked(step)
@@ -135,7 +135,7 @@ def train(run, settings, split, features, first_step, autocast, validate):
         lr = learning_rate(step - 1, settings.lr, settings.warmup, total)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        micro_batches, truth, bad = read_batch(chain([first], loader), batches.places, step,
+        micro_batches, truth, bad = read_batch(chain([head], loader), batches.places, step,
                                                settings, model.cfg.context_length)
         run.report(step, bad)
         loss, norm = train_step(model, micro_batches, truth, gradients, optimizer, run.scaler,

@@ -28,11 +28,13 @@ def caption_file(folder):
 def caption_rows(path, allow_outside=False):
     """(image, caption, split) of each row. BadInput names the line of the first wrong one.
 
-    Without allow_outside also of an image outside the folder: shards and pages publish images.
+    Without allow_outside an image outside the folder is refused, too: shards would publish it.
     """
     split_of, has_splits = {}, None                         # image -> split; whether rows have one
     folder = str(path.parent)
     is_out = functools.cache(functools.partial(leads_out, os.path.realpath(folder)))
+    if not allow_outside and os.path.islink(path) and is_out(path):
+        raise BadInput(f"{path}: a link out of the folder; --allow-outside reads it")
     for number, row in read_csv(path) if path.suffix == ".csv" else read_jsonl(path):
         image, caption, split = row.get("image"), row.get("caption"), row.get("split") or ""
         line = f"{path}, line {number}"
@@ -52,6 +54,7 @@ def caption_rows(path, allow_outside=False):
             place = os.path.join(folder, image)
             if not os.path.isfile(place):
                 raise BadInput(f"{line}: there is no image {place}")
+            # a plain file lies where its folder lies, which is_out remembers
             at = place if os.path.islink(place) else os.path.dirname(place)
             if not allow_outside and is_out(at):
                 raise BadInput(f"{line}: {image} is outside the folder; --allow-outside reads it")

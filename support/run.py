@@ -2,7 +2,7 @@
 
     run = Run(out, settings, rank, pairs, model, optimizer, scaler)
     first_step = run.resume(checkpoint.read(out / "last.pt"))   # BadInput when settings differ
-    run.open_folder(first_step)
+    run.open_folder(first_step, stamp)
     run.after_step(step, loss, norm, …), run.log(…), run.validated(step, recall), run.snapshot(step)
 """
 import contextlib
@@ -101,10 +101,10 @@ class Run:
             for p, moments in self.optimizer.state.items():
                 taken = float(moments["step"])
                 for name, least in (("exp_avg", -math.inf), ("exp_avg_sq", 0)):
-                    x = moments[name]                           # AdamW writes past a moment's end
+                    x = moments[name]                           # AdamW would write past a short one
                     fits = x.shape == p.shape and x.isfinite().all() and x.min() >= least
                     if not fits or not 0 <= taken <= self.settings["total_steps"]:
-                        raise ValueError("the optimizer's moments do not fit the parameters")
+                        raise ValueError("the optimizer's state does not fit the parameters")
                     moments[name] = torch.empty_like(p).copy_(x)        # in memory of its own
                 moments["step"] = torch.tensor(taken, device=p.device)
             self.scaler.load_state_dict(state["scaler"])
@@ -120,7 +120,7 @@ class Run:
             raise BadInput(f"{self.out / 'best.pt'}, the best weights so far, is gone; put it back "
                            f"or start anew: --init {self.out / 'last.pt'} --out {self.out}-2")
         if self.settings["average"] and not self.averaged:
-            self.start_weights()
+            self.start_weights()                            # BadInput now instead of at the end
         return state["step"]
 
     def _check_settings(self, before):
@@ -222,6 +222,7 @@ class Run:
             return                                          # the scale has been halved
         where = self.out / "nonfinite.json"
         if self.first:
+            self._check_lock()
             record = {"step": step, "loss": str(loss), "gradient_norm": str(self.norm),
                       "pairs": pairs_of(step)}
             system.write_json(where, record)
@@ -320,6 +321,7 @@ class Run:
     def keep_start(self):
         """Write start.pt, the weights before the first step, for averages and comparisons."""
         if self.first and (self.settings["average"] or self.settings["stage"] == "finetune"):
+            self._check_lock()
             weights.save(self.out / "start.pt", self.model, step=0, settings=self.settings)
 
     # ---- averages of the start and the end

@@ -30,7 +30,7 @@ class BadInput(Exception):
 
 
 # What a terminal obeys instead of showing it: control characters, line ends, changes of direction;
-# and half characters, which cannot be encoded.
+# and lone surrogates, which cannot be encoded.
 CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -40,10 +40,10 @@ def printable(text, kept=""):
     return CONTROL.sub(lambda c: c[0] if c[0] in kept else repr(c[0])[1:-1], str(text))
 
 
-def show_printable(stream):
-    """From now on nothing that is written to a stream steers the terminal: no caption, no name."""
+def show_printable(stream, kept):
+    """From now on a stream escapes the control characters that it is given, all but those kept."""
     write = stream.write
-    stream.write = lambda text: write(printable(text, kept="\n\t\r"))          # \r: progress bars
+    stream.write = lambda text: write(printable(text, kept))
 
 
 # ---- files
@@ -71,7 +71,7 @@ def write(path, fill, shown=None, part=".part"):
     except (OSError, RuntimeError) as error:            # torch.save raises RuntimeError: disk full
         with contextlib.suppress(OSError):
             part.unlink()
-        if "DataLoader" in str(error):                  # a reader was killed in this moment
+        if "DataLoader" in str(error):                  # it raises anywhere when a reader dies
             raise
         why = error if isinstance(error, OSError) else f"is the disk full? {error}"
         raise BadInput(f"{shown}: cannot be written ({why}); nothing there was changed") from None
@@ -166,15 +166,15 @@ def filled_beside(folder):
                 with contextlib.suppress(OSError):      # it may have become `folder`
                     remove_folder(part)
     except OSError as error:
-        raise BadInput(f"{folder}: cannot be made ({str(error)[:300]}); make room, or name another "
-                       "place") from None
+        raise BadInput(f"{folder}: cannot be made ({str(error)[:300]}); is there room, and may you "
+                       "write there?") from None
 
 
 def remove_folder(folder):
     """Remove a folder with all in it. It may be deeper than shutil.rmtree can recurse."""
     folders = [folder]
     for place in folders:                               # the list grows
-        os.chmod(place, 0o700)                          # it may be closed
+        os.chmod(place, 0o700)                          # it may lack our permissions
         for entry in list(os.scandir(place)):
             if entry.is_dir(follow_symlinks=False):
                 folders.append(entry.path)
@@ -199,7 +199,7 @@ def download(repo, name, by_hand, repo_type="model"):
         if not isinstance(path, str):   # None, or a mark that the hub has no such file
             session = huggingface_hub.get_session()
             if not hasattr(session, "event_hooks"):
-                raise BadInput("its library is too old: pip install -U 'huggingface_hub>=1'")
+                raise BadInput("the library is too old: pip install -U 'huggingface_hub>=1'")
             session.event_hooks |= {"response": [check_answer]}
             path = huggingface_hub.hf_hub_download(repo, name, repo_type=repo_type,
                                                    headers={"Accept-Encoding": "identity"})
@@ -212,10 +212,10 @@ def download(repo, name, by_hand, repo_type="model"):
 
 
 def check_answer(answer):
-    """Refuse what huggingface_hub takes from any server that HF_ENDPOINT names (an httpx hook).
+    """Refuse what huggingface_hub would accept from a server (a hook of its httpx client).
 
-    That is: a tag that leads out of the cache, whose files it names; a redirect from https to http;
-    content without end, larger than the disk, or compressed, which could become either.
+    That is a tag that, as the name of a file in the cache, leads out of it; a redirect from https
+    to http; content without end, larger than the free disk, or compressed, which could be either.
     """
     for name in ("ETag", "X-Linked-ETag", "X-Repo-Commit"):
         tag = answer.headers.get(name, "none")
@@ -311,7 +311,7 @@ class StopSignals:
 
 
 def end_with(parent, number=signal.SIGKILL):
-    """Let this process get a signal when its parent (a process number) dies."""
+    """On Linux this process gets a signal when its parent (a process number) dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, number)              # PR_SET_PDEATHSIG
     if os.getppid() != parent:                          # it has died already
@@ -326,9 +326,9 @@ def keep_freed_memory(keep=True):
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
-        library.mallopt(-4, 0 if keep else 65536)               # M_MMAP_MAX: blocks of their own
-        library.mallopt(-3, 2**25)                              # M_MMAP_THRESHOLD: their least size
-        library.mallopt(-1, 2**31 - 1 if keep else 2**26)       # M_TRIM_THRESHOLD: most kept free
+        library.mallopt(-4, 0 if keep else 65536)           # M_MMAP_MAX: most blocks of their own
+        library.mallopt(-3, 2**25)                          # M_MMAP_THRESHOLD: their least size
+        library.mallopt(-1, 2**31 - 1 if keep else 2**26)   # M_TRIM_THRESHOLD: most free bytes
 
 
 # ---- a program
@@ -356,8 +356,8 @@ def run(main):
             setattr(sys, name, open(os.devnull, mode))
     keep_freed_memory()
     sys.stdout.reconfigure(errors="backslashreplace")   # a terminal without Chinese shows \u732b
-    show_printable(sys.stdout)
-    show_printable(sys.stderr)
+    show_printable(sys.stdout, "\n\t")
+    show_printable(sys.stderr, "\n\t\r")              # \r: of progress bars
     warnings.showwarning = show_warning
     status = 0
     try:
@@ -382,7 +382,7 @@ def run(main):
     if failed and int(os.environ.get("RANK", 0)):
         time.sleep(3)                   # if the first process failed, too, torchrun ends this one
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        sys.exit(status)
+        sys.exit(status)                                # it prints a string; then the status is 1
     if failed:
         print(status, file=sys.stderr, flush=True)
     sys.stdout.flush()

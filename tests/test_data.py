@@ -1,5 +1,6 @@
 """Reading data: both layouts, the order of samples, the painted set, transforms; and every kind of damaged input named in one line."""
 import base64
+import contextlib
 import gzip
 import io
 import json
@@ -220,6 +221,18 @@ def test_captions_do_not_read_outside_their_folder(tmp_path, called, stopped, im
         open_split(own, "test")
     assert "2 images" in called(prepare, "counts", own, "--allow-outside")
     assert open_split(own, "test", allow_outside=True).image_bytes(1) == png(seed=99)
+
+
+def test_a_captions_file_that_is_a_link_out_of_its_folder_is_refused(tmp_path):
+    write_folder(tmp_path / "theirs", [("a.png", "猫", "test")], columns="image,caption,split")
+    write_folder(tmp_path / "own", [("a.png", "狗", "test")], columns="image,caption,split")
+    (tmp_path / "own/captions.csv").rename(tmp_path / "own/c.csv")
+    for target, refused in (("../theirs/captions.csv", True), ("c.csv", False)):
+        (tmp_path / "own/captions.csv").unlink(missing_ok=True)
+        (tmp_path / "own/captions.csv").symlink_to(target)
+        with pytest.raises(BadInput, match="captions.csv: a link out of the folder") if refused else contextlib.nullcontext():
+            assert open_split(tmp_path / "own", "test").texts == ["狗"]
+        assert len(open_split(tmp_path / "own", "test", allow_outside=True)) == 1
 
 
 def test_every_program_that_reads_captions_refuses_images_outside_and_has_the_flag(tmp_path, called, stopped, stops, capsys):
@@ -820,6 +833,8 @@ def test_what_takes_far_more_time_or_words_than_its_size_is_refused_or_silent():
             with pytest.raises(BadInput, match="a.jpg cannot be read .a JPEG with more than 200 scans.; replace"):
                 read()
     assert decoded(lambda: image[:-2] + 20 * last + image[-2:], "a.jpg").size == (64, 48)
+    yellow = saved(Image.new("RGB", (20, 20), (255, 218, 0)), "PPM")            # the bytes that begin a scan, 400 times
+    assert decoded(lambda: yellow, "a.ppm").getpixel((9, 9)) == (255, 218, 0)
     tags = b"".join(struct.pack("<HHII", 1000 + n, 7, 500, 8) for n in range(100))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

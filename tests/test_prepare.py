@@ -352,7 +352,7 @@ def test_a_full_disk_and_forbidden_folders_are_one_line(published, stopped, monk
         raise OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(releases.shutil, "copyfileobj", full)
-        assert re.search("COCO-CN: cannot be made .*No space left.*make room", stopped(*fetch))
+        assert re.search("COCO-CN: cannot be made .*No space left.*is there room", stopped(*fetch))
     assert left(published.root) == []
     (published.root / "COCO-CN.ce-clip-part").write_bytes(b"")
     assert "COCO-CN: cannot be made" in stopped(*fetch)

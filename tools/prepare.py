@@ -254,7 +254,8 @@ def draw_sheet(split, path):
         i = described[n * len(described) // count]
         row, column = divmod(n, 6)
         sheet.paste(split.image(i).resize((128, 128)), (column * 134, row * 134))
-        print(f"row {row + 1}, column {column + 1}: image {split.image_ids[i]}: {caption_of[i]}")
+        line = f"row {row + 1}, column {column + 1}: image {split.image_ids[i]}: {caption_of[i]}"
+        print(system.printable(line))
     try:
         sheet.save(path)
     except (OSError, ValueError, KeyError) as error:        # KeyError: Pillow cannot write the kind
