@@ -72,7 +72,7 @@ def test_a_folder_is_painted_whole_or_not_at_all(tmp_path, monkeypatch):
     demo = painter.DEMO._replace(sizes={"train": 30, "valid": 8, "test": 8})
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(BadInput, match="demo: cannot be made .*No space left on device.*; make room"):
+        with pytest.raises(BadInput, match="demo: cannot be made .*No space left on device.*; is there room"):
             painter.write_folder(tmp_path / "demo", "demo", demo)
     left = lambda: [path for path in tmp_path.iterdir() if not path.name.startswith(".")]           # but for the lock
     assert left() == []
