@@ -388,8 +388,6 @@ def parse_args():
                         help=f"{', '.join(data.NAMES)}, a folder, or a pattern of tar shards")
     parser.add_argument("--data-root", default="data",
                         help="the folder of the named data sets (default: data)")
-    parser.add_argument("--allow-outside", action="store_true",
-                        help="let a captions file name images outside its folder")
     parser.add_argument("--features", metavar="DIR",
                         help="keep the embeddings there and use them the next time")
     args = parser.parse_args()
@@ -418,6 +416,8 @@ def shared_flags(parser):
     parser.add_argument("--report", metavar="FILE.html",
                         help="write a page with the table, examples and the worst misses")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
+    parser.add_argument("--allow-outside", action="store_true",
+                        help="read images outside the data's folder, too: paths, links")
     return parser
 
 

@@ -54,8 +54,7 @@ def caption_rows(path, allow_outside=False):
             place = os.path.join(folder, image)
             if not os.path.isfile(place):
                 raise BadInput(f"{line}: there is no image {place}")
-            # a plain file lies where its folder lies, which is_out remembers
-            at = place if os.path.islink(place) else os.path.dirname(place)
+            at = place if os.path.islink(place) else os.path.dirname(place)     # fewer to look at
             if not allow_outside and is_out(at):
                 raise BadInput(f"{line}: {image} is outside the folder; --allow-outside reads it")
         if split_of.setdefault(image, split) != split:

@@ -1,11 +1,12 @@
 """Folders of classes, for zero-shot classification: images in one folder for each class."""
+import os
 import unicodedata
 import warnings
 from pathlib import Path
 
 from support import system
 from support.captions import is_text
-from support.images import ENDINGS, image_files
+from support.images import ENDINGS, image_files, leads_out
 from support.system import BadInput
 
 
@@ -29,7 +30,7 @@ def class_root(folder, split=None):
     return folder
 
 
-def open_classes(root):
+def open_classes(root, allow_outside=False):
     """-> (names of C classes, paths of I images, I class numbers). See also class_numbers."""
     folders = folders_in(root)
     names, numbers = [composed(name) for name in folders], list(range(len(folders)))
@@ -52,9 +53,13 @@ def open_classes(root):
             raise BadInput(f"{root / folder / place}: cannot be read ({reason})")
         paths += [root / folder / file for file in files]
         labels += [number] * len(files)
-    if len(names) < 2 or not paths:
+    if not 2 <= len(names) <= 100_000 or not paths:
         raise BadInput(f"{root}: {len(names)} classes and {len(paths)} images; expected a folder "
-                       "for each of two or more classes: 猫/1.jpg, 狗/1.jpg, …")
+                       "for each of 2 to 100,000 classes: 猫/1.jpg, 狗/1.jpg, …")
+    base = label_file.parent if label_file else root
+    for path in [base / "label_cn.txt", *map(root.joinpath, folders), *paths]:
+        if path.is_symlink() and not allow_outside and leads_out(os.path.realpath(base), path):
+            raise BadInput(f"{path}: a link out of {base}; --allow-outside reads it")
     if loose := sorted(path.name for path in root.iterdir() if path.suffix.lower() in ENDINGS):
         warnings.warn(f"{root}: images in no class folder are left out: {listed(loose)}")
     if empty := [names[c] for c in sorted(set(range(len(names))) - set(labels))]:

@@ -55,7 +55,10 @@ def open_image(encoded):
     # A scan of 10 bytes makes the decoder of a JPEG pass over all pixels. Usual are 1 to 13 scans.
     if encoded.startswith(b"\xff\xd8") and encoded.count(b"\xff\xda\0") > 200:
         raise ValueError("a JPEG with more than 200 scans")
-    return Image.open(io.BytesIO(encoded), formats=FORMATS)
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    if max(image.size) > 65535:                             # resizing a line takes gigabytes
+        raise ValueError("a side has more than 65,535 pixels")
+    return image
 
 
 def decoded(read, name):

@@ -338,8 +338,8 @@ HINTS = {
     r"DataLoader worker \(pid": "a reader of images was killed; fewer --workers need less memory",
     "shared memory": "/dev/shm is full; fewer --workers need less of it, --workers 0 none",
     "DataLoader timed out": "no image came: is /dev/shm full, or the disk gone? Try --workers 0",
-    "out of memory|can't allocate memory": "there is not enough memory; in training a smaller "
-                                           "--micro-batch or --grad-checkpointing needs less",
+    "MemoryError|out of memory|can't allocate memory":
+        "there is not enough memory; in training --micro-batch or --grad-checkpointing needs less",
     r"torch\._(dynamo|inductor)": "torch.compile failed; run it without --compile",
     "recursion depth": "folders or brackets are nested too deeply",
     "EADDRINUSE": "another program uses this port; name another one (MASTER_PORT)",
@@ -399,9 +399,9 @@ def error_line(error):
     lines = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, (BadInput, OSError)):
         return lines[-1]                                # a reader's OSError begins with a traceback
-    if isinstance(error, RuntimeError):
+    if isinstance(error, (RuntimeError, MemoryError)):
         for sign, hint in HINTS.items():
-            if re.search(sign, f"{type(error).__module__}: {error}"):
+            if re.search(sign, f"{type(error)}: {error}"):
                 line = lines[-1 if lines[0].startswith("Caught") else 0]        # a reader's
                 return f"{hint} ({line[:200]})"
     return None

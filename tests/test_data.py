@@ -835,6 +835,10 @@ def test_what_takes_far_more_time_or_words_than_its_size_is_refused_or_silent():
     assert decoded(lambda: image[:-2] + 20 * last + image[-2:], "a.jpg").size == (64, 48)
     yellow = saved(Image.new("RGB", (20, 20), (255, 218, 0)), "PPM")            # the bytes that begin a scan, 400 times
     assert decoded(lambda: yellow, "a.ppm").getpixel((9, 9)) == (255, 218, 0)
+    for size in ((1, 70_000), (70_000, 1)):                                     # resizing a line of 80 million pixels would take 72 GB
+        for read in (lambda: decoded(lambda: png(size=size), "a.png"), lambda: training_pixels(png(size=size), 16, "a.png")):
+            with pytest.raises(BadInput, match="a side has more than 65,535 pixels"):
+                read()
     tags = b"".join(struct.pack("<HHII", 1000 + n, 7, 500, 8) for n in range(100))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

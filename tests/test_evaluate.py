@@ -23,6 +23,7 @@ from model import CLIP, CONFIGS
 from support import system
 from support.images import decoded
 from support.processes import precision_of
+from support.system import BadInput
 from support.tables import PUBLISHED, add_intervals, bootstrap_interval, table
 from tools import classify
 from tools.classify import class_root, classification_of, open_classes
@@ -408,6 +409,26 @@ def test_class_folders_in_both_layouts(elevater, tmp_path):
 def test_the_name_of_a_class_is_one_line(tmp_path):
     root = write_classes(tmp_path / "k", ["x\nerror: forged", "猫 \u2028\t狗"])
     assert sorted(open_classes(root)[0]) == ["x error: forged", "猫 狗"]
+
+
+@pytest.mark.parametrize("place", ["猫/s.png", "外", "label_cn.txt"])
+def test_links_out_of_a_class_folder_are_refused(tmp_path, place):
+    own, theirs = write_classes(tmp_path / "own", ["猫", "狗"], 1), write_classes(tmp_path / "theirs", ["x"], 1)
+    (theirs / "label_cn.txt").write_text("狗\n猫\n", encoding="utf-8")
+    (own / place).symlink_to({"猫/s.png": next((theirs / "x").iterdir()), "外": theirs / "x", "label_cn.txt": theirs / "label_cn.txt"}[place])
+    with pytest.raises(BadInput, match=f"{place}: a link out of .*own; --allow-outside reads it"):
+        open_classes(own)
+    assert len(open_classes(own, allow_outside=True)[1]) >= 2
+    (own / place).unlink()
+    (own / "狗/again.png").symlink_to(next((own / "猫").iterdir()))                # inside
+    assert len(open_classes(own)[1]) == 3
+
+
+def test_a_label_file_of_very_many_lines_is_refused(tmp_path):
+    own = write_classes(tmp_path / "own", ["0", "1"], 1)
+    (own / "label_cn.txt").write_text("猫\n" * 100_001, encoding="utf-8")
+    with pytest.raises(BadInput, match="100001 classes and 2 images; expected a folder for each of 2 to 100,000 classes"):
+        open_classes(own)
 
 
 def test_a_class_may_be_called_test(tmp_path):

@@ -162,6 +162,12 @@ def test_a_part_that_cannot_be_read_is_named(searched, album, monkeypatch):
     assert "去 海边: cannot be read (Permission denied)" in said and f"{READABLE - 2} images" in said
 
 
+def test_the_image_of_the_query_is_a_file(album, tmp_path, stopped):
+    os.mkfifo(tmp_path / "pipe")                                                # reading it would wait
+    for name in ("pipe", "nowhere.jpg"):
+        assert stopped(search, "--ckpt", "x", "--images", album, "--image", tmp_path / name) == f"--image {tmp_path / name}: there is no such file"
+
+
 def test_a_damaged_index_is_made_anew(searched, tmp_path):
     first, _ = searched("猫")
     place, = (tmp_path / "cache/search").glob("*.npz")
@@ -173,7 +179,10 @@ def test_a_damaged_index_is_made_anew(searched, tmp_path):
         place.write_bytes(damaged)
         lines, said = searched("猫")
         assert lines == first and "is damaged; it is made anew" in said
-    assert searched("猫")[0] == first
+    np.savez(narrow := io.BytesIO(), **content | {"embed": content["embed"][:, :3]})    # of another width
+    place.write_bytes(narrow.getvalue())
+    for _ in range(2):
+        assert searched("猫")[0] == first
 
 
 def test_asks_again_and_again(searched, monkeypatch):
@@ -196,7 +205,7 @@ def test_names_of_files_cannot_write_to_the_terminal(searched, album):
     (["--ckpt", "nowhere.pt", "猫"], "nowhere.pt: there is no such checkpoint"),
     (["猫", "--image", "ALBUM/kind.png"], "name either a sentence"),
     (["--image", "ALBUM/broken.jpg"], "broken.jpg cannot be read"),
-    (["--image", "nowhere.jpg"], "nowhere.jpg cannot be read"),
+    (["--image", "nowhere.jpg"], "--image nowhere.jpg: there is no such file"),
     ([" "], "a sentence that is not empty"),
     (["\udcff"], "the query is not UTF-8"),
     (["猫", "--top", "0"], "--top 0"),

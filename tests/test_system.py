@@ -260,7 +260,7 @@ def test_killed_while_downloading(hub, tmp_path):
 
 
 @pytest.mark.parametrize("error, line", [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation"), "there is not enough memory; in training a smaller --micro-batch or --grad-checkpointing needs less (CUDA out of memory. Tried to allocate 20 GiB.)"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee documentation"), "there is not enough memory; in training --micro-batch or --grad-checkpointing needs less (CUDA out of memory. Tried to allocate 20 GiB.)"),
     (RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory; "),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a reader of images was killed; fewer --workers need less memory (DataLoader worker (pid 7)"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback …\nRuntimeError: unable to allocate shared memory(shm) for file </torch_1>: No space left"),
@@ -270,6 +270,7 @@ def test_killed_while_downloading(hub, tmp_path):
     (RuntimeError("[../gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), "the connection to another process of this run broke"),
     (type("Failed", (RuntimeError,), {"__module__": "torch._dynamo.exc"})("no C++"), "torch.compile failed; run it without --compile (no C++)"),
     (OSError("Caught OSError in DataLoader worker process 0.\nTraceback …\n[Errno 5] Input/output error"), "[Errno 5] Input/output error"),
+    (MemoryError(), "there is not enough memory; in training --micro-batch or --grad-checkpointing needs less (MemoryError)"),
     (OSError(), "OSError"), (BadInput("a.csv: empty"), "a.csv: empty"), (RuntimeError("shape mismatch"), None), (KeyError("x"), None)], ids=lambda value: str(value)[:20])
 def test_what_the_user_reads_of_an_error(error, line):
     said = system.error_line(error)

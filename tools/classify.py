@@ -129,7 +129,7 @@ def main():
     check_shared(args)
     device, rank, _ = start_processes()
     root = class_root(Path(args.classes), args.split)
-    names, paths, labels = open_classes(root)                                   # C, I, I
+    names, paths, labels = open_classes(root, args.allow_outside)               # C, I, I
     templates = read_templates(args.templates)
     records, rights = [], []
     for source in args.ckpt:

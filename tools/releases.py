@@ -85,7 +85,7 @@ def open_release(source, temporary):
 
     An archive is unpacked into `temporary`. Raises BadInput with the file and line that are wrong.
     """
-    if not source.exists():
+    if not (source.is_file() or source.is_dir()):           # reading a pipe would wait
         raise BadInput(f"{source}: there is no such file or folder")
     folder = source if source.is_dir() else temporary
     if folder == temporary:

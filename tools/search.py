@@ -74,8 +74,9 @@ class Index:
         Raises BadInput when there is no image. An interrupted call keeps what it has embedded.
         """
         now, before = stamps_of_images(self.folder), self.images
-        self.images = {path: before[path] for path in now
-                       if path in before and before[path][0] == now[path]}
+        dim = model.cfg.embed_dim
+        self.images = {path: before[path] for path in now if path in before
+                       and before[path][0] == now[path] and before[path][1].shape == (dim,)}
         todo = [path for path in now if path not in self.images]
         gone, unreadable, saved = before.keys() - now.keys(), {}, time.monotonic()
         read = functools.partial(image_at, todo, folder=self.folder)
@@ -155,6 +156,8 @@ def parse_args():
         raise BadInput(f"--images {args.images}: there is no such folder")
     if args.query is not None and (args.image is not None or not args.query.strip()):
         raise BadInput("name either a sentence that is not empty, or --image FILE")
+    if args.image is not None and not Path(args.image).is_file():
+        raise BadInput(f"--image {args.image}: there is no such file")
     if args.top < 1 or args.workers < 0:
         raise BadInput(f"--top {args.top} --workers {args.workers}: expected 1 or more, 0 or more")
     system.check_place("--html", args.html)
