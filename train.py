@@ -125,11 +125,12 @@ def train(run, settings, split, features, first_step, autocast, validate):
         pairs = batches.pairs(step - 1, range(settings.batch_size))
         return [split.where(k) for k in pairs]
 
-    step = first_step
+    step = saved = first_step  # the step of last.pt
     while not run.ended(step):
         head = run.signals.next_of(loader)  # its first micro-batch; None: a signal came
         if run.asked_to_stop():
-            run.snapshot(step)
+            if step != saved:
+                run.snapshot(step)
             run.stop_if_asked(step)
         step += 1
         lr = learning_rate(step - 1, settings.lr, settings.warmup, total)
@@ -150,6 +151,7 @@ def train(run, settings, split, features, first_step, autocast, validate):
                 validate(step)
         if validating or run.snapshot_due(step):
             run.snapshot(step)
+            saved = step
     return step
 
 

@@ -56,9 +56,9 @@ def open_classes(root, allow_outside=False):
     if not 2 <= len(names) <= 100_000 or not paths:
         raise BadInput(f"{root}: {len(names)} classes and {len(paths)} images; expected a folder "
                        "for each of 2 to 100,000 classes: 猫/1.jpg, 狗/1.jpg, …")
-    base = label_file.parent if label_file else root
-    for path in [base / "label_cn.txt", *map(root.joinpath, folders), *paths]:
-        if path.is_symlink() and not allow_outside and leads_out(os.path.realpath(base), path):
+    base = os.path.realpath(label_file.parent if label_file else root)
+    for path in [Path(base, "label_cn.txt"), *map(root.joinpath, folders), *paths]:
+        if path.is_symlink() and not allow_outside and leads_out(base, path):
             raise BadInput(f"{path}: a link out of {base}; --allow-outside reads it")
     if loose := sorted(path.name for path in root.iterdir() if path.suffix.lower() in ENDINGS):
         warnings.warn(f"{root}: images in no class folder are left out: {listed(loose)}")

@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import io
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -22,8 +23,7 @@ ENDINGS = tuple(f".{kind}" for kind in (*IMAGE_TYPES, "jpe", "jfif", "avif", "jp
                                         "ico", "tga", "heic", "heif"))
 # What is read, in Pillow's names. It knows more formats; EPS (PostScript) starts a program.
 AVIF = ["AVIF"] if importlib.util.find_spec("PIL.AvifImagePlugin") else []      # Pillow 11.3
-FORMATS = ["JPEG", "PNG", "GIF", "BMP", "DIB", "PPM", "WEBP", "TIFF", "JPEG2000", "ICO", *AVIF,
-           "TGA"]
+FORMATS = "JPEG PNG GIF BMP DIB PPM WEBP TIFF JPEG2000 ICO".split() + AVIF + ["TGA"]
 ORIENTATION = 0x0112                                        # the EXIF tag; 1: upright
 
 # CLIP's statistics of its training images, per RGB channel, of values in 0..1
@@ -53,7 +53,7 @@ def open_image(encoded):
     if not encoded:
         raise ValueError("it is empty")
     # A scan of 10 bytes makes the decoder of a JPEG pass over all pixels. Usual are 1 to 13 scans.
-    if encoded.startswith(b"\xff\xd8") and encoded.count(b"\xff\xda\0") > 200:
+    if encoded.startswith(b"\xff\xd8") and len(re.findall(rb"\xff\xda\0", encoded)) > 200:
         raise ValueError("a JPEG with more than 200 scans")
     image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     if max(image.size) > 65535:                             # resizing a line takes gigabytes

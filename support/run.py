@@ -24,7 +24,6 @@ from support.settings import MAY_CHANGE_ON_RESUME
 from support.system import BadInput
 
 AVERAGES = [tenths / 10 for tenths in range(1, 10)]         # how far from the start to the end
-
 OFF = (None, False, 0, "", "none", "auto")                  # of a setting that no flag turns on
 
 

@@ -135,11 +135,12 @@ def open_folder(path):
     shard_of = read_json(file).get("weight_map")        # {name of a tensor: name of a file}
     if not isinstance(shard_of, dict) or any("/" in str(name) for name in shard_of.values()):
         raise BadInput(f"{file}: its weight_map does not map tensors to files of the folder")
-    tensors = {}
-    for name in sorted({str(name) for name in shard_of.values()}):
+    tensors, listed = {}, {}
+    for key, name in shard_of.items():
+        listed.setdefault(str(name), set()).add(key)
+    for name, keys in sorted(listed.items()):
         shard = open_file(path / name, mapped=False)
-        listed = {key for key, file_name in shard_of.items() if str(file_name) == name}
-        wrong = min(map(str, shard.keys() ^ listed), default="")[:100]
+        wrong = min(map(str, shard.keys() ^ keys), default="")[:100]
         if wrong:
             raise BadInput(f"{path / name}: not the tensors that {file.name} lists: {wrong}")
         tensors |= shard

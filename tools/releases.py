@@ -210,7 +210,8 @@ def with_images(captions, folder, skip_missing, allow_outside):
     for path in (folder / file for file in files):
         id_ = path.stem
         if id_ in paths and path.suffix.lower() in (".jpg", ".jpeg"):
-            if not allow_outside and leads_out(os.path.realpath(folder), path):
+            is_out = path.is_symlink() and leads_out(os.path.realpath(folder), path)
+            if is_out and not allow_outside:
                 raise BadInput(f"{path}: it leads out of {folder}; --allow-outside takes it")
             if paths[id_]:
                 raise BadInput(f"{path}: {paths[id_]} has the same name; remove one of them")
