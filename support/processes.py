@@ -2,7 +2,6 @@
 
     device, rank, world_size = start_processes()                # under torchrun: joins the others
     autocast, name = precision_of("auto", device)
-    everything = all_gather_objects(mine)                       # what each process passes
 
 loss.py shows what the loss exchanges, train.py (`GradientSum`) how gradients are summed.
 """

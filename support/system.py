@@ -71,9 +71,10 @@ def write(path, fill, shown=None, part=".part"):
     except (OSError, RuntimeError) as error:            # torch.save raises RuntimeError: disk full
         with contextlib.suppress(OSError):
             part.unlink()
-        if "DataLoader" in str(error):                  # it raises anywhere when a reader dies
-            raise
-        why = error if isinstance(error, OSError) else f"is the disk full? {error}"
+        why = error.__context__ or error                # torch.save hides what came first
+        if "DataLoader" in str(why):                    # it raises anywhere when a reader dies
+            raise why from None
+        why = why if isinstance(why, OSError) else f"is the disk full? {why}"
         raise BadInput(f"{shown}: cannot be written ({why}); nothing there was changed") from None
 
 

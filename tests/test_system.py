@@ -46,12 +46,24 @@ def test_writing_keeps_links_and_devices(tmp_path):
 
 
 def test_a_fault_while_a_file_is_written_is_not_called_a_full_disk(tmp_path):
-    """A reader is killed in that moment: DataLoader's signal handler raises in the middle of the writing."""
-    def fill(f):
-        f.write(b"half")
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
-    with pytest.raises(RuntimeError, match="pid 7"):
-        system.write(tmp_path / "last.pt", fill)
+    """A reader is killed in that moment: DataLoader's signal handler raises in the middle of the writing, and torch.save raises another error over it."""
+    def failing(first, hidden):
+        def fill(f):
+            try:
+                f.write(b"half")
+                raise first
+            except Exception:
+                if hidden:
+                    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+                raise
+        return fill
+    for hidden in (False, True):
+        with pytest.raises(RuntimeError, match="pid 7"):
+            system.write(tmp_path / "last.pt", failing(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), hidden))
+        with pytest.raises(BadInput, match=r"last.pt: cannot be written \(.Errno 28. No space left\); nothing there was changed"):
+            system.write(tmp_path / "last.pt", failing(OSError(errno.ENOSPC, "No space left"), hidden))
+    with pytest.raises(BadInput, match=r"cannot be written \(is the disk full\? unexpected pos\)"):
+        system.write(tmp_path / "last.pt", failing(RuntimeError("unexpected pos"), False))
     assert not list(tmp_path.iterdir())
 
 
